@@ -1,0 +1,20 @@
+"""Fused knowledge-distillation losses: one call, native kernels, no probability in memory."""
+
+# torch comes first: the native module must bind to the OpenMP runtime that torch has loaded, so
+# that both share one thread pool and torch.set_num_threads is obeyed.
+import torch  # noqa: F401  isort: skip
+
+from ._version import __version__
+from .dispatch import available_backends
+from .divergences import Divergence
+from .functional import KDLossOutput, fused_kd_loss
+from .modules import KDLoss
+
+__all__ = [
+    "Divergence",
+    "KDLoss",
+    "KDLossOutput",
+    "__version__",
+    "available_backends",
+    "fused_kd_loss",
+]

@@ -1,0 +1,64 @@
+"""What a backend is: reasons why it cannot run a problem, a forward and a backward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+
+class Result(NamedTuple):
+    """What a forward leaves behind.
+
+    loss: [] or, for reduction "none", [...]; statistics: [len(STATISTICS), *leading shape], both in
+    the problem's math dtype; gradient: of the reduced loss (for "none" of the sum of the row
+    losses) with respect to the student's logits, in their shape and dtype, contiguous; None if not
+    asked for.
+    """
+
+    loss: Tensor
+    statistics: Tensor
+    gradient: Tensor | None
+
+
+class Backend(ABC):
+    """One implementation of the contract. Stateless; one instance per process."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable(self) -> list[str]:
+        """Why this backend cannot run on this machine at all; empty: it can."""
+
+    @abstractmethod
+    def why_not(self, problem: Problem) -> list[str]:
+        """Why this backend, available as it is, cannot run this problem; empty: it can."""
+
+    @abstractmethod
+    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+        """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient."""
+
+    @abstractmethod
+    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+        """The gradient recomputed from the inputs, times grad_output ([] or, for "none", [...])."""
+
+    def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
+        """gradient * grad_output, rounded once; ``overwrite`` allows the result in gradient's
+        memory.
+
+        One number or one per row. The multiplication is skipped where reading the number costs
+        nothing (on the CPU) and it is 1.
+        """
+        if grad_output.ndim == 0 and grad_output.device.type == "cpu" and grad_output.item() == 1.0:
+            return gradient if overwrite else gradient.clone()
+        out = gradient if overwrite else gradient.clone()
+        return out.mul_(grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1))
+
+
+def empty_gradient(student: Tensor) -> Tensor:
+    """Memory for the student's gradient: contiguous, whatever the strides of the student."""
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)

@@ -1,0 +1,128 @@
+"""The native CPU backend: C++ SIMD kernels in ``kdkernels._native``.
+
+One entry computes everything. The gradient comes out of the same sweep as the loss, or, recomputed
+in the backward, out of a second run of the same kernel with grad_output folded into each row's
+scale: the two modes give the same bits when grad_output is 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import LOGIT_DTYPES, STATISTICS, Problem, label_error, row_layout
+from .base import Backend, Result, empty_gradient
+
+_IMPORT_ERROR: str | None = None
+try:
+    _native: Any = importlib.import_module("kdkernels._native")
+except ImportError as error:  # a pure Python install, or a build for another Python
+    _IMPORT_ERROR = str(error)
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def unavailable(self) -> list[str]:
+        if _IMPORT_ERROR is not None:
+            return [f"the native module was not built ({_IMPORT_ERROR})"]
+        forced = os.environ.get("KDKERNELS_CPU_ISA")
+        if forced and forced not in _native.cpu_isas():
+            runnable = ", ".join(_native.cpu_isas())
+            return [f"KDKERNELS_CPU_ISA={forced} is not one of {runnable}, which this CPU runs"]
+        return []
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.student.device.type != "cpu":
+            reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
+        if problem.options.divergence not in _native.divergence_names():
+            reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
+        return reasons
+
+    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+        shape = problem.leading_shape
+        reduce = problem.options.reduction != "none"
+        loss = torch.empty(() if reduce else shape, dtype=problem.math_dtype)
+        statistics = torch.empty((len(STATISTICS), *shape), dtype=problem.math_dtype)
+        gradient = empty_gradient(problem.student) if want_gradient else None
+        _run(problem, loss, statistics, gradient, None, extras)
+        return Result(loss, statistics, gradient)
+
+    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+        loss = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+        gradient = empty_gradient(problem.student)
+        _run(problem, loss, None, gradient, grad_output, extras=False)
+        return gradient
+
+
+def _run(
+    problem: Problem,
+    loss: Tensor,
+    statistics: Tensor | None,
+    gradient: Tensor | None,
+    grad_output: Tensor | None,
+    extras: bool,
+) -> None:
+    options = problem.options
+    student, teacher = problem.student, problem.teacher
+    if torch.float64 in (student.dtype, teacher.dtype) and student.dtype != teacher.dtype:
+        teacher = teacher.to(student.dtype)
+    layout = row_layout(student, teacher)
+    student, teacher = layout.tensors
+    if grad_output is not None:
+        grad_output = grad_output.to(problem.math_dtype).contiguous()
+    bad_row = _native.kd_loss(
+        student.data_ptr(),
+        LOGIT_DTYPES[student.dtype],
+        layout.strides[0],
+        teacher.data_ptr(),
+        LOGIT_DTYPES[teacher.dtype],
+        layout.strides[1],
+        layout.outer,
+        layout.inner,
+        problem.vocab,
+        _pointer(problem.labels),
+        options.ignore_index,
+        _pointer(problem.token_weights),
+        _pointer(grad_output),
+        0 if grad_output is None or grad_output.ndim == 0 else 1,
+        _denominator(problem),
+        options.temperature,
+        options.temperature_squared,
+        options.alpha,
+        options.label_smoothing,
+        options.z_loss,
+        options.student_scale,
+        options.teacher_scale,
+        options.student_softcap,
+        options.teacher_softcap,
+        options.divergence,
+        tuple(options.parameters),
+        loss.data_ptr(),
+        options.reduction != "none",
+        _pointer(statistics),
+        extras,
+        _pointer(gradient),
+        problem.student.shape[-1],
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        raise label_error(problem, bad_row)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _denominator(problem: Problem) -> float:
+    """The divisor of the sum over rows; 0.0 lets the kernel count the rows that count."""
+    if problem.options.reduction != "mean":
+        return 1.0
+    if problem.num_items is None:
+        return problem.options.denominator
+    return float(problem.num_items) or 1.0

@@ -1,0 +1,199 @@
+"""The portable backend: eager PyTorch on chunks of rows, on any device, in bounded memory.
+
+It evaluates a divergence's Python ``value`` and ``slope``, so it runs every divergence, the user's
+own included. Speed is not its point: it is what runs where no kernel does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..problem import STATISTICS, Problem, label_error, row_layout, row_scale, sum_rows
+from ..reference import entropy, top_hits, transformed
+from .base import Backend, Result, empty_gradient
+
+#: Bytes of one [rows, vocab] temporary in the math dtype. About ten are alive at once: 16 MiB keeps
+#: the working set near 160 MiB, while a chunk of a 128k vocabulary still has 32 rows.
+CHUNK_BYTES = 16 << 20
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def unavailable(self) -> list[str]:
+        return []
+
+    def why_not(self, problem: Problem) -> list[str]:
+        return []
+
+    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+        return _run(problem, want_gradient, extras, None)
+
+    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+        gradient = _run(problem, True, False, grad_output).gradient
+        assert gradient is not None
+        return gradient
+
+
+def check_labels(problem: Problem) -> None:
+    """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
+
+    On other devices the gather of the label's logit asserts on the device.
+    """
+    labels = problem.labels
+    if labels is None or labels.device.type != "cpu":
+        return
+    flat = labels.reshape(-1)
+    bad = ((flat < 0) | (flat >= problem.vocab)) & (flat != problem.options.ignore_index)
+    if bool(bad.any()):
+        raise label_error(problem, int(bad.to(torch.uint8).argmax()))
+
+
+class _Chunk:
+    """A few rows in the math dtype; those with scale 0 are zeroed before any arithmetic."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        scale: Tensor,
+    ) -> None:
+        options, dtype = problem.options, problem.math_dtype
+        self.options, self.divergence = options, problem.divergence
+        self.alive = (scale != 0).unsqueeze(-1)
+        student, teacher = (
+            torch.where(self.alive, logits.to(dtype), 0.0) for logits in (student, teacher)
+        )
+        self.student = transformed(student, options.student_scale, options.student_softcap)
+        teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
+        self.log_q = torch.log_softmax(self.student / options.temperature, -1)
+        self.log_p = torch.log_softmax(teacher / options.temperature, -1)
+        self.student_lse = torch.logsumexp(self.student / options.temperature, -1)
+        self.teacher_lse = torch.logsumexp(teacher / options.temperature, -1)
+        self.label_lse = torch.logsumexp(self.student, -1)
+        self.labels = None
+        if labels is not None:
+            self.labels = torch.where(self.alive.squeeze(-1), labels, 0)
+        # A row that is all -inf or holds NaN or +inf has no distribution.
+        self.broken = ~(self.student_lse.isfinite() & self.teacher_lse.isfinite())
+
+    def losses(self, extras: bool) -> dict[str, Tensor]:
+        """Unweighted losses and statistics by name, each of the chunk's leading shape."""
+        options = self.options
+        out = {
+            "student_lse": self.student_lse,
+            "teacher_lse": self.teacher_lse,
+            "label_lse": self.label_lse,
+        }
+        loss = torch.zeros_like(self.label_lse)
+        if options.alpha != 0 or extras:
+            kd = self.divergence.value(self.log_p, self.log_q).sum(-1) * options.kd_scale
+            if self.divergence.nonnegative:
+                kd = kd.clamp(min=0)
+            out["kd"] = torch.where(self.broken, math.nan, kd)
+            loss = loss + options.alpha * out["kd"] if options.alpha else loss
+        if self.labels is not None and (options.alpha != 1 or extras):
+            out["ce"] = self._cross_entropy(self.labels)
+            loss = loss + options.ce_weight * out["ce"] if options.alpha != 1 else loss
+        if options.z_loss:
+            out["z"] = options.z_loss * self.label_lse**2
+            loss = loss + out["z"]
+        out["loss"] = loss
+        if extras:
+            out["student_entropy"] = entropy(self.log_q)
+            out["teacher_entropy"] = entropy(self.log_p)
+            out["hits"] = top_hits(self.log_q, self.log_p, self.labels)
+        alive = self.alive.squeeze(-1)
+        return {name: torch.where(alive, part, 0.0) for name, part in out.items()}
+
+    def _cross_entropy(self, labels: Tensor) -> Tensor:
+        smoothing = self.options.label_smoothing
+        of_label = self.student.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        ce = self.label_lse - of_label
+        if smoothing:
+            ce = (1 - smoothing) * ce + smoothing * (self.label_lse - self.student.mean(-1))
+        return torch.where(self.label_lse.isfinite(), ce, math.nan)
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """The gradient of sum(upstream * loss) in the raw logits, in the math dtype."""
+        options = self.options
+        total = torch.zeros_like(self.student)
+        if options.alpha:
+            slope = self.divergence.slope(self.log_p, self.log_q)
+            slope = slope - self.log_q.exp() * slope.sum(-1, keepdim=True)
+            slope = torch.where(self.broken.unsqueeze(-1), math.nan, slope)
+            total += slope * (options.kd_weight / options.temperature)
+        with_ce = self.labels is not None and options.alpha != 1
+        if with_ce or options.z_loss:
+            weight = torch.zeros_like(self.label_lse)
+            if with_ce:
+                weight = weight + options.ce_weight
+            if options.z_loss:
+                weight = weight + 2 * options.z_loss * self.label_lse
+            total += torch.softmax(self.student, -1) * weight.unsqueeze(-1)
+        if with_ce:
+            smoothing, weight = options.label_smoothing, options.ce_weight
+            total -= weight * smoothing / total.shape[-1]
+            assert self.labels is not None
+            index = self.labels.unsqueeze(-1)
+            total.scatter_add_(-1, index, torch.full_like(total[..., :1], (smoothing - 1) * weight))
+        if options.student_softcap:
+            total *= 1 - (self.student / options.student_softcap) ** 2
+        total *= (options.student_scale * upstream).unsqueeze(-1)
+        return torch.where(self.alive, total, 0.0)
+
+
+def _run(problem: Problem, want_gradient: bool, extras: bool, grad_output: Tensor | None) -> Result:
+    check_labels(problem)
+    device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
+    layout = row_layout(problem.student, problem.teacher)
+    grid = (layout.outer, layout.inner)
+    student, teacher = (
+        t.as_strided((*grid, t.shape[-1]), strides)[..., :vocab]
+        for t, strides in zip(layout.tensors, layout.strides, strict=True)
+    )
+    scale = torch.as_tensor(row_scale(problem), dtype=dtype, device=device)
+    scale = scale.expand(problem.rows).reshape(grid)
+    upstream = scale
+    if grad_output is not None:
+        upstream = scale * grad_output.to(dtype).expand(problem.leading_shape).reshape(grid)
+    labels = None if problem.labels is None else problem.labels.reshape(grid)
+    weights = None if problem.token_weights is None else problem.token_weights.reshape(grid)
+    statistics = torch.zeros((len(STATISTICS), *grid), dtype=dtype, device=device)
+    rows = torch.zeros(grid, dtype=dtype, device=device)
+    gradient = empty_gradient(problem.student) if want_gradient else None
+    grad_rows = None if gradient is None else gradient.view(*grid, gradient.shape[-1])
+    if grad_rows is not None:
+        grad_rows[..., vocab:] = 0
+    for at in _tiles(grid, vocab * torch.finfo(dtype).bits // 8):
+        chunk_labels = None if labels is None else labels[at]
+        chunk = _Chunk(problem, student[at], teacher[at], chunk_labels, scale[at])
+        parts = chunk.losses(extras)
+        rows[at] = parts["loss"] * scale[at]
+        if weights is not None:
+            parts["loss"] = torch.where(scale[at] != 0, parts["loss"] * weights[at], 0.0)
+        for index, name in enumerate(STATISTICS):
+            if name in parts:
+                statistics[(index, *at)] = parts[name]
+        if grad_rows is not None:
+            grad_rows[(*at, slice(0, vocab))] = chunk.gradient(upstream[at])
+    shape = problem.leading_shape
+    loss = rows.reshape(shape) if problem.options.reduction == "none" else sum_rows(rows)
+    return Result(loss, statistics.reshape(-1, *shape), gradient)
+
+
+def _tiles(grid: tuple[int, int], row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the grid of rows whose temporaries stay within CHUNK_BYTES."""
+    outer, inner = grid
+    at_once = max(1, CHUNK_BYTES // row_bytes)
+    inner_step = max(1, min(inner, at_once))
+    outer_step = max(1, at_once // inner_step)
+    for i in range(0, outer, outer_step):
+        for j in range(0, inner, inner_step):
+            yield slice(i, i + outer_step), slice(j, j + inner_step)

@@ -1,0 +1,43 @@
+"""Which backend runs a problem: chosen, or refused with every reason."""
+
+from __future__ import annotations
+
+from .backends import BACKENDS
+from .problem import Problem
+
+
+def available_backends() -> dict[str, list[str]]:
+    """For each backend why it cannot run on this machine; an empty list: it can."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def _reasons(name: str, problem: Problem) -> list[str]:
+    backend = BACKENDS[name]
+    return backend.unavailable() or backend.why_not(problem)
+
+
+def choose_backend(problem: Problem, name: str | None) -> str:
+    """The name of the backend that runs ``problem``: ``name`` itself, or the first that can.
+
+    Raises:
+        ValueError: ``name`` is unknown.
+        RuntimeError: the named backend cannot run the problem; the message has its reasons and the
+            backends that could. A named backend is never replaced silently.
+    """
+    if name is None:
+        for candidate in BACKENDS:
+            if not _reasons(candidate, problem):
+                return candidate
+        raise RuntimeError(_refusal("no backend can run this problem", problem, list(BACKENDS)))
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    if _reasons(name, problem):
+        able = [other for other in BACKENDS if not _reasons(other, problem)]
+        message = _refusal(f"backend {name!r} cannot run this problem", problem, [name])
+        raise RuntimeError(f"{message}; it can run on: {', '.join(able) or 'none'}")
+    return name
+
+
+def _refusal(headline: str, problem: Problem, names: list[str]) -> str:
+    reasons = (f"{name}: {reason}" for name in names for reason in _reasons(name, problem))
+    return f"{headline} ({'; '.join(reasons)})"

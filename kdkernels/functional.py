@@ -1,0 +1,396 @@
+"""The public function: checks its arguments, picks a backend, calls the op."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import divergences, ops
+from .dispatch import choose_backend
+from .divergences import Divergence
+from .problem import (
+    LOGIT_DTYPES,
+    REDUCTIONS,
+    STATISTICS,
+    Options,
+    Problem,
+    counted_rows,
+    loss_dtype,
+    row_scale,
+    sum_rows,
+)
+
+_GRADIENT_MODES = ("auto", "forward", "recompute")
+_VOCAB_POLICIES = ("error", "truncate")
+
+
+class KDLossOutput(NamedTuple):
+    """``fused_kd_loss(..., return_outputs=True)``. Everything but ``loss`` is detached.
+
+    ``loss = alpha * kd_loss + (1 - alpha) * ce_loss + z_loss``, each reduced like the loss.
+    ``kd_loss`` contains T^2 and ``ce_loss`` the label smoothing; ``ce_loss`` is None without
+    labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``); rows
+    that do not count hold 0. Entropies are in nats, of the distributions at temperature T.
+    """
+
+    loss: Tensor
+    kd_loss: Tensor
+    ce_loss: Tensor | None
+    z_loss: Tensor
+    student_lse: Tensor  #: per row, log sum exp(z_s / T)
+    teacher_lse: Tensor  #: per row, log sum exp(z_t / T)
+    label_lse: Tensor  #: per row, log sum exp(z_s)
+    student_entropy: Tensor  #: per row
+    teacher_entropy: Tensor  #: per row
+    agreement: Tensor  #: [], share of counted rows in which both models' top entries are the same
+    accuracy: (
+        Tensor | None
+    )  #: [], share of counted rows in which the student's top entry is the label
+
+
+def fused_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    divergence: str | Divergence = "forward_kl",
+    beta: float = 0.5,
+    temperature_squared: bool = True,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+    vocab_policy: str = "error",
+    shift: bool = False,
+    gradient: str = "auto",
+    backend: str | None = None,
+    return_outputs: bool = False,
+) -> Tensor | KDLossOutput:
+    """Knowledge-distillation loss; ``alpha`` is the weight of the DISTILLATION term.
+
+    For each row (token) with student logits z_s, teacher logits z_t and label y::
+
+        alpha * T^2 * D(softmax(z_t / T), softmax(z_s / T)) + (1 - alpha) * CE(z_s, y)
+            + z_loss * logsumexp(z_s)^2
+
+    D is KL(teacher || student) by default. Loss and gradient are computed together, chunk by chunk
+    or fused, without a [rows, vocab] probability in memory. Hinton et al. 2015, arXiv:1503.02531.
+
+    Args:
+        student_logits: [..., V], float32, bfloat16, float16 or float64; any strides. Only read.
+        teacher_logits: [..., V], same leading shape and device, any of these dtypes. Treated as a
+            constant (detached). Only read.
+        labels: [...], any integer dtype. ``ignore_index`` rows count in neither term and are not
+        read.
+        temperature: T > 0 of both softmaxes in D. The cross-entropy is always at T = 1.
+        alpha: weight of D, finite. None: 0.5 with labels, 1 without. Without labels only 1 is
+        possible.
+        divergence: a name of :mod:`kdkernels.divergences` (``forward_kl``, ``reverse_kl``, ``jsd``,
+            ``tvd``, ``skew_forward_kl``, ``skew_reverse_kl``, ``alpha_beta``) or an object.
+        beta: weight of the teacher in the mixture of ``jsd`` (0: forward KL, 1: reverse KL),
+            ``skew_forward_kl`` and ``skew_reverse_kl``. Another divergence accepts only the
+            default.
+        temperature_squared: multiply D by T^2, which keeps the scale of its gradient as T grows.
+        reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
+        num_items: denominator of ``"mean"`` instead of the number of rows that count, for gradient
+            accumulation: a number > 0 or a tensor of one element (0 divides by 1). No device sync.
+        token_weights: [...], weight of each row's loss; negative ones are allowed. Not
+            differentiable. They do not enter the denominator: for a weighted mean pass
+            ``num_items=token_weights.sum()``.
+        ignore_index: the label of rows that do not count.
+        label_smoothing: in [0, 1], of the cross-entropy; needs labels.
+        z_loss: >= 0, weight of logsumexp(z_s)^2 (PaLM, arXiv:2204.02311); independent of alpha.
+        logit_softcap: c > 0: z -> c * tanh(z / c) (Gemma 2, arXiv:2408.00118), applied after
+            ``logit_scale``. One number for both models or (student, teacher), None for neither.
+        logit_scale: factor of the logits, not 0. One number for both or (student, teacher).
+        vocab_policy: what to do if the vocabularies differ in size: ``"error"``, or ``"truncate"``
+            to the common prefix (for both terms; the gradient of the rest is 0).
+        shift: next-token shift: logits [B, S, V] at position s are compared with labels (and
+            token_weights) [B, S] at s + 1, without a copy of the logits. The last position does not
+            count.
+        gradient: ``"forward"`` computes it with the loss and stores it (one [..., V] tensor in the
+            student's dtype); ``"recompute"`` computes it in the backward, with grad_output applied
+            in float32 before rounding; ``"auto"`` is ``"forward"``, except for float16 (whose
+            stored gradient would underflow under a GradScaler) and for reduction ``"none"``.
+        backend: ``"cpu"``, ``"torch"``, ``"reference"`` or None for the fastest that can run it.
+        return_outputs: return a :class:`KDLossOutput`.
+
+    Returns:
+        The loss in float32 (float64 for a float64 student): [], or [...] for ``"none"``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, value or shape; named in the message.
+        IndexError: a label outside [0, V) that is not ``ignore_index``.
+        RuntimeError: the named backend cannot run this problem; the message says why and which can.
+    """
+    _check_logits(student_logits, teacher_logits, vocab_policy)
+    student_scale, teacher_scale = _pair("logit_scale", logit_scale, 1.0)
+    student_softcap, teacher_softcap = _pair("logit_softcap", logit_softcap, 0.0)
+    options = _options(
+        temperature,
+        temperature_squared,
+        _default_alpha(alpha, labels),
+        divergence,
+        beta,
+        label_smoothing,
+        z_loss,
+        (student_scale, teacher_scale, student_softcap, teacher_softcap),
+        ignore_index,
+        reduction,
+        num_items if num_items is not None and not isinstance(num_items, Tensor) else None,
+    )
+    _check_choices(gradient, shift, label_smoothing, labels)
+    mask = _row_tensor("labels", labels, student_logits)
+    weights = _row_tensor("token_weights", token_weights, student_logits)
+    if shift:
+        mask, weights = _shifted(student_logits, mask, weights, ignore_index)
+    problem = Problem(
+        student_logits,
+        teacher_logits.detach(),
+        mask,
+        weights,
+        _item_tensor(num_items, student_logits, reduction),
+        options,
+    )
+    name = choose_backend(problem, backend)
+    want_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    if gradient == "auto":
+        want_gradient &= student_logits.dtype != torch.float16 and reduction != "none"
+    else:
+        want_gradient &= gradient == "forward"
+    loss, statistics, _ = ops.kd_forward(
+        student_logits,
+        problem.teacher,
+        mask,
+        weights,
+        problem.num_items,
+        *options,
+        name,
+        want_gradient,
+        return_outputs,
+    )
+    if shift and reduction == "none":
+        loss = loss[:, :-1]
+    if not return_outputs:
+        return loss
+    return _outputs(problem, loss, statistics, labels is not None, shift)
+
+
+def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor [..., vocab], got {type(tensor).__name__}")
+        if tensor.dtype not in LOGIT_DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+            raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
+        if tensor.ndim == 0 or tensor.shape[-1] == 0:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from student_logits' "
+            f"{tuple(student.shape[:-1])}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher_logits: device {teacher.device} differs from student_logits' {student.device}"
+        )
+    if vocab_policy not in _VOCAB_POLICIES:
+        raise ValueError(f"vocab_policy: {vocab_policy!r} is not one of {_VOCAB_POLICIES}")
+    if vocab_policy == "error" and student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"teacher_logits: vocabulary {teacher.shape[-1]} differs from student_logits' "
+            f"{student.shape[-1]}; vocab_policy='truncate' compares the common prefix"
+        )
+
+
+def _pair(name: str, given: Any, default: float) -> tuple[float, float]:
+    """(student, teacher) from one number, a pair or None."""
+    if given is None:
+        return default, default
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: {given!r} is neither a number nor a pair (student, teacher)")
+    student, teacher = (default if one is None else one for one in pair)
+    return student, teacher
+
+
+def _default_alpha(alpha: float | None, labels: Tensor | None) -> float:
+    if alpha is None:
+        return 1.0 if labels is None else 0.5
+    if labels is None and alpha != 1:
+        raise ValueError(f"alpha: {alpha!r} weighs a cross-entropy, but labels is None")
+    return alpha
+
+
+def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
+    if not isinstance(given, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
+    if not (math.isfinite(given) and ok(given)):
+        raise ValueError(f"{name}: {given!r} is not {allowed}")
+    return float(given)
+
+
+@functools.lru_cache(maxsize=512)
+def _options(
+    temperature: float,
+    temperature_squared: bool,
+    alpha: float,
+    divergence: str | Divergence,
+    beta: float,
+    label_smoothing: float,
+    z_loss: float,
+    transforms: tuple[float, float, float, float],
+    ignore_index: int,
+    reduction: str,
+    num_items: float | None,
+) -> Options:
+    """Checked scalars. Cached: a training loop passes the same ones at every step."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if num_items is not None:
+        num_items = _number("num_items", num_items, "a finite number > 0", lambda n: n > 0)
+    temperature = _number("temperature", temperature, "a finite number > 0", lambda t: t > 0)
+    resolved = divergences.resolve(divergence, _number("beta", beta, "finite", lambda b: True))
+    student_scale, teacher_scale, student_softcap, teacher_softcap = transforms
+    return Options(
+        temperature=temperature,
+        temperature_squared=bool(temperature_squared),
+        alpha=_number("alpha", alpha, "finite", lambda a: True),
+        divergence=resolved.name,
+        parameters=resolved.parameters,
+        label_smoothing=_number(
+            "label_smoothing", label_smoothing, "in [0, 1]", lambda e: 0 <= e <= 1
+        ),
+        z_loss=_number("z_loss", z_loss, "a finite number >= 0", lambda z: z >= 0),
+        student_scale=_number("logit_scale", student_scale, "finite and not 0", bool),
+        teacher_scale=_number("logit_scale", teacher_scale, "finite and not 0", bool),
+        student_softcap=_number("logit_softcap", student_softcap, "a number > 0", lambda c: c >= 0),
+        teacher_softcap=_number("logit_softcap", teacher_softcap, "a number > 0", lambda c: c >= 0),
+        ignore_index=int(ignore_index),
+        reduction=reduction,
+        denominator=num_items or 0.0,
+    )
+
+
+def _check_choices(gradient: str, shift: bool, smoothing: float, labels: Tensor | None) -> None:
+    if gradient not in _GRADIENT_MODES:
+        raise ValueError(f"gradient: {gradient!r} is not one of {_GRADIENT_MODES}")
+    if smoothing and labels is None:
+        raise ValueError(f"label_smoothing: {smoothing!r} was given, but labels is None")
+
+
+def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | None:
+    """``labels`` as contiguous int64 or ``token_weights`` as contiguous float32, checked."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} differs from the logits' leading shape "
+            f"{tuple(student.shape[:-1])}"
+        )
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{name}: device {tensor.device} differs from the logits' {student.device}"
+        )
+    if name == "labels":
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"labels: dtype {tensor.dtype} is not an integer dtype")
+        return tensor.to(torch.int64).contiguous()
+    if tensor.is_complex():
+        raise TypeError(f"token_weights: dtype {tensor.dtype} is not real")
+    if tensor.requires_grad:
+        raise ValueError("token_weights: requires grad, but is not differentiable; pass .detach()")
+    return tensor.to(torch.float32).contiguous()
+
+
+def _shifted(
+    student: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Labels and weights moved one position to the left: only these [B, S] tensors are copied.
+
+    Without labels the result is a mask: any index in the rows that count.
+    """
+    if student.ndim != 3:
+        raise ValueError(f"shift: needs logits [B, S, V], got shape {tuple(student.shape)}")
+    shifted = torch.full(student.shape[:-1], ignore_index, dtype=torch.int64, device=student.device)
+    if labels is None:
+        shifted[:, :-1] = 0 if ignore_index != 0 else 1
+    else:
+        shifted[:, :-1] = labels[:, 1:]
+    if weights is not None:
+        weights = torch.cat([weights[:, 1:], weights[:, :1]], dim=1)
+    return shifted, weights
+
+
+def _item_tensor(num_items: Any, student: Tensor, reduction: str) -> Tensor | None:
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items: {num_items!r} is the denominator of 'mean', not of {reduction!r}"
+        )
+    if not isinstance(num_items, Tensor):
+        return None  # a number: in the options
+    if num_items.numel() != 1 or num_items.is_complex():
+        raise ValueError(f"num_items: shape {tuple(num_items.shape)} is not one real element")
+    return num_items.detach().reshape(()).to(student.device, loss_dtype(student))
+
+
+def _outputs(
+    problem: Problem, loss: Tensor, statistics: Tensor, with_labels: bool, shift: bool
+) -> KDLossOutput:
+    rows = dict(zip(STATISTICS, statistics.detach(), strict=True))
+    counted = counted_rows(problem)
+    scale = row_scale(problem)
+
+    if isinstance(scale, Tensor) and scale.ndim:
+        scale = scale.reshape(problem.leading_shape)
+
+    def reduced(row: Tensor) -> Tensor:
+        weighted = row * scale
+        if problem.options.reduction != "none":
+            return sum_rows(weighted)
+        return weighted[:, :-1] if shift else weighted
+
+    def share(hit: Tensor) -> Tensor:
+        total = problem.rows if counted is None else counted.sum()
+        if counted is not None:
+            hit = hit & counted.reshape(hit.shape)
+        return hit.sum() / torch.as_tensor(total, device=hit.device).clamp(min=1)
+
+    def per_row(name: str) -> Tensor:
+        return rows[name][:, :-1] if shift else rows[name]
+
+    hits = rows["hits"]
+    return KDLossOutput(
+        loss=loss,
+        kd_loss=reduced(rows["kd"]),
+        ce_loss=reduced(rows["ce"]) if with_labels else None,
+        z_loss=reduced(rows["z"]),
+        student_lse=per_row("student_lse"),
+        teacher_lse=per_row("teacher_lse"),
+        label_lse=per_row("label_lse"),
+        student_entropy=per_row("student_entropy"),
+        teacher_entropy=per_row("teacher_entropy"),
+        agreement=share((hits == 1) | (hits == 3)),
+        accuracy=share(hits >= 2) if with_labels else None,
+    )

@@ -1,0 +1,121 @@
+"""The oracle: the contract in float64, every intermediate materialised, autograd for the gradient.
+
+It uses a divergence's ``value`` only, so ``slope`` and every hand-written gradient are checked by
+something that does not contain them. It is slow and meant for tests and for small problems.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import STATISTICS, Problem, counted_rows, row_scale
+
+
+def transformed(logits: Tensor, scale: float, softcap: float) -> Tensor:
+    """softcap * tanh(scale * logits / softcap), or scale * logits where softcap is 0."""
+    if scale != 1.0:
+        logits = logits * scale
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Shannon entropy in nats over the last dimension; entries with probability 0 contribute 0."""
+    p = log_p.exp()
+    return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def top_hits(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+    """Per row: 1 if both have the same top entry, plus 2 if the student's is the label."""
+    top = student.argmax(-1)
+    hits = (top == teacher.argmax(-1)).to(student.dtype)
+    return hits if labels is None else hits + 2.0 * (top == labels)
+
+
+def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Tensor]:
+    """The unweighted losses and statistics of each row, by name; differentiable in ``student``.
+
+    ``student`` is float64 [rows, vocab], already transformed by scale and softcap. Rows that do not
+    count are computed like the others and have to be masked by the caller.
+    """
+    options, vocab = problem.options, problem.vocab
+    teacher = problem.teacher.detach().to(student.dtype).reshape(-1, problem.teacher.shape[-1])
+    teacher = transformed(teacher[:, :vocab], options.teacher_scale, options.teacher_softcap)
+    counted = counted_rows(problem)
+    labels = None if problem.labels is None else problem.labels.reshape(-1)
+    if counted is not None:
+        teacher = torch.where(counted[:, None], teacher, 0.0)
+    out: dict[str, Tensor] = {}
+    log_q = F.log_softmax(student / options.temperature, -1)
+    log_p = F.log_softmax(teacher / options.temperature, -1)
+    if options.alpha != 0 or extras:
+        kd = problem.divergence.value(log_p, log_q).sum(-1)
+        # A row that has no distribution has no divergence, even where 0 * NaN was skipped.
+        kd = torch.where(log_p.isnan().any(-1) | log_q.isnan().any(-1), math.nan, kd)
+        out["kd"] = kd * options.kd_scale
+    if labels is not None and (options.alpha != 1 or extras):
+        out["ce"] = F.cross_entropy(
+            student,
+            labels,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            reduction="none",
+        )
+    out["student_lse"] = torch.logsumexp(student / options.temperature, -1)
+    out["teacher_lse"] = torch.logsumexp(teacher / options.temperature, -1)
+    out["label_lse"] = torch.logsumexp(student, -1)
+    out["z"] = options.z_loss * out["label_lse"] ** 2
+    loss = torch.zeros_like(out["z"])
+    if options.alpha != 0:
+        loss = loss + options.alpha * out["kd"]
+    if labels is not None and options.alpha != 1:
+        loss = loss + options.ce_weight * out["ce"]
+    out["loss"] = loss + out["z"] if options.z_loss else loss
+    if extras:
+        out["student_entropy"] = entropy(log_q)
+        out["teacher_entropy"] = entropy(log_p)
+        out["hits"] = top_hits(student, teacher, labels)
+    return out
+
+
+def forward(
+    problem: Problem, *, want_gradient: bool, extras: bool, grad_output: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, statistics, gradient) as :class:`~kdkernels.backends.base.Result`, all in float64.
+
+    The gradient is that of the loss times ``grad_output``; rows that do not count and rows of
+    weight 0 are cut off before anything is computed from them.
+    """
+    options = problem.options
+    shape = problem.leading_shape
+    weight = row_scale(problem)
+    if not isinstance(weight, Tensor):
+        weight = torch.tensor(weight, dtype=torch.float64, device=problem.student.device)
+    weight = weight.double().expand(problem.rows)
+    alive = weight != 0
+    with torch.enable_grad():
+        leaf = problem.student.detach().double().requires_grad_()
+        student = leaf.reshape(-1, leaf.shape[-1])[:, : problem.vocab]
+        student = torch.where(alive[:, None], student, 0.0)
+        student = transformed(student, options.student_scale, options.student_softcap)
+        parts = row_losses(problem, student, extras)
+        rows = torch.where(alive, parts["loss"], 0.0) * weight
+        loss = rows.reshape(shape) if options.reduction == "none" else rows.sum()
+        gradient = None
+        if want_gradient:
+            seed = torch.ones_like(loss) if grad_output is None else grad_output.double()
+            (gradient,) = torch.autograd.grad(loss, leaf, seed)
+    statistics = torch.zeros((len(STATISTICS), problem.rows), dtype=torch.float64)
+    statistics = statistics.to(leaf.device)
+    token_weights = problem.token_weights
+    for index, name in enumerate(STATISTICS):
+        if name not in parts:
+            continue
+        row = parts[name].detach()
+        if name == "loss" and token_weights is not None:
+            row = row * token_weights.reshape(-1)
+        statistics[index] = torch.where(alive, row, 0.0)
+    return loss.detach(), statistics.reshape(-1, *shape), gradient
