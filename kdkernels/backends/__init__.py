@@ -6,7 +6,9 @@ from .base import Backend
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
 from .torch_eager import TorchBackend
+from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), TorchBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (TritonBackend(), CpuBackend(), TorchBackend(), ReferenceBackend())
 }

@@ -1,0 +1,162 @@
+"""The divergences on the device: ``value`` and ``slope`` of one vocabulary entry.
+
+The twin of ``kdkernels/divergences.py`` and ``csrc/divergences.h``. Log-probabilities come in base 2
+(``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Forward KL
+is not here: the kernels have it, and the sums of reverse KL, in closed form.
+
+Where a probability is 0 its term is 0, whatever its logarithm; where both are 0 the entry is dead.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+#: Divergences that need a sweep of their own for the sum of values and slopes.
+SWEPT = ("jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "alpha_beta")
+#: Divergences whose sums follow from the statistics of the first sweep.
+CLOSED = ("forward_kl", "reverse_kl")
+
+
+def alpha_beta_case(alpha: float, beta: float) -> str:
+    """Which of the limits of the alpha-beta divergence applies; fixed at compile time."""
+    if alpha == 0 and beta == 0:
+        return "both"
+    if alpha == 0:
+        return "alpha"
+    if beta == 0:
+        return "beta"
+    return "sum" if alpha + beta == 0 else "none"
+
+
+@triton.jit
+def times(weight, x):
+    """weight * x with 0 * anything = 0."""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1. Near 0 a polynomial: exp2 minus 1 would lose all digits there."""
+    tail = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
+    near = x + x * x * (0.5 + x * (1 / 6 + x * tail))
+    return tl.where(tl.abs(x) < 0.35, near, tl.exp2(x * LOG2E) - 1)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to a few ulp; the hardware's approximation has 11 bits."""
+    s = x * x
+    near = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+    far = 1 - 2 / (tl.exp2(tl.abs(x) * (2 * LOG2E)) + 1)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def above_mixture(log_p, log_q, beta):
+    """(log p - log m, log q - log m) in base 2 for m = beta p + (1 - beta) q, 0 < beta < 1.
+
+    Relative to the larger of the two, so that equal probabilities give exactly 0.
+    """
+    p_is_larger = log_p >= log_q
+    larger = tl.maximum(log_p, log_q)
+    below = tl.where(larger == -float("inf"), 0.0, tl.minimum(log_p, log_q) - larger)
+    grow = tl.log2(1 + tl.where(p_is_larger, 1 - beta, beta) * (tl.exp2(below) - 1))
+    return (
+        tl.where(p_is_larger, -grow, below - grow),
+        tl.where(p_is_larger, below - grow, -grow),
+    )
+
+
+@triton.jit
+def _ratio_shape(own, other, ratio, OWN_IS_0: tl.constexpr, OTHER_IS_0: tl.constexpr, SUM_IS_0):
+    """``AlphaBeta._shape``: the entry's value over base^(own + other); ratio <= 0 in nats."""
+    if OWN_IS_0 and OTHER_IS_0:
+        return ratio * ratio / 2
+    elif OWN_IS_0:
+        power = other * ratio
+        product = tl.where(power == -float("inf"), 0.0, power * tl.exp2(power * LOG2E))
+        return (product - expm1(power)) / (other * other)
+    elif OTHER_IS_0:
+        return (expm1(own * ratio) - own * ratio) / (own * own)
+    elif SUM_IS_0:
+        return (expm1(other * ratio) - other * ratio) / (own * own)
+    else:
+        total = own + other
+        mixed = expm1(other * ratio) - other / total * expm1(total * ratio)
+        return -mixed / (own * other)
+
+
+@triton.jit
+def _alpha_beta_value(log_p, log_q, alpha, beta, CASE: tl.constexpr):
+    A0: tl.constexpr = CASE == "alpha" or CASE == "both"
+    B0: tl.constexpr = CASE == "beta" or CASE == "both"
+    SUM0: tl.constexpr = CASE == "sum"
+    dead = (log_p == -float("inf")) & (log_q == -float("inf"))
+    log_p = tl.where(dead, 0.0, log_p)
+    log_q = tl.where(dead, 0.0, log_q)
+    below = tl.minimum(log_q - log_p, 0.0) * LN2
+    above = tl.minimum(log_p - log_q, 0.0) * LN2
+    total = alpha + beta
+    from_p = tl.exp2(total * log_p) * _ratio_shape(alpha, beta, below, A0, B0, SUM0)
+    from_q = tl.exp2(total * log_q) * _ratio_shape(beta, alpha, above, B0, A0, SUM0)
+    return tl.where(dead, 0.0, tl.where(log_p >= log_q, from_p, from_q))
+
+
+@triton.jit
+def _alpha_beta_slope(log_p, log_q, alpha, beta, CASE: tl.constexpr):
+    dead = (log_p == -float("inf")) & (log_q == -float("inf"))
+    log_p = tl.where(dead, 0.0, log_p)
+    log_q = tl.where(dead, 0.0, log_q)
+    ratio = (log_p - log_q) * LN2
+    power = tl.exp2((alpha + beta) * log_q)
+    if CASE == "alpha" or CASE == "both":
+        slope = -power * ratio
+    else:
+        near = -power * (expm1(alpha * ratio) / alpha)
+        # q^(a+b) (e^(a ratio) - 1) with q underflowing is finite only as a difference of powers.
+        far = (power - tl.exp2(alpha * log_p + beta * log_q)) / alpha
+        slope = tl.where(tl.abs(ratio * alpha) > 1, far, near)
+    return tl.where(dead, 0.0, slope)
+
+
+@triton.jit
+def value(p, q, log_p, log_q, first, second, DIVERGENCE: tl.constexpr, CASE: tl.constexpr):
+    """The entry's contribution to the divergence. ``first``, ``second``: its parameters."""
+    if DIVERGENCE == "jsd":
+        p_above, q_above = above_mixture(log_p, log_q, first)
+        return LN2 * (first * times(p, p_above) + (1 - first) * times(q, q_above))
+    elif DIVERGENCE == "tvd":
+        return tl.abs(p - q) * 0.5
+    elif DIVERGENCE == "skew_forward_kl":
+        p_above, _ = above_mixture(log_p, log_q, first)
+        return LN2 * times(p, p_above)
+    elif DIVERGENCE == "skew_reverse_kl":
+        _, q_above = above_mixture(log_p, log_q, first)
+        return LN2 * times(q, q_above)
+    else:
+        tl.static_assert(DIVERGENCE == "alpha_beta")
+        return _alpha_beta_value(log_p, log_q, first, second, CASE)
+
+
+@triton.jit
+def slope(p, q, log_p, log_q, first, second, DIVERGENCE: tl.constexpr, CASE: tl.constexpr):
+    """d value / d log q (natural logarithm)."""
+    if DIVERGENCE == "reverse_kl":
+        return LN2 * times(q, log_q - log_p) + q
+    elif DIVERGENCE == "jsd":
+        _, q_above = above_mixture(log_p, log_q, first)
+        return (1 - first) * LN2 * times(q, q_above)
+    elif DIVERGENCE == "tvd":
+        return tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
+    elif DIVERGENCE == "skew_forward_kl":
+        _, q_above = above_mixture(log_p, log_q, first)
+        return -p * (1 - first) * tl.exp2(q_above)
+    elif DIVERGENCE == "skew_reverse_kl":
+        p_above, q_above = above_mixture(log_p, log_q, first)
+        return LN2 * times(q, q_above) + q * first * tl.exp2(p_above)
+    else:
+        tl.static_assert(DIVERGENCE == "alpha_beta")
+        return _alpha_beta_slope(log_p, log_q, first, second, CASE)
