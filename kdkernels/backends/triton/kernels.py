@@ -311,14 +311,6 @@ def _pointers(base, columns, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _hinted(pointer, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        return tl.multiple_of(pointer, 16)
-    else:
-        return pointer
-
-
-@triton.jit
 def _tile(
     BODY: tl.constexpr, READS: tl.constexpr, POLICY: tl.constexpr,
     state, bases, first, columns, mask, layout, numbers, P: tl.constexpr,
@@ -351,11 +343,20 @@ def _sweep(
     thread = tl.arange(0, P.THREADS)[None, :, None]
     index = tl.arange(0, P.K)[:, None, None] * P.THREADS + thread
     offset = index * P.W + tl.arange(0, P.W)[None, None, :]
-    mains = (
-        _hinted(_pointers(student, head, student_column, P.unit_student), P.align_student),
-        _hinted(_pointers(teacher, head, teacher_column, P.unit_teacher), P.align_teacher),
-        _hinted(gradient + head, P.align_gradient),
-    )
+    # The hint has to stand beside the addition: it is an attribute of that operation.
+    if P.align_student:
+        student_main = tl.multiple_of(student + head, 16)
+    else:
+        student_main = _pointers(student, head, student_column, P.unit_student)
+    if P.align_teacher:
+        teacher_main = tl.multiple_of(teacher + head, 16)
+    else:
+        teacher_main = _pointers(teacher, head, teacher_column, P.unit_teacher)
+    if P.align_gradient:
+        gradient_main = tl.multiple_of(gradient + head, 16)
+    else:
+        gradient_main = gradient + head
+    mains = (student_main, teacher_main, gradient_main)
     step: tl.constexpr = P.K * P.THREADS
     whole = first + (last - first) // step * step
     for vector in range(first, whole, step):
@@ -386,7 +387,7 @@ def _geometry(student, vocab, member, P: tl.constexpr):
         width: tl.constexpr = P.itemsize * P.W
         head = tl.minimum(((width - address % width) % width) // P.itemsize, vocab).to(tl.int32)
     else:
-        head = 0
+        head = vocab * 0
     vectors = (vocab - head) // P.W
     share = tl.cdiv(vectors, P.split)
     first = tl.minimum(member * share, vectors)
@@ -726,7 +727,7 @@ def kd_rows(
                     temperature, kd_scale, smoothing, z_loss, first_parameter, second_parameter, P,
                 )  # fmt: skip
                 _sweep(
-                    _differentiate, P.gradient_reads, P.last_policy, 0, bases, layout, geometry,
+                    _differentiate, P.gradient_reads, P.last_policy, row, bases, layout, geometry,
                     numbers, P,
                 )  # fmt: skip
                 if P.ce_in_loss:
@@ -741,7 +742,7 @@ def kd_rows(
                     for i in tl.static_range(10):
                         tl.store(statistics_ptr + row + i * rows64, 0.0)
             if P.differentiate:
-                _sweep(_clear, 0, "", 0, bases, layout, geometry, 0, P)
+                _sweep(_clear, 0, "", row, bases, layout, geometry, 0, P)
         if P.differentiate:
             if P.truncated:
                 if member == 0:
