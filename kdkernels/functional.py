@@ -137,7 +137,7 @@ def fused_kd_loss(
     _check_logits(student_logits, teacher_logits, vocab_policy)
     student_scale, teacher_scale = _pair("logit_scale", logit_scale, 1.0)
     student_softcap, teacher_softcap = _pair("logit_softcap", logit_softcap, 0.0)
-    options = _options(
+    options = _checked(
         temperature,
         temperature_squared,
         _default_alpha(alpha, labels),
@@ -202,8 +202,8 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from student_logits' "
-            f"{tuple(student.shape[:-1])}"
+            f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from "
+            f"student_logits' {tuple(student.shape[:-1])}"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -240,12 +240,11 @@ def _default_alpha(alpha: float | None, labels: Tensor | None) -> float:
 def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
     if not isinstance(given, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
-    if not (math.isfinite(given) and ok(given)):
+    if not (-math.inf < given < math.inf and ok(given)):  # traceable, unlike math.isfinite
         raise ValueError(f"{name}: {given!r} is not {allowed}")
     return float(given)
 
 
-@functools.lru_cache(maxsize=512)
 def _options(
     temperature: float,
     temperature_squared: bool,
@@ -259,7 +258,7 @@ def _options(
     reduction: str,
     num_items: float | None,
 ) -> Options:
-    """Checked scalars. Cached: a training loop passes the same ones at every step."""
+    """The scalars, checked."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
     if not isinstance(ignore_index, numbers.Integral):
@@ -289,6 +288,19 @@ def _options(
     )
 
 
+_cached_options = functools.lru_cache(maxsize=512)(_options)
+
+
+def _checked(*arguments: Any) -> Options:
+    """``_options`` from a cache, since a training loop passes the same scalars at every step."""
+    if not torch.compiler.is_compiling():  # Dynamo traces through a cache and warns of it
+        try:
+            return _cached_options(*arguments)
+        except TypeError:
+            pass  # an unhashable argument, which the check below names
+    return _options(*arguments)
+
+
 def _check_choices(gradient: str, shift: bool, smoothing: float, labels: Tensor | None) -> None:
     if gradient not in _GRADIENT_MODES:
         raise ValueError(f"gradient: {gradient!r} is not one of {_GRADIENT_MODES}")
@@ -305,7 +317,7 @@ def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | N
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} differs from the logits' leading shape "
-            f"{tuple(student.shape[:-1])}"
+            f" {tuple(student.shape[:-1])}"
         )
     if tensor.device != student.device:
         raise ValueError(

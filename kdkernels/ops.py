@@ -42,11 +42,18 @@ _DOUBLE_BACKWARD = (
     "For double backward compute the loss in eager PyTorch."
 )
 
+_FUNCTORCH = (
+    "fused_kd_loss does not support torch.func transforms (grad, vjp, jvp, vmap, ...): "
+    "use loss.backward() or torch.autograd.grad, and batch dimensions instead of vmap."
+)
+
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
+    student, teacher, labels, token_weights, num_items = arguments[:_TENSORS]
     options = Options(*arguments[_TENSORS:_OPTIONS_END])
-    return Problem(*arguments[:_TENSORS], options), arguments[_OPTIONS_END]
+    problem = Problem(student, teacher, labels, token_weights, num_items, options)
+    return problem, arguments[_OPTIONS_END]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +150,8 @@ def _below_autograd(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_FUNCTORCH)
     if arguments[0].requires_grad and torch.is_grad_enabled():
         return _KdLoss.apply(keyset, *arguments)
     return _below_autograd(kd_forward, keyset, arguments)

@@ -138,11 +138,11 @@ class _Chunk:
                 weight = weight + 2 * options.z_loss * self.label_lse
             total += torch.softmax(self.student, -1) * weight.unsqueeze(-1)
         if with_ce:
-            smoothing, weight = options.label_smoothing, options.ce_weight
-            total -= weight * smoothing / total.shape[-1]
+            smoothing = options.ce_weight * options.label_smoothing
+            total -= smoothing / total.shape[-1]
             assert self.labels is not None
-            index = self.labels.unsqueeze(-1)
-            total.scatter_add_(-1, index, torch.full_like(total[..., :1], (smoothing - 1) * weight))
+            of_label = torch.full_like(total[..., :1], smoothing - options.ce_weight)
+            total.scatter_add_(-1, self.labels.unsqueeze(-1), of_label)
         if options.student_softcap:
             total *= 1 - (self.student / options.student_softcap) ** 2
         total *= (options.student_scale * upstream).unsqueeze(-1)
