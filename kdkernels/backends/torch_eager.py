@@ -30,12 +30,28 @@ class TorchBackend(Backend):
     def why_not(self, problem: Problem) -> list[str]:
         return []
 
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
-        return _run(problem, want_gradient, extras, None)
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
+        if gradient_out is None and want_gradient:
+            gradient_out = empty_gradient(problem.student)
+        return _run(problem, gradient_out, extras, None)
 
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
-        gradient = _run(problem, True, False, grad_output).gradient
-        assert gradient is not None
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
+        gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
+        _run(problem, gradient, False, grad_output)
         return gradient
 
 
@@ -149,7 +165,9 @@ class _Chunk:
         return torch.where(self.alive, total, 0.0)
 
 
-def _run(problem: Problem, want_gradient: bool, extras: bool, grad_output: Tensor | None) -> Result:
+def _run(
+    problem: Problem, gradient: Tensor | None, extras: bool, grad_output: Tensor | None
+) -> Result:
     check_labels(problem)
     device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
     layout = row_layout(problem.student, problem.teacher)
@@ -167,7 +185,6 @@ def _run(problem: Problem, want_gradient: bool, extras: bool, grad_output: Tenso
     weights = None if problem.token_weights is None else problem.token_weights.reshape(grid)
     statistics = torch.zeros((len(STATISTICS), *grid), dtype=dtype, device=device)
     rows = torch.zeros(grid, dtype=dtype, device=device)
-    gradient = empty_gradient(problem.student) if want_gradient else None
     grad_rows = None if gradient is None else gradient.view(*grid, gradient.shape[-1])
     if grad_rows is not None:
         grad_rows[..., vocab:] = 0
