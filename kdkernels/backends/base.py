@@ -49,8 +49,8 @@ class Backend(ABC):
     ) -> Result:
         """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient.
 
-        ``gradient_out`` is memory for the gradient: contiguous, in the student's shape and dtype. It
-        may be the student's own, which is then overwritten row by row.
+        ``gradient_out`` is memory for the gradient: contiguous, in the student's shape and dtype.
+        It may be the student's own, which is then overwritten row by row.
         """
 
     @abstractmethod
