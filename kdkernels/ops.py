@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .problem import STATISTICS, Options, Problem, loss_dtype
@@ -34,9 +35,9 @@ _DOUBLE_BACKWARD = (
     "For double backward compute the loss in eager PyTorch."
 )
 
-_FUNCTORCH = (
-    "fused_kd_loss does not support torch.func transforms (grad, vjp, jvp, vmap, ...): "
-    "use loss.backward() or torch.autograd.grad, and batch dimensions instead of vmap."
+_TRANSFORMS = (
+    "fused_kd_loss supports neither torch.func transforms (grad, vjp, jvp, ...) nor forward-mode "
+    "derivatives: use loss.backward() or torch.autograd.grad, and batch dimensions instead of vmap."
 )
 
 
@@ -72,10 +73,12 @@ def saved(ctx: Any) -> list[Any]:
     return [tensor if plain is None else plain for tensor, plain in pairs]
 
 
-def refuse_transforms() -> None:
-    """RuntimeError inside torch.func transforms, for which there are no rules."""
+def refuse_transforms(student: Tensor) -> None:
+    """RuntimeError where a derivative is wanted that only ``backward`` computes."""
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_FUNCTORCH)
+        raise RuntimeError(_TRANSFORMS)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+        raise RuntimeError(_TRANSFORMS)
 
 
 def keeps_graph() -> bool:
@@ -184,7 +187,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
 
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    refuse_transforms()
+    refuse_transforms(arguments[0])
     if arguments[0].requires_grad and torch.is_grad_enabled():
         return _KdLoss.apply(keyset, *arguments)
     return below_autograd(kd_forward, keyset, arguments)
