@@ -39,8 +39,13 @@ struct PowerSum {
   double moment = 0.0;
 
   KD_INLINE void combine(const PowerSum& other) {
+    // An empty side has no reference to measure the other's by: 0 * 2^9000 would be NaN.
     if (other.sum == 0.0) return;
-    const int top = sum == 0.0 || other.reference > reference ? other.reference : reference;
+    if (sum == 0.0) {
+      *this = other;
+      return;
+    }
+    const int top = other.reference > reference ? other.reference : reference;
     const double mine = ldexp(1.0, reference - top), theirs = ldexp(1.0, other.reference - top);
     sum = sum * mine + other.sum * theirs;
     moment = moment * mine + other.moment * theirs;
