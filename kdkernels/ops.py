@@ -168,7 +168,7 @@ class _KdLoss(torch.autograd.Function):
         with torch.no_grad():
             tensors = saved(ctx)
             if ctx.want_gradient:
-                gradient = _scaled(tensors[0], grad_output, ctx.scalars[-1])
+                gradient = scaled(tensors[0], grad_output, ctx.scalars[-1])
             else:
                 gradient = kd_backward(
                     *tensors[:_TENSORS], *ctx.scalars, tensors[_TENSORS], grad_output
@@ -176,7 +176,7 @@ class _KdLoss(torch.autograd.Function):
         return (None, refuse_second_derivative(gradient), *rest)
 
 
-def _scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
     """The stored gradient times grad_output, in place where the stored one is not needed again."""
     if type(gradient) is not torch.Tensor or type(grad_output) is not torch.Tensor:
         # A traced backward (fake or functional tensors): a plain multiplication, left to the

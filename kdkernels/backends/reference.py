@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..problem import Problem
+from ..problem import Problem, check_labels
 from .base import Backend, Result, empty_gradient
-from .torch_eager import check_labels
 
 
 class ReferenceBackend(Backend):

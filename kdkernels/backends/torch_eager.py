@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import STATISTICS, Problem, label_error, row_layout, row_scale, sum_rows
+from ..problem import STATISTICS, Problem, check_labels, row_layout, row_scale, sum_rows
 from ..reference import entropy, top_hits, transformed
 from .base import Backend, Result, empty_gradient
 
@@ -53,20 +53,6 @@ class TorchBackend(Backend):
         gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
         _run(problem, gradient, False, grad_output)
         return gradient
-
-
-def check_labels(problem: Problem) -> None:
-    """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
-
-    On other devices the gather of the label's logit asserts on the device.
-    """
-    labels = problem.labels
-    if labels is None or labels.device.type != "cpu":
-        return
-    flat = labels.reshape(-1)
-    bad = ((flat < 0) | (flat >= problem.vocab)) & (flat != problem.options.ignore_index)
-    if bool(bad.any()):
-        raise label_error(problem, int(bad.to(torch.uint8).argmax()))
 
 
 class _Chunk:
