@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -308,6 +313,7 @@ def make_trainer(
         teacher=teacher,
         train_dataset=experiment.corpus.train,
         eval_dataset=experiment.corpus.validation,
+        data_collator=default_data_collator,  # nothing to pad, and not every tokenizer can
         processing_class=experiment.tokenizer,
     )
     if not args.disable_tqdm:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import divergences
+from .dispatch import available_backends
 from .functional import KDLossOutput, fused_kd_loss
 from .models import refuse_unless_causal, tokenizer_difference, vocab_size
 
@@ -110,6 +111,8 @@ class DistillationArguments(TrainingArguments):
         self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
         self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         self.resolved_divergence()
+        if self.loss_backend is not None:
+            self._check_backend(self.loss_backend)
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
@@ -125,6 +128,14 @@ class DistillationArguments(TrainingArguments):
     def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+    @staticmethod
+    def _check_backend(name: str) -> None:
+        backends = available_backends()
+        if name not in backends:
+            raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
+        if backends[name]:
+            raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
 
     def resolved_divergence(self) -> divergences.Divergence:
         """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
