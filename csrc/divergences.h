@@ -64,7 +64,7 @@ KD_INLINE Mixture<X> mix(const Entry<X>& e, double beta) {
   const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
   const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
   // The floor keeps 0 * log 0 at 0 when beta = 0 leaves nothing but a vanished q in the mixture.
-  const X share = maximum(of_larger + of_smaller * r.ratio, X(1e-37));
+  const X share = maximum(multiply_add(of_smaller, r.ratio, of_larger), X(1e-37));
   return {r, share, log_of_share(share, of_smaller * r.shortfall)};
 }
 

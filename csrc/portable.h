@@ -29,6 +29,7 @@ KD_INLINE double select(bool condition, double yes, double no) { return conditio
 KD_INLINE double maximum(double a, double b) { return a > b ? a : b; }
 KD_INLINE double minimum(double a, double b) { return a < b ? a : b; }
 KD_INLINE double absolute(double a) { return fabs(a); }
+KD_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 KD_INLINE bool is_nan(double a) { return a != a; }
 KD_INLINE Growth<double> grow(double a) { return {exp(a), expm1(a)}; }
 // The same for a <= 0, where a register need not look after overflow.
