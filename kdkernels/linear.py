@@ -178,9 +178,8 @@ class _Gradients:
 
     def tensors(self, like: Tensor) -> tuple[Tensor, ...]:
         """The four gradients; an empty tensor for one that is not there."""
-        none = like.new_empty((0,))
         four = (self.hidden, self.weight, self.bias, self.logits)
-        return tuple(none if gradient is None else gradient for gradient in four)
+        return tuple(like.new_empty((0,)) if one is None else one for one in four)
 
 
 def _rows_to_read(problem: _LinearProblem) -> Tensor | None:
