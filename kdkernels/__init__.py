@@ -8,13 +8,16 @@ from ._version import __version__
 from .dispatch import available_backends
 from .divergences import Divergence
 from .functional import KDLossOutput, fused_kd_loss
+from .linear import FusedLinearKDLoss, fused_linear_kd_loss
 from .modules import KDLoss
 
 __all__ = [
     "Divergence",
+    "FusedLinearKDLoss",
     "KDLoss",
     "KDLossOutput",
     "__version__",
     "available_backends",
     "fused_kd_loss",
+    "fused_linear_kd_loss",
 ]

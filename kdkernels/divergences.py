@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -351,7 +352,7 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def build(name: str, parameters: tuple[float, ...] | list[float]) -> Divergence:
+def build(name: str, parameters: Sequence[float]) -> Divergence:
     """The divergence that has this ``name`` and these ``parameters``."""
     return _REGISTRY[name](*parameters)
 

@@ -134,10 +134,80 @@ def fused_kd_loss(
         IndexError: a label outside [0, V) that is not ``ignore_index``.
         RuntimeError: the named backend cannot run this problem; the message says why and which can.
     """
+    call = prepare(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        alpha=alpha,
+        divergence=divergence,
+        beta=beta,
+        temperature_squared=temperature_squared,
+        reduction=reduction,
+        num_items=num_items,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        vocab_policy=vocab_policy,
+        shift=shift,
+        gradient=gradient,
+        backend=backend,
+    )
+    problem = call.problem
+    store = call.gradient == "forward" and student_logits.requires_grad and torch.is_grad_enabled()
+    loss, statistics, _ = ops.kd_forward(
+        problem.student,
+        problem.teacher,
+        problem.labels,
+        problem.token_weights,
+        problem.num_items,
+        *problem.options,
+        call.backend,
+        store,
+        return_outputs,
+    )
+    return finish(call, loss, statistics, return_outputs)
+
+
+class Call(NamedTuple):
+    """A checked call: what to compute, on which backend, and how to hand the results out."""
+
+    problem: Problem
+    backend: str
+    gradient: str  # "forward" or "recompute"
+    shift: bool
+    with_labels: bool
+
+
+def prepare(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float | None,
+    divergence: str | Divergence,
+    beta: float,
+    temperature_squared: bool,
+    reduction: str,
+    num_items: float | Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_softcap: float | tuple[float | None, float | None] | None,
+    logit_scale: float | tuple[float | None, float | None] | None,
+    vocab_policy: str,
+    shift: bool,
+    gradient: str,
+    backend: str | None,
+) -> Call:
+    """Check every argument of :func:`fused_kd_loss` and choose the backend."""
     _check_logits(student_logits, teacher_logits, vocab_policy)
-    student_scale, teacher_scale = _pair("logit_scale", logit_scale, 1.0)
-    student_softcap, teacher_softcap = _pair("logit_softcap", logit_softcap, 0.0)
-    options = _options(
+    options = _checked(
         temperature,
         temperature_squared,
         _default_alpha(alpha, labels),
@@ -145,46 +215,32 @@ def fused_kd_loss(
         beta,
         label_smoothing,
         z_loss,
-        (student_scale, teacher_scale, student_softcap, teacher_softcap),
+        _pair("logit_scale", logit_scale, 1.0) + _pair("logit_softcap", logit_softcap, 0.0),
         ignore_index,
         reduction,
         num_items if num_items is not None and not isinstance(num_items, Tensor) else None,
     )
-    _check_choices(gradient, shift, label_smoothing, labels)
+    _check_choices(gradient, label_smoothing, labels)
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
     if shift:
         mask, weights = _shifted(student_logits, mask, weights, ignore_index)
-    problem = Problem(
-        student_logits,
-        teacher_logits.detach(),
-        mask,
-        weights,
-        _item_tensor(num_items, student_logits, reduction),
-        options,
-    )
-    name = choose_backend(problem, backend)
-    want_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    items = _item_tensor(num_items, student_logits, reduction)
+    problem = Problem(student_logits, teacher_logits.detach(), mask, weights, items, options)
     if gradient == "auto":
-        want_gradient &= student_logits.dtype != torch.float16 and reduction != "none"
-    else:
-        want_gradient &= gradient == "forward"
-    loss, statistics, _ = ops.kd_forward(
-        student_logits,
-        problem.teacher,
-        mask,
-        weights,
-        problem.num_items,
-        *options,
-        name,
-        want_gradient,
-        return_outputs,
-    )
-    if shift and reduction == "none":
+        stored = student_logits.dtype != torch.float16 and reduction != "none"
+        gradient = "forward" if stored else "recompute"
+    name = choose_backend(problem, backend)
+    return Call(problem, name, gradient, bool(shift), labels is not None)
+
+
+def finish(
+    call: Call, loss: Tensor, statistics: Tensor, return_outputs: bool
+) -> Tensor | KDLossOutput:
+    """What the caller asked for, from what the op returned."""
+    if call.shift and call.problem.options.reduction == "none":
         loss = loss[:, :-1]
-    if not return_outputs:
-        return loss
-    return _outputs(problem, loss, statistics, labels is not None, shift)
+    return _outputs(call, loss, statistics) if return_outputs else loss
 
 
 def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
@@ -202,8 +258,8 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from student_logits' "
-            f"{tuple(student.shape[:-1])}"
+            f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from "
+            f"student_logits' {tuple(student.shape[:-1])}"
         )
     if student.device != teacher.device:
         raise ValueError(
@@ -218,8 +274,8 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
         )
 
 
-def _pair(name: str, given: Any, default: float) -> tuple[float, float]:
-    """(student, teacher) from one number, a pair or None."""
+def _pair(name: str, given: Any, default: float) -> tuple[Any, Any]:
+    """(student, teacher), unchecked, from one number, a pair or None."""
     if given is None:
         return default, default
     pair = given if isinstance(given, (tuple, list)) else (given, given)
@@ -240,12 +296,12 @@ def _default_alpha(alpha: float | None, labels: Tensor | None) -> float:
 def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
     if not isinstance(given, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
-    if not (math.isfinite(given) and ok(given)):
+    number: Any = given
+    if not (-math.inf < number < math.inf and ok(number)):  # traceable, unlike math.isfinite
         raise ValueError(f"{name}: {given!r} is not {allowed}")
-    return float(given)
+    return float(number)
 
 
-@functools.lru_cache(maxsize=512)
 def _options(
     temperature: float,
     temperature_squared: bool,
@@ -259,7 +315,7 @@ def _options(
     reduction: str,
     num_items: float | None,
 ) -> Options:
-    """Checked scalars. Cached: a training loop passes the same ones at every step."""
+    """The scalars, checked."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
     if not isinstance(ignore_index, numbers.Integral):
@@ -289,7 +345,20 @@ def _options(
     )
 
 
-def _check_choices(gradient: str, shift: bool, smoothing: float, labels: Tensor | None) -> None:
+_cached_options = functools.lru_cache(maxsize=512)(_options)
+
+
+def _checked(*arguments: Any) -> Options:
+    """``_options`` from a cache, since a training loop passes the same scalars at every step."""
+    if not torch.compiler.is_compiling():  # Dynamo traces through a cache and warns of it
+        try:
+            return _cached_options(*arguments)
+        except TypeError:
+            pass  # an unhashable argument, which the check below names
+    return _options(*arguments)
+
+
+def _check_choices(gradient: str, smoothing: float, labels: Tensor | None) -> None:
     if gradient not in _GRADIENT_MODES:
         raise ValueError(f"gradient: {gradient!r} is not one of {_GRADIENT_MODES}")
     if smoothing and labels is None:
@@ -305,7 +374,7 @@ def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | N
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} differs from the logits' leading shape "
-            f"{tuple(student.shape[:-1])}"
+            f" {tuple(student.shape[:-1])}"
         )
     if tensor.device != student.device:
         raise ValueError(
@@ -355,42 +424,37 @@ def _item_tensor(num_items: Any, student: Tensor, reduction: str) -> Tensor | No
     return num_items.detach().reshape(()).to(student.device, loss_dtype(student))
 
 
-def _outputs(
-    problem: Problem, loss: Tensor, statistics: Tensor, with_labels: bool, shift: bool
-) -> KDLossOutput:
+def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
+    problem = call.problem
     rows = dict(zip(STATISTICS, statistics.detach(), strict=True))
     counted = counted_rows(problem)
     scale = row_scale(problem)
-
     if isinstance(scale, Tensor) and scale.ndim:
         scale = scale.reshape(problem.leading_shape)
 
+    def per_row(row: Tensor) -> Tensor:
+        return row[:, :-1] if call.shift else row
+
     def reduced(row: Tensor) -> Tensor:
         weighted = row * scale
-        if problem.options.reduction != "none":
-            return sum_rows(weighted)
-        return weighted[:, :-1] if shift else weighted
+        return per_row(weighted) if problem.options.reduction == "none" else sum_rows(weighted)
 
     def share(hit: Tensor) -> Tensor:
-        total = problem.rows if counted is None else counted.sum()
-        if counted is not None:
-            hit = hit & counted.reshape(hit.shape)
-        return hit.sum() / torch.as_tensor(total, device=hit.device).clamp(min=1)
-
-    def per_row(name: str) -> Tensor:
-        return rows[name][:, :-1] if shift else rows[name]
+        if counted is None:
+            return hit.sum() / max(problem.rows, 1)
+        return (hit & counted.reshape(hit.shape)).sum() / counted.sum().clamp(min=1)
 
     hits = rows["hits"]
     return KDLossOutput(
         loss=loss,
         kd_loss=reduced(rows["kd"]),
-        ce_loss=reduced(rows["ce"]) if with_labels else None,
+        ce_loss=reduced(rows["ce"]) if call.with_labels else None,
         z_loss=reduced(rows["z"]),
-        student_lse=per_row("student_lse"),
-        teacher_lse=per_row("teacher_lse"),
-        label_lse=per_row("label_lse"),
-        student_entropy=per_row("student_entropy"),
-        teacher_entropy=per_row("teacher_entropy"),
+        student_lse=per_row(rows["student_lse"]),
+        teacher_lse=per_row(rows["teacher_lse"]),
+        label_lse=per_row(rows["label_lse"]),
+        student_entropy=per_row(rows["student_entropy"]),
+        teacher_entropy=per_row(rows["teacher_entropy"]),
         agreement=share((hits == 1) | (hits == 3)),
-        accuracy=share(hits >= 2) if with_labels else None,
+        accuracy=share(hits >= 2) if call.with_labels else None,
     )

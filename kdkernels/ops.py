@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .problem import STATISTICS, Options, Problem, loss_dtype
 
 _SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", Sequence[float]: "float[]"}
-_OPTIONS_SCHEMA = ", ".join(
+OPTIONS_SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Options).items()
 )
 _TENSORS_SCHEMA = (
@@ -28,25 +29,87 @@ _TENSORS = 5
 _OPTIONS_END = _TENSORS + len(Options._fields)
 
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
-_LIBRARY.define(
-    f"kd_forward({_TENSORS_SCHEMA}, {_OPTIONS_SCHEMA}, str backend, bool want_gradient,"
-    " bool extras) -> (Tensor loss, Tensor statistics, Tensor gradient)"
-)
-_LIBRARY.define(
-    f"kd_backward({_TENSORS_SCHEMA}, {_OPTIONS_SCHEMA}, str backend, Tensor statistics,"
-    " Tensor grad_output) -> Tensor"
-)
 
 _DOUBLE_BACKWARD = (
     "fused_kd_loss has no second derivative: its gradient comes out of a fused kernel. "
     "For double backward compute the loss in eager PyTorch."
 )
 
+_TRANSFORMS = (
+    "fused_kd_loss supports neither torch.func transforms (grad, vjp, jvp, ...) nor forward-mode "
+    "derivatives: use loss.backward() or torch.autograd.grad, and batch dimensions instead of vmap."
+)
+
+
+def define(name: str, schema: str, kernel: Any, autograd: Any, fake: Any) -> Any:
+    """Register the op ``kdkernels::name``; ``autograd`` receives the dispatch keys first."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"kdkernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.kdkernels, name).default
+
+
+def below_autograd(op: Any, keyset: Any, arguments: Sequence[Any]) -> Any:
+    """Call the op's kernel. A redispatch, not a guard: a kernel may use autograd of its own."""
+    return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """``ctx.save_for_backward``, also for inference tensors (a teacher run under inference_mode).
+
+    Those may not be saved; they cannot be changed behind autograd's back either, so a plain
+    reference is as safe.
+    """
+    ctx.plain = [t if t is not None and t.is_inference() else None for t in tensors]
+    ctx.save_for_backward(
+        *(None if plain is not None else t for t, plain in zip(tensors, ctx.plain, strict=True))
+    )
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What :func:`save` saved."""
+    pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
+    return [tensor if plain is None else plain for tensor, plain in pairs]
+
+
+def refuse_transforms(student: Tensor) -> None:
+    """RuntimeError where a derivative is wanted that only ``backward`` computes."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_TRANSFORMS)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+        raise RuntimeError(_TRANSFORMS)
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward may be repeated: then what it reads must not be overwritten.
+
+    (A leaf would also take a stored gradient for its .grad, and accumulate into it.)
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def refuse_second_derivative(gradient: Tensor) -> Tensor:
+    """The gradient, made to raise if a graph is being created and somebody differentiates it."""
+    if not torch.is_grad_enabled():
+        return gradient
+    return torch._C._functions.DelayedError(_DOUBLE_BACKWARD, 1)(gradient.detach().requires_grad_())
+
+
+def refuse_differentiation(arguments: Sequence[Any]) -> None:
+    """RuntimeError where autograd would have to record a backward op."""
+    if torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in arguments
+    ):
+        raise RuntimeError(_DOUBLE_BACKWARD)
+
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
+    student, teacher, labels, token_weights, num_items = arguments[:_TENSORS]
     options = Options(*arguments[_TENSORS:_OPTIONS_END])
-    return Problem(*arguments[:_TENSORS], options), arguments[_OPTIONS_END]
+    problem = Problem(student, teacher, labels, token_weights, num_items, options)
+    return problem, arguments[_OPTIONS_END]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,15 +150,9 @@ class _KdLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, statistics, gradient = _below_autograd(kd_forward, keyset, arguments)
+        loss, statistics, gradient = below_autograd(kd_forward, keyset, arguments)
         want_gradient = arguments[_OPTIONS_END + 1]
-        tensors = [gradient] if want_gradient else [*arguments[:_TENSORS], statistics]
-        # Inference tensors (a teacher run under inference_mode) may not be saved; they cannot be
-        # changed behind autograd's back either, so a plain reference is as safe.
-        ctx.plain = [t if t is not None and t.is_inference() else None for t in tensors]
-        ctx.save_for_backward(
-            *(None if plain is not None else t for t, plain in zip(tensors, ctx.plain, strict=True))
-        )
+        save(ctx, [gradient] if want_gradient else [*arguments[:_TENSORS], statistics])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
         ctx.want_gradient = want_gradient
         ctx.inputs = 1 + len(arguments)
@@ -109,60 +166,51 @@ class _KdLoss(torch.autograd.Function):
         if grad_output is None:
             return (None, None, *rest)
         with torch.no_grad():
-            saved = ctx.saved_tensors
-            tensors = [s if p is None else p for s, p in zip(saved, ctx.plain, strict=True)]
+            tensors = saved(ctx)
             if ctx.want_gradient:
-                gradient = _scaled(tensors[0], grad_output, ctx.scalars[-1])
+                gradient = scaled(tensors[0], grad_output, ctx.scalars[-1])
             else:
                 gradient = kd_backward(
                     *tensors[:_TENSORS], *ctx.scalars, tensors[_TENSORS], grad_output
                 )
-        if torch.is_grad_enabled():  # create_graph: differentiating the result again must raise
-            gradient = torch._C._functions.DelayedError(_DOUBLE_BACKWARD, 1)(
-                gradient.detach().requires_grad_()
-            )
-        return (None, gradient, *rest)
+        return (None, refuse_second_derivative(gradient), *rest)
 
 
-def _scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
     """The stored gradient times grad_output, in place where the stored one is not needed again."""
     if type(gradient) is not torch.Tensor or type(grad_output) is not torch.Tensor:
         # A traced backward (fake or functional tensors): a plain multiplication, left to the
         # compiler.
         factor = grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1)
         return (gradient * factor).to(gradient.dtype)
-    # With retain_graph the stored gradient is needed again, and a leaf would take it for its .grad
-    # and accumulate into it.
-    overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()
-    return BACKENDS[backend].scale_gradient(gradient, grad_output, overwrite=overwrite)
-
-
-def _below_autograd(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
-    """Call the op's kernel. A redispatch, not a guard: a kernel may use autograd of its own."""
-    return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    return BACKENDS[backend].scale_gradient(gradient, grad_output, overwrite=not keeps_graph())
 
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_transforms(arguments[0])
     if arguments[0].requires_grad and torch.is_grad_enabled():
         return _KdLoss.apply(keyset, *arguments)
-    return _below_autograd(kd_forward, keyset, arguments)
+    return below_autograd(kd_forward, keyset, arguments)
 
 
 def _backward_autograd(keyset: Any, *arguments: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in arguments
-    ):
-        raise RuntimeError(_DOUBLE_BACKWARD)
-    return _below_autograd(kd_backward, keyset, arguments)
+    refuse_differentiation(arguments)
+    return below_autograd(kd_backward, keyset, arguments)
 
 
-for _op, _kernel, _autograd, _fake in (
-    ("kd_forward", _forward, _forward_autograd, _forward_fake),
-    ("kd_backward", _backward, _backward_autograd, _backward_fake),
-):
-    _LIBRARY.impl(_op, _kernel, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_op, _autograd, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"kdkernels::{_op}", _fake, lib=_LIBRARY)
-
-kd_forward = torch.ops.kdkernels.kd_forward.default
-kd_backward = torch.ops.kdkernels.kd_backward.default
+kd_forward = define(
+    "kd_forward",
+    f"({_TENSORS_SCHEMA}, {OPTIONS_SCHEMA}, str backend, bool want_gradient, bool extras)"
+    " -> (Tensor loss, Tensor statistics, Tensor gradient)",
+    _forward,
+    _forward_autograd,
+    _forward_fake,
+)
+kd_backward = define(
+    "kd_backward",
+    f"({_TENSORS_SCHEMA}, {OPTIONS_SCHEMA}, str backend, Tensor statistics, Tensor grad_output)"
+    " -> Tensor",
+    _backward,
+    _backward_autograd,
+    _backward_fake,
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -182,7 +182,9 @@ def row_scale(problem: Problem) -> Tensor | float:
     if problem.token_weights is not None:
         scale = scale * problem.token_weights.reshape(-1).to(problem.math_dtype)
     if counted is not None:
-        scale = torch.where(counted, scale, 0.0)
+        # A tensor, since torch.where of two Python numbers would round to float32.
+        zero = torch.zeros((), dtype=problem.math_dtype, device=problem.student.device)
+        scale = torch.where(counted, scale, zero)
     return scale
 
 
@@ -192,7 +194,32 @@ def sum_rows(rows: Tensor) -> Tensor:
     return rows.sum(dtype=wide).to(rows.dtype)
 
 
-def label_error(problem: Problem, row: int) -> IndexError:
+class LabelledRows(Protocol):
+    """What the check of labels needs of a problem."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def options(self) -> Options: ...
+
+
+def check_labels(problem: LabelledRows) -> None:
+    """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
+
+    On other devices the gather of the label's logit asserts on the device.
+    """
+    labels = problem.labels
+    if labels is None or labels.device.type != "cpu":
+        return
+    flat = labels.reshape(-1)
+    bad = ((flat < 0) | (flat >= problem.vocab)) & (flat != problem.options.ignore_index)
+    if bool(bad.any()):
+        raise label_error(problem, int(bad.to(torch.uint8).argmax()))
+
+
+def label_error(problem: LabelledRows, row: int) -> IndexError:
     """The error for the label of this row, which is outside the vocabulary."""
     assert problem.labels is not None
     label = int(problem.labels.reshape(-1)[row])

@@ -39,11 +39,29 @@ class Backend(ABC):
         """Why this backend, available as it is, cannot run this problem; empty: it can."""
 
     @abstractmethod
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
-        """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient."""
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
+        """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient.
+
+        ``gradient_out`` is memory for the gradient: contiguous, in the student's shape and dtype.
+        It may be the student's own, which is then overwritten row by row.
+        """
 
     @abstractmethod
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
         """The gradient recomputed from the inputs, times grad_output ([] or, for "none", [...])."""
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:

@@ -44,18 +44,34 @@ class CpuBackend(Backend):
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         return reasons
 
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
         shape = problem.leading_shape
         reduce = problem.options.reduction != "none"
         loss = torch.empty(() if reduce else shape, dtype=problem.math_dtype)
         statistics = torch.empty((len(STATISTICS), *shape), dtype=problem.math_dtype)
-        gradient = empty_gradient(problem.student) if want_gradient else None
+        gradient = gradient_out
+        if gradient is None and want_gradient:
+            gradient = empty_gradient(problem.student)
         _run(problem, loss, statistics, gradient, None, extras)
         return Result(loss, statistics, gradient)
 
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
-        loss = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-        gradient = empty_gradient(problem.student)
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
+        loss = torch.empty(grad_output.shape, dtype=problem.math_dtype)
+        gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
         _run(problem, loss, None, gradient, grad_output, extras=False)
         return gradient
 

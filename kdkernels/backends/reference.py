@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..problem import Problem
-from .base import Backend, Result
-from .torch_eager import check_labels
+from ..problem import Problem, check_labels
+from .base import Backend, Result, empty_gradient
 
 
 class ReferenceBackend(Backend):
@@ -19,19 +18,39 @@ class ReferenceBackend(Backend):
     def why_not(self, problem: Problem) -> list[str]:
         return []
 
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
         check_labels(problem)
         loss, statistics, gradient = reference.forward(
             problem, want_gradient=want_gradient, extras=extras
         )
         if gradient is not None:
-            gradient = gradient.to(problem.student.dtype).contiguous()
+            gradient = _handed_out(problem, gradient, gradient_out)
         dtype = problem.math_dtype
         return Result(loss.to(dtype), statistics.to(dtype), gradient)
 
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
         *_, gradient = reference.forward(
             problem, want_gradient=True, extras=False, grad_output=grad_output
         )
         assert gradient is not None
-        return gradient.to(problem.student.dtype).contiguous()
+        return _handed_out(problem, gradient, gradient_out)
+
+
+def _handed_out(problem: Problem, gradient: Tensor, out: Tensor | None) -> Tensor:
+    """The float64 gradient in the student's dtype, in ``out`` if the caller has memory for it."""
+    out = empty_gradient(problem.student) if out is None else out
+    return out.copy_(gradient)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import STATISTICS, Problem, label_error, row_layout, row_scale, sum_rows
+from ..problem import STATISTICS, Problem, check_labels, row_layout, row_scale, sum_rows
 from ..reference import entropy, top_hits, transformed
 from .base import Backend, Result, empty_gradient
 
@@ -30,27 +30,29 @@ class TorchBackend(Backend):
     def why_not(self, problem: Problem) -> list[str]:
         return []
 
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
-        return _run(problem, want_gradient, extras, None)
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
+        if gradient_out is None and want_gradient:
+            gradient_out = empty_gradient(problem.student)
+        return _run(problem, gradient_out, extras, None)
 
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
-        gradient = _run(problem, True, False, grad_output).gradient
-        assert gradient is not None
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
+        gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
+        _run(problem, gradient, False, grad_output)
         return gradient
-
-
-def check_labels(problem: Problem) -> None:
-    """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
-
-    On other devices the gather of the label's logit asserts on the device.
-    """
-    labels = problem.labels
-    if labels is None or labels.device.type != "cpu":
-        return
-    flat = labels.reshape(-1)
-    bad = ((flat < 0) | (flat >= problem.vocab)) & (flat != problem.options.ignore_index)
-    if bool(bad.any()):
-        raise label_error(problem, int(bad.to(torch.uint8).argmax()))
 
 
 class _Chunk:
@@ -138,18 +140,20 @@ class _Chunk:
                 weight = weight + 2 * options.z_loss * self.label_lse
             total += torch.softmax(self.student, -1) * weight.unsqueeze(-1)
         if with_ce:
-            smoothing, weight = options.label_smoothing, options.ce_weight
-            total -= weight * smoothing / total.shape[-1]
+            smoothing = options.ce_weight * options.label_smoothing
+            total -= smoothing / total.shape[-1]
             assert self.labels is not None
-            index = self.labels.unsqueeze(-1)
-            total.scatter_add_(-1, index, torch.full_like(total[..., :1], (smoothing - 1) * weight))
+            of_label = torch.full_like(total[..., :1], smoothing - options.ce_weight)
+            total.scatter_add_(-1, self.labels.unsqueeze(-1), of_label)
         if options.student_softcap:
             total *= 1 - (self.student / options.student_softcap) ** 2
         total *= (options.student_scale * upstream).unsqueeze(-1)
         return torch.where(self.alive, total, 0.0)
 
 
-def _run(problem: Problem, want_gradient: bool, extras: bool, grad_output: Tensor | None) -> Result:
+def _run(
+    problem: Problem, gradient: Tensor | None, extras: bool, grad_output: Tensor | None
+) -> Result:
     check_labels(problem)
     device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
     layout = row_layout(problem.student, problem.teacher)
@@ -167,7 +171,6 @@ def _run(problem: Problem, want_gradient: bool, extras: bool, grad_output: Tenso
     weights = None if problem.token_weights is None else problem.token_weights.reshape(grid)
     statistics = torch.zeros((len(STATISTICS), *grid), dtype=dtype, device=device)
     rows = torch.zeros(grid, dtype=dtype, device=device)
-    gradient = empty_gradient(problem.student) if want_gradient else None
     grad_rows = None if gradient is None else gradient.view(*grid, gradient.shape[-1])
     if grad_rows is not None:
         grad_rows[..., vocab:] = 0

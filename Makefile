@@ -1,0 +1,36 @@
+# `make distill` and `make test` need nothing but python3 with venv; a C++ compiler makes them native.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help distill test lint bench clean
+help:
+	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
+	@echo "make test      run the tests (sets everything up)"
+	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove the environment and build results; results of runs stay"
+
+# The stamp is newer than everything the installation is made from. Releases are pinned here and in
+# CI only; the package itself allows ranges.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --upgrade pip
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[test]"
+	touch $@
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build kdkernels/_native*.so *.egg-info

@@ -1,0 +1,163 @@
+"""``python -m benchmarks``: run the suite. ``python -m benchmarks report FILE``: its report again.
+
+The JSON, the table and the plot go to ``--output``. A second process, with an allocator that keeps
+freed blocks, runs the ``retain`` workloads; memory is measured in one process per provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from . import machine, measure, memory, record, report, workloads
+from .providers import PROVIDERS, Provider
+from .workloads import Workload
+
+#: glibc keeps freed blocks of any size: no call pays for fresh pages.
+RETAIN = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 34),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+#: Peak memory is measured on these.
+MEMORY_WORKLOADS = ("kd_ce/fp32/V32000/T2", "kd_ce/bf16/V32000/T2", "kd_ce/bf16/V151936/T2")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--workloads", default="", help="comma-separated names or patterns, see --list")
+    add("--providers", default="", help="comma-separated names, see --list")
+    add("--quick", action="store_true", help="a few workloads of 8M logits, under two minutes")
+    add("--rounds", type=int, help="samples per contender (default 11, quick: 7)")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR")
+    add("--no-memory", action="store_true", help="skip the memory measurement")
+    add("--list", action="store_true", help="print workloads and providers and exit")
+    add("--stem", default="", help=argparse.SUPPRESS)
+    add("--allocator", default="", choices=["", "default", "retain"], help=argparse.SUPPRESS)
+    return parser
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _providers(names: str) -> list[Provider]:
+    if not names:
+        return list(PROVIDERS.values())
+    unknown = set(names.split(",")) - set(PROVIDERS)
+    if unknown:
+        raise ValueError(f"--providers: {sorted(unknown)} not in {', '.join(PROVIDERS)}")
+    return [PROVIDERS[name] for name in names.split(",")]
+
+
+def _contests(
+    run: record.Run, chosen: list[Workload], providers: list[Provider], args: argparse.Namespace
+) -> None:
+    for index, workload in enumerate(chosen):
+        start = time.perf_counter()
+        contest = measure.contest(workload, providers, args.rounds, args.device, seed=index)
+        run.contests.append(contest)
+        bad = [e for e in contest.entries.values() if e.status in ("wrong", "failed")]
+        notes = "".join(f"; {e.provider} {e.status}: {e.reason}" for e in bad)
+        seconds = time.perf_counter() - start
+        _progress(f"[{index + 1}/{len(chosen)}] {workload.name}: {seconds:.1f} s{notes}")
+
+
+def _retained(run: record.Run, chosen: list[Workload], args: argparse.Namespace) -> None:
+    """Run the ``retain`` workloads in a process whose allocator keeps freed blocks."""
+    names = ",".join(w.name for w in chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks", "--allocator=retain", f"--workloads={names}"]
+        command += [f"--rounds={args.rounds}", f"--threads={args.threads}", "--stem=retain"]
+        command += [f"--providers={args.providers}", f"--output={folder}"]
+        command += ["--quick"] if args.quick else []
+        subprocess.run(command, env={**os.environ, **RETAIN}, check=True, stdout=subprocess.DEVNULL)
+        run.contests += record.load(Path(folder) / "retain.json").contests
+
+
+def _memory(
+    run: record.Run, chosen: list[Workload], providers: list[Provider], args: argparse.Namespace
+) -> None:
+    for workload in (w for w in chosen if w.name in MEMORY_WORKLOADS):
+        for provider in providers:
+            if provider.family != "kernel" and provider.why_not(workload) is None:
+                found = memory.in_subprocess(provider.name, workload, args.device, args.threads)
+                run.memory.append(found)
+        _progress(f"memory of {workload.name}")
+
+
+def execute(args: argparse.Namespace) -> record.Run:
+    """The whole run; every sample in the result."""
+    args.rounds = args.rounds or (7 if args.quick else 11)
+    torch.set_num_threads(args.threads)
+    providers = _providers(args.providers)
+    patterns = [p for p in args.workloads.split(",") if p]
+    chosen = workloads.chosen(workloads.suite(args.quick), patterns)
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    run = record.Run(machine.describe(args.device), machine.versions(), options)
+    inside = args.allocator or "default"
+    here = [w for w in chosen if w.allocator == inside]
+    if not args.allocator:
+        run.bandwidth = machine.bandwidth(args.threads, args.device)
+    _contests(run, here, providers, args)
+    if not args.allocator:
+        retained = [w for w in chosen if w.allocator == "retain"]
+        if retained and args.device == "cpu":
+            _retained(run, retained, args)
+        if not args.no_memory:
+            _memory(run, here, providers, args)
+        # Again at the end: the machine may have been busier, or quieter, at the start.
+        run.bandwidth += machine.bandwidth(args.threads, args.device)
+    return run
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path, help="folder (default: that of the file)")
+    args = parser.parse_args(arguments)
+    folder = args.output or args.file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    _print(*report.write(record.load(args.file), folder, args.file.stem))
+    return 0
+
+
+def _print(text: str, written: list[Path]) -> None:
+    print(text)
+    _progress("written: " + ", ".join(map(str, written)))
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
+    args = _parser().parse_args(arguments)
+    if args.list:
+        print("\n".join(w.name for w in workloads.suite(args.quick)))
+        print("providers:", ", ".join(PROVIDERS))
+        return 0
+    try:
+        run = execute(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = args.stem or run.versions["date"].replace(":", "").split("+")[0]
+    path = args.output / f"{stem}.json"
+    run.save(path)
+    text, written = report.write(run, args.output, stem)
+    _print(text, [path, *written])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""``pytest benchmarks``: the quick suite's workloads, all contenders, grouped by workload.
+
+The runner (``python -m benchmarks``) is the instrument whose numbers count: it interleaves the
+contenders. This file is for comparing two commits with pytest-benchmark's own storage.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .providers import PROVIDERS
+from .workloads import Workload, suite
+
+_WORKLOADS = suite(quick=True)
+
+
+def _named(*groups: str) -> list[Workload]:
+    return [w for w in _WORKLOADS if w.group in groups]
+
+
+@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p != "kernel_forward_kl"])
+@pytest.mark.parametrize("workload", _named("kd_ce"), ids=lambda w: w.name)
+def bench_forward_backward(race, workload, provider):
+    race(workload, provider)
+
+
+@pytest.mark.parametrize("provider", ["fused", "kernel", "eager", "compile"])
+@pytest.mark.parametrize("workload", _named("call", "forward"), ids=lambda w: w.name)
+def bench_call(race, workload, provider):
+    race(workload, provider)
+
+
+@pytest.mark.parametrize("provider", ["fused", "kernel", "eager_log_target"])
+@pytest.mark.parametrize("workload", _named("divergence"), ids=lambda w: w.name)
+def bench_divergence(race, workload, provider):
+    race(workload, provider)

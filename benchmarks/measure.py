@@ -1,0 +1,139 @@
+"""Correctness first, then time: the contenders of one workload, interleaved in one process."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .providers import Answer, Provider, Step
+from .record import Contest, Entry, Round
+from .workloads import Inputs, Workload
+
+#: A sample lasts at least this long: short calls are repeated within it.
+SAMPLE_SECONDS = 0.01
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| by the 2-norm, in float64; infinite for a wrong shape."""
+    if value.shape != truth.shape:
+        return math.inf
+    # In slices: a float64 copy of a whole gradient would be the largest tensor of the run.
+    difference = norm = 0.0
+    pairs = zip(value.reshape(-1).split(1 << 20), truth.reshape(-1).split(1 << 20), strict=True)
+    for part, true in pairs:
+        difference += float((part.double() - true.double()).square().sum())
+        norm += float(true.double().square().sum())
+    return math.sqrt(difference / norm) if norm else math.sqrt(difference)
+
+
+def check(entry: Entry, answer: Answer, truth: tuple[Tensor, Tensor | None], bound: float) -> None:
+    """Fill in the errors; a result that is wrong takes the entry out of the race."""
+    loss, gradient = truth
+    if answer.loss is not None:
+        entry.loss_error = relative_error(answer.loss, loss)
+    if gradient is not None:
+        entry.gradient_error = (
+            math.inf if answer.gradient is None else relative_error(answer.gradient, gradient)
+        )
+    for name in ("loss_error", "gradient_error"):
+        error = getattr(entry, name)
+        if error is not None and not error <= bound:
+            entry.status = "wrong"
+            entry.reason = f"{name.replace('_', ' ')} {error:.3g} is above {bound:g}"
+            if not math.isfinite(error):
+                setattr(entry, name, None)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Step, calls: int, device: str) -> tuple[float, float]:
+    """Wall and CPU nanoseconds per call. A call's results are released within the time."""
+    synchronize(device)
+    cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
+    return wall / calls, cpu / calls
+
+
+def _prepared(
+    workload: Workload, inputs: Inputs, providers: Iterable[Provider]
+) -> tuple[dict[str, Entry], dict[str, Step]]:
+    """Entries of all providers, and the steps of those that are correct."""
+    entries: dict[str, Entry] = {}
+    steps: dict[str, Step] = {}
+    truths: dict[Workload, tuple[Tensor, Tensor | None]] = {}
+    for provider in providers:
+        entry = entries[provider.name] = Entry(provider.name, provider.family)
+        reason = provider.why_not(workload)
+        if reason:
+            entry.status, entry.reason = "skipped", reason
+            continue
+        computed = provider.computes(workload)
+        if computed not in truths:
+            truths[computed] = computed.oracle(inputs)
+        try:
+            step = provider.prepare(computed, inputs)
+            check(entry, step(), truths[computed], workload.tolerance)
+        except Exception as error:  # a contender that cannot run is a result, not an end
+            entry.status = "failed"
+            entry.reason = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+        if entry.status == "ok":
+            steps[provider.name] = step
+    return entries, steps
+
+
+def contest(
+    workload: Workload,
+    providers: Iterable[Provider],
+    rounds: int,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Contest:
+    """Run all providers on one workload: check, warm up, then time in a new order each round."""
+    # Otherwise the workloads before count as recompilations of the same code, and beyond the eighth
+    # torch.compile silently runs it eagerly.
+    torch.compiler.reset()
+    inputs = workload.make(device)
+    entries, steps = _prepared(workload, inputs, providers)
+    result = Contest(
+        {**vars(workload), "logits": workload.logits, "bytes_moved": workload.bytes_moved}, entries
+    )
+    for name, step in steps.items():
+        wall, _ = timed(step, 2, device)
+        entries[name].inner = max(1, math.ceil(SAMPLE_SECONDS * 1e9 / wall))
+    shuffle = random.Random(seed).shuffle
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds if steps else 0):
+            gc.collect()
+            order = list(steps)
+            shuffle(order)
+            before = machine.ticks()
+            start = time.perf_counter()
+            for name in order:
+                wall, cpu = timed(steps[name], entries[name].inner, device)
+                entries[name].wall_ns.append(wall)
+                entries[name].cpu_ns.append(cpu)
+            seconds = time.perf_counter() - start
+            foreign, steal = machine.disturbance(before, machine.ticks())
+            result.rounds.append(Round(order, seconds, os.getloadavg()[0], foreign, steal))
+    finally:
+        if collecting:
+            gc.enable()
+    return result

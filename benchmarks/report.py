@@ -1,0 +1,381 @@
+"""Tables and a plot, from the JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import summary
+from .record import Contest, Memory, Run
+from .summary import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLUMNS = (
+    "workload",
+    "fused",
+    "ns/logit",
+    "kernel ns/logit",
+    "of copy bw",
+    "x eager",
+    "x eager log_target",
+    "x eager fp32",
+    "x compile",
+    "x chunked",
+    "error loss / grad",
+    "eager's",
+)
+
+
+def markdown(run: Run) -> str:
+    """The whole report."""
+    parts = [
+        _headline(run),
+        "## Speed",
+        "Times are medians [inter-quartile range] of one call; `x name` is how many times faster "
+        "the fused call is (median of the ratios taken round by round). `kernel`: the native entry "
+        "with a reused gradient buffer, CPU time / threads. Errors are relative to float64.",
+        _speed_table(run),
+        "## Peak extra memory",
+        _memory_table(run.memory),
+        "## Targets",
+        _target_table(run),
+        "## Every contender",
+        *(_detail(run, contest) for contest in run.contests),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up when read as text."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _headline(run: Run) -> str:
+    machine, versions, options = run.machine, run.versions, run.options
+    changed = " plus uncommitted changes" if versions.get("changed") else ""
+    rounds = [r for contest in run.contests for r in contest.rounds]
+    quiet = sum(len(summary.quiet_rounds(contest)) for contest in run.contests)
+    loads = [r.load for r in rounds] or [0.0]
+    isa = machine.get("kernel_isa_forced") or next(iter(machine.get("kernel_isas") or []), "none")
+    rates = "; ".join(
+        f"{b['name']} {b['threads']} thread(s) {b['median']:.1f} (best {b['best']:.1f})"
+        for b in run.bandwidth
+    )
+    lines = [
+        f"# Benchmark of {versions['date']}",
+        "",
+        f"- machine: {machine['cpu']} (family, model {machine['family_model']}), "
+        f"{machine['cores']} cores, {options['threads']} threads, device {machine['device']}, "
+        f"huge pages `{machine['huge_pages']}`",
+        f"- caches: {', '.join(machine['caches'])}",
+        f"- instruction set: kernel {isa}, torch {machine['torch_isa']}",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in versions.items() if _is_version(k, v))}; "
+        f"commit {versions['commit'][:10]}{changed}",
+        f"- {quiet} of {len(rounds)} rounds were quiet (others took <= "
+        f"{summary.QUIET_FOREIGN:.0%}, the hypervisor <= {summary.QUIET_STEAL:.0%}); "
+        f"load {min(loads):.1f} to {max(loads):.1f}; a contest with fewer than "
+        f"{summary.ENOUGH_ROUNDS} quiet rounds uses all of its rounds",
+        f"- memory bandwidth, GB/s read + written: {rates or 'not measured'}",
+    ]
+    return "\n".join(lines)
+
+
+def _is_version(name: str, value: Any) -> bool:
+    return name not in ("commit", "changed", "date") and value is not None
+
+
+def _time(nanoseconds: float) -> str:
+    return f"{nanoseconds / 1e6:.2f} ms" if nanoseconds >= 1e6 else f"{nanoseconds / 1e3:.1f} us"
+
+
+def _range(found: Spread | None) -> str:
+    if found is None:
+        return "-"
+    unit, scale = ("ms", 1e6) if found.median >= 1e6 else ("us", 1e3)
+    median, low, high = (value / scale for value in found)
+    return f"{median:.2f} [{low:.2f}, {high:.2f}] {unit}"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _times(contest: Contest, rival: str | None, own: str = "fused") -> str:
+    found = summary.ratio(contest, rival, own) if rival else None
+    return "-" if found is None else f"{found.median:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def _errors(contest: Contest, provider: str) -> str:
+    entry = contest.entries.get(provider)
+    if entry is None or entry.status not in ("ok", "wrong"):
+        return "-"
+    return f"{_number(entry.loss_error, '.0e')} / {_number(entry.gradient_error, '.0e')}"
+
+
+def _speed_table(run: Run) -> str:
+    rows = []
+    for contest in run.contests:
+        kernel = summary.per_logit(run, contest, "kernel", "cpu_ns")
+        rows.append(
+            [
+                summary.case(contest.workload),
+                _range(summary.spread(summary.samples(contest, "fused"))),
+                _number(summary.per_logit(run, contest, "fused")),
+                _number(kernel),
+                _number(summary.bandwidth_share(run, contest, "fused"), ".0%"),
+                *(_times(contest, rival) for rival in ("eager", "eager_log_target", "eager_fp32")),
+                _times(contest, summary.fastest(contest, "compile")),
+                _times(contest, summary.fastest(contest, "chunked")),
+                _errors(contest, "fused"),
+                _errors(contest, "eager_log_target"),
+            ]
+        )
+    return table(_COLUMNS, rows)
+
+
+def _memory_table(memory: Sequence[Memory]) -> str:
+    if not memory:
+        return "Not measured."
+    names = list(dict.fromkeys(summary.case(m.workload) for m in memory))
+    cells = {(m.provider, summary.case(m.workload)): m for m in memory}
+    rows = []
+    for provider in dict.fromkeys(m.provider for m in memory):
+        found = [cells.get((provider, name)) for name in names]
+        if any(m is not None and m.peak_bytes is not None for m in found):
+            rows.append([provider, *map(_peak, found)])
+    explanation = "In units of one logits tensor; the gradient itself is 1.00."
+    return explanation + "\n\n" + table(["provider", *names], rows)
+
+
+def _absent(contest: Contest) -> str:
+    """Who does not take part, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, entry in contest.entries.items():
+        if entry.status == "skipped":
+            reasons.setdefault(entry.reason, []).append(name)
+    lines = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"\n\nNot here: {'; '.join(lines)}." if reasons else ""
+
+
+def _peak(memory: Memory | None) -> str:
+    if memory is None or memory.peak_bytes is None:
+        return "-" if memory is None else memory.status
+    units = memory.peak_bytes / summary.gradient_bytes(memory)
+    return f"{units:.2f} ({memory.peak_bytes / 2**20:.1f} MiB)"
+
+
+def _target_table(run: Run) -> str:
+    rows = []
+    for verdict in summary.verdicts(run):
+        target, worst = verdict.target, verdict.worst
+        sign = ">=" if target.at_least else "<="
+        aim = f" (aim {target.aim:g})" if target.aim is not None else ""
+        met, total = len(verdict.fulfilled()), len(verdict.cases)
+        answer = "not measured" if not total else "met" if met == total else "NOT met"
+        rows.append(
+            [
+                target.name,
+                f"{sign} {target.bound:g} {target.unit}{aim}",
+                f"{worst[1]:.3g} ({worst[0]})" if worst else "-",
+                f"{min(verdict.cases.values()):.3g} to {max(verdict.cases.values()):.3g}"
+                if worst
+                else "-",
+                f"{answer} ({met}/{total})",
+            ]
+        )
+    return table(["target", "bound", "worst case", "range", "verdict"], rows)
+
+
+def _detail(run: Run, contest: Contest) -> str:
+    workload = contest.workload
+    floor = summary.floor_per_logit(run, contest)
+    used, loads = summary.used_rounds(contest), [r.load for r in contest.rounds] or [0.0]
+    rows = []
+    for name, entry in contest.entries.items():
+        if entry.status == "skipped":
+            continue
+        found = summary.spread(summary.samples(contest, name))
+        cpu = summary.spread(summary.samples(contest, name, "cpu_ns"))
+        rows.append(
+            [
+                name,
+                _range(found) if entry.status == "ok" else f"{entry.status}: {entry.reason}",
+                _time(cpu.median / run.options["threads"]) if cpu else "-",
+                _number(summary.per_logit(run, contest, name)),
+                _number(summary.bandwidth_share(run, contest, name), ".0%"),
+                _times(contest, name),
+                _errors(contest, name),
+            ]
+        )
+    floor_text = f", floor {floor:.3f} ns/logit" if floor else ""
+    return (
+        f"### {workload['name']}\n\n[{workload['rows']}, {workload['vocab']}] {workload['dtype']}, "
+        f"T = {workload['temperature']:g}, {workload['divergence']}, "
+        f"{workload['bytes_moved'] / 1e6:.1f} MB to move{floor_text}; {len(used)} of "
+        f"{len(contest.rounds)} rounds used, load {min(loads):.1f} to {max(loads):.1f}\n\n"
+        + table(
+            [
+                "provider",
+                "wall",
+                "CPU / threads",
+                "ns/logit",
+                "of copy bw",
+                "time / fused",
+                "error loss / grad",
+            ],
+            rows,
+        )
+        + _absent(contest)
+    )
+
+
+# --- the plot -------------------------------------------------------------------------------------
+
+#: Okabe-Ito, readable with colour blindness.
+_COLORS = {
+    "eager": "#999999",
+    "compile": "#E69F00",
+    "chunked": "#CC79A7",
+    "fused": "#0072B2",
+    "kernel": "#56B4E9",
+    "floor": "#D55E00",
+}
+_LABELS = {
+    "eager": "eager PyTorch (fastest)",
+    "compile": "torch.compile (best)",
+    "chunked": "chunked PyTorch (best)",
+    "fused": "fused_kd_loss",
+    "kernel": "kernel, gradient buffer reused (CPU time / threads)",
+}
+
+
+def plot(run: Run, path: Path) -> bool:
+    """Speed-up over eager, and ns per logit against the bandwidth floor; False: nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [c for c in summary.contests(run, "kd_ce") if summary.fastest(c, "eager")]
+    # All temperatures of all shapes would be unreadable: T = 2 of every shape, if there is any.
+    shown = [c for c in shown if c.workload["temperature"] == 2] or shown
+    other = list(summary.contests(run, "divergence"))
+    if not shown:
+        return False
+    panels = 3 if other else 2
+    figure, axes = pyplot.subplots(
+        panels, 1, figsize=(max(8.0, 1.15 * len(shown)), 4.2 * panels), layout="constrained"
+    )
+    _draw_speedups(axes[0], shown)
+    _draw_costs(axes[1], run, shown, [_shape_label(c) for c in shown])
+    axes[1].set_title("Cost per logit, and the floor set by the machine's copy bandwidth")
+    if other:
+        _draw_costs(axes[2], run, other, [c.workload["divergence"] for c in other], eager=True)
+        dtype, vocab = other[0].workload["dtype"], other[0].workload["vocab"]
+        axes[2].set_title(f"Divergences, {dtype}, V = {vocab}, T = 2 (log scale)")
+    machine, date = run.machine, run.versions["date"][:10]
+    figure.suptitle(
+        f"alpha T² KL + (1 - alpha) CE, forward + backward: {machine['cpu']}, "
+        f"{run.options['threads']} threads, {machine['device']}, {date}",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _shape_label(contest: Contest) -> str:
+    return f"{contest.workload['dtype']}\nV = {contest.workload['vocab']}"
+
+
+def _bars(
+    axis: Axes, series: dict[str, list[float | None]], names: Sequence[str], base: float = 0.0
+) -> None:
+    """Grouped bars, the value on top of each."""
+    width = 0.84 / len(series)
+    for index, (key, values) in enumerate(series.items()):
+        left = (index - (len(series) - 1) / 2) * width
+        at = [i + left for i, value in enumerate(values) if value is not None]
+        heights = [value for value in values if value is not None]
+        # On a log scale a bar starts at 1, so that slower than the reference points down.
+        tops = [value - base for value in heights]
+        bars = axis.bar(at, tops, width * 0.94, bottom=base, color=_COLORS[key], label=_LABELS[key])
+        texts = [f"{h:.0f}" if h >= 9.95 else f"{h:.1f}" if h >= 1 else f"{h:.2f}" for h in heights]
+        axis.bar_label(bars, texts, fontsize=7, padding=1.5)
+    axis.set_xticks(range(len(names)), names, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+
+
+def _log_axis(axis: Axes, headroom: float) -> None:
+    """A log scale labelled with plain numbers, with room above for the legend."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top * headroom)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_speedups(axis: Axes, shown: Sequence[Contest]) -> None:
+    series: dict[str, list[float | None]] = {key: [] for key in ("compile", "chunked", "fused")}
+    for contest in shown:
+        eager = summary.fastest(contest, "eager")
+        for key, values in series.items():
+            name = key if key == "fused" else summary.fastest(contest, key)
+            found = summary.ratio(contest, eager, name) if eager and name else None
+            values.append(found.median if found else None)
+    _bars(axis, series, [_shape_label(c) for c in shown], base=1.0)
+    axis.axhline(1, color=_COLORS["eager"], lw=1.5, label=_LABELS["eager"])
+    _log_axis(axis, headroom=1.8)
+    axis.set_ylabel("times faster than eager")
+    axis.set_title("Speed-up over eager PyTorch in the same dtype (log scale)")
+    axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper left")
+
+
+def _draw_costs(
+    axis: Axes, run: Run, shown: Sequence[Contest], names: Sequence[str], eager: bool = False
+) -> None:
+    series: dict[str, list[float | None]] = {}
+    if eager:
+        rivals = [summary.fastest(c, "eager") for c in shown]
+        series["eager"] = [
+            summary.per_logit(run, c, r) if r else None for c, r in zip(shown, rivals, strict=True)
+        ]
+    series["fused"] = [summary.per_logit(run, c, "fused") for c in shown]
+    kernels = [summary.per_logit(run, c, "kernel", "cpu_ns") for c in shown]
+    if any(k is not None for k in kernels):
+        series["kernel"] = kernels
+    _bars(axis, series, names)
+    for index, contest in enumerate(shown):
+        floor = summary.floor_per_logit(run, contest)
+        if floor is not None:
+            label = "copy-bandwidth floor" if index == 0 else None
+            axis.hlines(floor, index - 0.45, index + 0.45, _COLORS["floor"], lw=1.8, label=label)
+    axis.set_ylabel("ns per logit")
+    if eager:
+        _log_axis(axis, headroom=2.5)
+    else:
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.15)
+    axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper left")
+
+
+def write(run: Run, folder: Path, stem: str) -> tuple[str, list[Path]]:
+    """Table and plot next to the JSON: (the table's text, the files written)."""
+    text = markdown(run)
+    written = [folder / f"{stem}.md"]
+    written[0].write_text(text)
+    picture = folder / f"{stem}.png"
+    if plot(run, picture):
+        written.append(picture)
+    return text, written

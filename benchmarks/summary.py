@@ -1,0 +1,254 @@
+"""Numbers from a :class:`~benchmarks.record.Run`: medians, ratios, floors, targets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .record import Contest, Entry, Memory, Run
+
+#: A round is quiet if other processes and the hypervisor took no more than these shares.
+QUIET_FOREIGN = 0.05
+QUIET_STEAL = 0.02
+#: With this many quiet rounds, only those count.
+ENOUGH_ROUNDS = 5
+
+EPSILONS = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+
+
+class Spread(NamedTuple):
+    """Median and inter-quartile range."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(samples: Sequence[float]) -> Spread | None:
+    if not samples:
+        return None
+    if len(samples) == 1:
+        return Spread(*samples * 3)
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def quiet_rounds(contest: Contest) -> list[int]:
+    return [
+        i
+        for i, r in enumerate(contest.rounds)
+        if (r.foreign or 0.0) <= QUIET_FOREIGN and (r.steal or 0.0) <= QUIET_STEAL
+    ]
+
+
+def used_rounds(contest: Contest) -> list[int]:
+    """The quiet rounds if there are enough of them, else all."""
+    quiet = quiet_rounds(contest)
+    return quiet if len(quiet) >= ENOUGH_ROUNDS else list(range(len(contest.rounds)))
+
+
+def samples(contest: Contest, provider: str, clock: str = "wall_ns") -> list[float]:
+    """Nanoseconds per call in the rounds that count; empty if the provider has no speed."""
+    entry = contest.entries.get(provider)
+    if entry is None or entry.status != "ok" or not entry.wall_ns:
+        return []
+    times: list[float] = getattr(entry, clock)
+    return [times[i] for i in used_rounds(contest)]
+
+
+def ratio(contest: Contest, slow: str, fast: str) -> Spread | None:
+    """How many times faster ``fast`` is, taken round by round."""
+    pairs = zip(samples(contest, slow), samples(contest, fast), strict=False)
+    return spread([a / b for a, b in pairs])
+
+
+def fastest(contest: Contest, *families: str) -> str | None:
+    """The provider with the lowest median among those that are correct."""
+    medians = {
+        name: found.median
+        for name, entry in contest.entries.items()
+        if entry.family in families and (found := spread(samples(contest, name)))
+    }
+    return min(medians, key=medians.__getitem__, default=None)
+
+
+def per_logit(run: Run, contest: Contest, provider: str, clock: str = "wall_ns") -> float | None:
+    """Median ns per logit; of the CPU clock divided by the threads."""
+    found = spread(samples(contest, provider, clock))
+    if found is None:
+        return None
+    parts = run.options["threads"] if clock == "cpu_ns" else 1
+    return found.median / contest.workload["logits"] / parts
+
+
+def copy_bandwidth(run: Run) -> float:
+    """GB/s: the best median of the machine's own copies with all threads, 0 if not measured."""
+    threads = run.options["threads"]
+    return max((b["median"] for b in run.bandwidth if b["threads"] == threads), default=0.0)
+
+
+def floor_per_logit(run: Run, contest: Contest) -> float | None:
+    """ns per logit that moving the declared bytes takes at copy bandwidth."""
+    rate = copy_bandwidth(run)
+    return contest.workload["bytes_moved"] / contest.workload["logits"] / rate if rate else None
+
+
+def bandwidth_share(run: Run, contest: Contest, provider: str) -> float | None:
+    """Share of the copy bandwidth that a provider's declared bytes reach."""
+    floor, time = floor_per_logit(run, contest), per_logit(run, contest, provider)
+    return floor / time if floor and time else None
+
+
+def contests(run: Run, *groups: str) -> Iterator[Contest]:
+    for contest in run.contests:
+        if contest.workload["name"].split("/")[0] in groups:
+            yield contest
+
+
+def case(workload: dict[str, object]) -> str:
+    return str(workload["name"])
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of "What it must reach": a bound on the worst case of ``measured``."""
+
+    name: str
+    bound: float
+    unit: str
+    measured: Callable[[Run], dict[str, float]]
+    at_least: bool = False
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    target: Target
+    cases: dict[str, float] = field(default_factory=dict)
+
+    def _worst_case(self) -> str:
+        pick = min if self.target.at_least else max
+        return pick(self.cases, key=self.cases.__getitem__)
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        return (self._worst_case(), self.cases[self._worst_case()]) if self.cases else None
+
+    def fulfilled(self) -> list[str]:
+        """Names of the cases within the bound."""
+        bound = self.target.bound
+        return [
+            name
+            for name, value in self.cases.items()
+            if (value >= bound if self.target.at_least else value <= bound)
+        ]
+
+
+def _speedups(families: tuple[str, ...], dtypes: Sequence[str]) -> Callable[[Run], dict]:
+    def measured(run: Run) -> dict[str, float]:
+        out = {}
+        for contest in contests(run, "kd_ce"):
+            rival = fastest(contest, *families)
+            found = ratio(contest, rival, "fused") if rival else None
+            if found and contest.workload["dtype"] in dtypes:
+                out[case(contest.workload)] = found.median
+        return out
+
+    return measured
+
+
+def _kernel_cost(dtypes: Sequence[str]) -> Callable[[Run], dict]:
+    def measured(run: Run) -> dict[str, float]:
+        found = {
+            case(c.workload): per_logit(run, c, "kernel", "cpu_ns")
+            for c in contests(run, "kd_ce")
+            if c.workload["dtype"] in dtypes
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    return measured
+
+
+def _divergence_cost(run: Run) -> dict[str, float]:
+    found = {
+        case(c.workload): ratio(c, "kernel", "kernel_forward_kl")
+        for c in contests(run, "divergence")
+    }
+    return {name: value.median for name, value in found.items() if value}
+
+
+def _call_cost(run: Run) -> dict[str, float]:
+    found = {case(c.workload): spread(samples(c, "fused")) for c in contests(run, "call")}
+    return {name: value.median / 1e3 for name, value in found.items() if value}
+
+
+def gradient_bytes(memory: Memory) -> int:
+    """Bytes of one logits tensor of this workload, which is also the gradient's size."""
+    workload = memory.workload
+    itemsize = 4 if workload["dtype"] == "fp32" else 2
+    return workload["rows"] * workload["vocab"] * itemsize
+
+
+def _memory(run: Run) -> dict[str, float]:
+    """Peak extra beyond the gradient, in units of 12 bytes * vocab * threads of scratch."""
+    out = {}
+    for memory in run.memory:
+        if memory.provider == "fused" and memory.peak_bytes is not None:
+            beyond = memory.peak_bytes - gradient_bytes(memory)
+            scratch = 12 * memory.workload["vocab"] * run.options["threads"]
+            out[case(memory.workload)] = beyond / scratch
+    return out
+
+
+def _excess(name: str) -> Callable[[Run], dict]:
+    """Error of the fused loss less eager's in the same dtype, in units of the dtype's epsilon."""
+
+    def error(entry: Entry | None) -> float | None:
+        return getattr(entry, name) if entry and entry.status == "ok" else None
+
+    def measured(run: Run) -> dict[str, float]:
+        out = {}
+        for contest in contests(run, "kd_ce", "divergence", "call"):
+            own = error(contest.entries.get("fused"))
+            eager = [
+                e for p in ("eager", "eager_log_target") if (e := error(contest.entries.get(p)))
+            ]
+            if own is not None and eager:
+                epsilon = EPSILONS[contest.workload["dtype"]]
+                out[case(contest.workload)] = (own - min(eager)) / epsilon
+        return out
+
+    return measured
+
+
+_HALF = ("bf16", "fp16")
+_ALL = ("fp32", *_HALF)
+
+TARGETS = (
+    Target(
+        "vs fastest eager, fp32 (12 if busy)", 20, "x", _speedups(("eager",), ("fp32",)), True, 30
+    ),
+    Target(
+        "vs fastest eager, bf16 (12 if busy)", 20, "x", _speedups(("eager",), ("bf16",)), True, 25
+    ),
+    Target(
+        "vs fastest eager, fp16 (12 if busy)", 20, "x", _speedups(("eager",), ("fp16",)), True, 25
+    ),
+    Target("vs best torch.compile", 10, "x", _speedups(("compile",), _ALL), True, 12),
+    Target("kernel, reused gradient, fp32", 0.60, "ns/logit", _kernel_cost(("fp32",)), aim=0.42),
+    Target("kernel, reused gradient, half", 0.50, "ns/logit", _kernel_cost(_HALF), aim=0.36),
+    Target("divergence vs forward KL (kernel)", 2.0, "x", _divergence_cost),
+    Target("whole call on [8, 1000]", 190, "us", _call_cost, aim=80),
+    Target("peak memory beyond the gradient", 1.5, "scratch", _memory),
+    Target("loss error above eager's", 4, "eps", _excess("loss_error")),
+    Target("gradient error above eager's", 4, "eps", _excess("gradient_error")),
+)
+
+
+def verdicts(run: Run) -> list[Verdict]:
+    return [Verdict(target, target.measured(run)) for target in TARGETS]

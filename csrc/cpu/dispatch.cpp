@@ -1,0 +1,61 @@
+// Which instruction set runs: chosen once, forcible by name.
+#include <stdlib.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernel.h"
+
+namespace kd {
+namespace {
+
+#if defined(KDKERNELS_X86)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const InstructionSet kInstructionSets[] = {
+    {"baseline", run_row_baseline, true},
+#if defined(KDKERNELS_X86)
+    {"avx2", run_row_avx2, has_avx2()},
+    {"avx512", run_row_avx512, has_avx512()},
+#endif
+};
+
+const InstructionSet& choose() {
+  const InstructionSet* best = &kInstructionSets[0];
+  const char* forced = getenv("KDKERNELS_CPU_ISA");
+  std::string possible;
+  for (const InstructionSet& candidate : kInstructionSets) {
+    if (!candidate.runs_here) continue;
+    if (forced && std::string(forced) == candidate.name) return candidate;
+    best = &candidate;
+    possible += (possible.empty() ? "" : ", ") + std::string(candidate.name);
+  }
+  if (forced && *forced) {
+    throw std::invalid_argument(
+        "KDKERNELS_CPU_ISA='" + std::string(forced) +
+        "' is not an instruction set that can run here; possible: " + possible);
+  }
+  return *best;
+}
+
+}  // namespace
+
+InstructionSets instruction_sets() {
+  return {kInstructionSets, sizeof(kInstructionSets) / sizeof(kInstructionSets[0])};
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
+}
+
+}  // namespace kd

@@ -1,0 +1,233 @@
+// The rows of a problem: which of them count, on which thread they run, and the sum of their
+// losses.
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernel.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kd {
+
+char* Workspace::reserve(int64_t bytes) {
+  if (bytes <= bytes_) return data_;
+  free(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+  void* block = nullptr;
+  if (posix_memalign(&block, 64, bytes) != 0) throw std::bad_alloc();
+  data_ = static_cast<char*>(block);
+  bytes_ = bytes;
+  return data_;
+}
+
+void Workspace::trim() {
+  constexpr int64_t kept = int64_t{8} << 20;
+  if (bytes_ <= kept) return;
+  free(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+Workspace::~Workspace() { free(data_); }
+
+namespace {
+
+// Fewer logits than this run on the calling thread: waking a second one costs more.
+constexpr int64_t kSerialLogits = 64 * 1024;
+// Fresh gradients of at least this size ask for huge pages.
+constexpr int64_t kHugePageGradient = int64_t{4} << 20;
+
+// OpenMP's threads do not survive a fork, and a region in the child would wait for them for ever.
+bool in_forked_child = false;
+
+[[maybe_unused]] const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
+bool counts(const Problem& problem, int64_t row) {
+  return !problem.labels || problem.labels[row] != problem.ignore_index;
+}
+
+double weight_of(const Problem& problem, int64_t row) {
+  return problem.row_weights ? problem.row_weights[row] : 1.0;
+}
+
+// A term whose weight is 0 is not computed: its value could be inf or NaN.
+double weigh_term(double weight, double term) { return weight == 0.0 ? 0.0 : weight * term; }
+
+double loss_of(const Problem& problem, const RowStatistics& s) {
+  return weigh_term(problem.alpha, s.kd) + weigh_term(problem.ce_weight(), s.ce) +
+         (problem.z_loss == 0.0 ? 0.0 : s.z);
+}
+
+double grad_output_of(const Problem& problem, int64_t row) {
+  if (!problem.grad_output) return 1.0;
+  const int64_t at = row * problem.grad_output_stride;
+  return problem.is_double() ? static_cast<const double*>(problem.grad_output)[at]
+                             : static_cast<const float*>(problem.grad_output)[at];
+}
+
+void store(const Problem& problem, void* to, int64_t at, double value) {
+  if (problem.is_double()) {
+    static_cast<double*>(to)[at] = value;
+  } else {
+    static_cast<float*>(to)[at] = static_cast<float>(value);
+  }
+}
+
+void store_statistics(const Problem& problem, int64_t row, double loss, const RowStatistics& s) {
+  if (!problem.statistics) return;
+  const double values[] = {loss,
+                           s.kd,
+                           s.ce,
+                           s.z,
+                           s.student_lse,
+                           s.teacher_lse,
+                           s.label_lse,
+                           s.student_entropy,
+                           s.teacher_entropy,
+                           1.0 * s.top_agrees + 2.0 * s.label_is_top};
+  for (int64_t i = 0; i < 10; ++i) {
+    store(problem, problem.statistics, i * problem.rows() + row, values[i]);
+  }
+}
+
+// One row, from its label to its loss.
+double run_row(const Problem& problem, int64_t row, RowFunction function, double denominator,
+               Workspace& workspace) {
+  const double weight = weight_of(problem, row);
+  const bool counted = counts(problem, row);
+  const double share = weigh_term(weight, grad_output_of(problem, row)) / denominator;
+  char* gradient = problem.gradient_row(row);
+  const int64_t size = size_of(problem.student.dtype);
+  RowStatistics statistics;
+  double loss = 0.0;
+  if (gradient && (!counted || share == 0.0)) {
+    memset(gradient, 0, problem.vocab * size);
+    gradient = nullptr;
+  }
+  const bool observed = weight != 0.0 || problem.statistics != nullptr;
+  if (counted && observed) {
+    const Row work{row, problem.labels ? problem.labels[row] : -1, share};
+    if (gradient || !problem.gradient) {
+      function(problem, work, workspace, statistics);
+    } else {
+      Problem value_only = problem;
+      value_only.gradient = nullptr;
+      function(value_only, work, workspace, statistics);
+    }
+    loss = weight == 0.0 ? 0.0 : weight * loss_of(problem, statistics);
+  }
+  if (char* whole = problem.gradient_row(row)) {
+    memset(whole + problem.vocab * size, 0, (problem.gradient_columns - problem.vocab) * size);
+  }
+  store_statistics(problem, row, loss, statistics);
+  return loss;
+}
+
+// The streaming stores of a thread must be visible before its rows are reported done.
+void finish_stores() {
+#if defined(KDKERNELS_X86)
+  __builtin_ia32_sfence();
+#endif
+}
+
+void run_rows(const Problem& problem, RowFunction function, double denominator, double* losses,
+              int threads) {
+  static thread_local Workspace workspace;
+  const int64_t rows = problem.rows();
+  if (threads <= 1) {
+    for (int64_t row = 0; row < rows; ++row) {
+      losses[row] = run_row(problem, row, function, denominator, workspace);
+    }
+    finish_stores();
+    workspace.trim();
+    return;
+  }
+  // Chunks that are taken as threads come free: a core lost to another process delays one chunk.
+  const int64_t chunk = rows / (threads * 16) > 0 ? rows / (threads * 16) : 1;
+  bool exhausted = false;
+#pragma omp parallel num_threads(threads) reduction(|| : exhausted)
+  {
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t row = 0; row < rows; ++row) {
+      // An exception must not leave the region.
+      try {
+        losses[row] = run_row(problem, row, function, denominator, workspace);
+      } catch (const std::bad_alloc&) {
+        exhausted = true;
+      }
+    }
+    finish_stores();
+    workspace.trim();
+  }
+  if (exhausted) throw std::bad_alloc();
+}
+
+// A first touch costs the kernel of the operating system more than the gradient costs this one:
+// 2 us per page of 4 KiB, and a page of 2 MiB for little more.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (!data || bytes < kHugePageGradient) return;
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge * huge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Row r's label must be in the vocabulary or be the one to ignore.
+int64_t first_bad_label(const Problem& problem, int64_t& counted) {
+  counted = 0;
+  for (int64_t row = 0; row < problem.rows(); ++row) {
+    if (!counts(problem, row)) continue;
+    ++counted;
+    if (problem.labels && (problem.labels[row] < 0 || problem.labels[row] >= problem.vocab)) {
+      return row;
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+int64_t run_on_cpu(const Problem& given) {
+  Problem problem = given;
+  const RowFunction function = problem.is_double() ? run_row_float64 : instruction_set().run_row;
+  int64_t counted;
+  const int64_t bad = first_bad_label(problem, counted);
+  if (bad >= 0) return bad;
+  // A teacher without weight is not read: the student stands in for it, and cancels.
+  if (problem.alpha == 0.0 && !problem.extras) problem.teacher = problem.student;
+  double denominator = problem.denominator;
+  if (denominator == 0.0) denominator = counted > 0 ? static_cast<double>(counted) : 1.0;
+
+  const int64_t rows = problem.rows();
+  prefer_huge_pages(problem.gradient,
+                    rows * problem.gradient_columns * size_of(problem.student.dtype));
+  const bool serial = in_forked_child || rows * problem.vocab < kSerialLogits;
+  const int64_t useful = problem.threads < rows ? problem.threads : rows;
+  double few[64];
+  std::vector<double> many(rows > 64 ? rows : 0);
+  double* losses = rows > 64 ? many.data() : few;
+  run_rows(problem, function, denominator, losses, serial ? 1 : static_cast<int>(useful));
+
+  double sum = 0.0;
+  for (int64_t row = 0; row < rows; ++row) {
+    sum += losses[row];
+    if (!problem.reduce) store(problem, problem.loss, row, losses[row]);
+  }
+  if (problem.reduce) store(problem, problem.loss, 0, sum / denominator);
+  return -1;
+}
+
+}  // namespace kd

@@ -1,0 +1,132 @@
+// The same loss in double, element by element: for gradcheck, where nobody waits for it.
+#include "kernel.h"
+
+namespace kd {
+namespace {
+
+struct Logit {
+  double z, derivative;
+};
+
+// scale first, then the soft cap.
+Logit load(const Logits& logits, const char* row, int64_t column) {
+  const double x = reinterpret_cast<const double*>(row)[column * logits.column_stride];
+  const double scaled = x * logits.scale;
+  if (logits.softcap == 0.0) return {scaled, logits.scale};
+  const double cosine = cosh(scaled / logits.softcap);
+  return {logits.softcap * tanh(scaled / logits.softcap), logits.scale / (cosine * cosine)};
+}
+
+struct Sums {
+  LogSumExp student, teacher, label;
+  double smoothed = 0.0, value = 0.0, slope = 0.0;
+  double student_peak = -INFINITY, teacher_peak = -INFINITY;
+  int64_t student_top = 0, teacher_top = 0;
+};
+
+struct Columns {
+  double *student, *teacher, *derivative, *slope;
+};
+
+// A NaN or +inf in the student, or nothing but -inf.
+bool is_bad(const LogSumExp& lse) { return !(fabs(lse.value()) < INFINITY); }
+
+void observe(const Problem& problem, const Row& row, const Columns& at, Sums& sums) {
+  const char* student = problem.row_of(problem.student, row.index);
+  const char* teacher = problem.row_of(problem.teacher, row.index);
+  for (int64_t v = 0; v < problem.vocab; ++v) {
+    const Logit s = load(problem.student, student, v), t = load(problem.teacher, teacher, v);
+    at.student[v] = s.z;
+    at.teacher[v] = t.z;
+    at.derivative[v] = s.derivative;
+    sums.student.observe(s.z / problem.temperature);
+    sums.teacher.observe(t.z / problem.temperature);
+    sums.label.observe(s.z);
+    sums.smoothed += s.z / static_cast<double>(problem.vocab);
+    if (s.z > sums.student_peak) sums.student_peak = s.z, sums.student_top = v;
+    if (t.z > sums.teacher_peak) sums.teacher_peak = t.z, sums.teacher_top = v;
+  }
+}
+
+double log_probability(double z, double temperature, const LogSumExp& lse) {
+  return z / temperature - lse.value();
+}
+
+void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatistics& statistics) {
+  visit(problem.divergence, [&](auto functor) {
+    for (int64_t v = 0; v < problem.vocab; ++v) {
+      const double log_p = log_probability(at.teacher[v], problem.temperature, sums.teacher);
+      const double log_q = log_probability(at.student[v], problem.temperature, sums.student);
+      const Entry<double> e = make_entry(log_p, log_q);
+      const Term<double> term = functor(e);
+      sums.value += term.value;
+      sums.slope += term.slope;
+      at.slope[v] = term.slope;
+      statistics.student_entropy -= weigh(e.q, log_q);
+      statistics.teacher_entropy -= weigh(e.p, log_p);
+    }
+  });
+}
+
+void differentiate(const Problem& problem, const Row& row, const Columns& at, const Sums& sums) {
+  if (!problem.gradient) return;
+  double* gradient = reinterpret_cast<double*>(problem.gradient_row(row.index));
+  const double t = problem.temperature, ce_weight = row.label < 0 ? 0.0 : problem.ce_weight();
+  const double kd_factor = problem.alpha * problem.kd_scale() / t;
+  const double pull = ce_weight + 2.0 * problem.z_loss * sums.label.value();
+  const double constant = ce_weight * problem.label_smoothing / static_cast<double>(problem.vocab);
+  for (int64_t v = 0; v < problem.vocab; ++v) {
+    const double q = exp(log_probability(at.student[v], t, sums.student));
+    double g = pull == 0.0 ? 0.0 : pull * exp(at.student[v] - sums.label.value());
+    g -= constant;
+    if (problem.alpha != 0.0) g += kd_factor * (at.slope[v] - q * sums.slope);
+    if (v == row.label) g -= ce_weight * (1.0 - problem.label_smoothing);
+    gradient[v] = g * row.gradient_scale * at.derivative[v];
+  }
+}
+
+void label_terms(const Problem& problem, const Row& row, const Columns& at, const Sums& sums,
+                 RowStatistics& statistics) {
+  const double lse = sums.label.value(), smoothing = problem.label_smoothing;
+  statistics.label_lse = lse;
+  if (problem.z_loss != 0.0) statistics.z = problem.z_loss * lse * lse;
+  if (row.label < 0) return;
+  if (smoothing != 1.0) statistics.ce = (1.0 - smoothing) * (lse - at.student[row.label]);
+  if (smoothing != 0.0) statistics.ce += smoothing * (lse - sums.smoothed);
+}
+
+void spoil(const Problem& problem, const Row& row, RowStatistics& statistics) {
+  statistics.kd = statistics.ce = statistics.z = NAN;
+  statistics.student_lse = statistics.teacher_lse = statistics.label_lse = NAN;
+  statistics.student_entropy = statistics.teacher_entropy = NAN;
+  double* gradient = reinterpret_cast<double*>(problem.gradient_row(row.index));
+  for (int64_t v = 0; gradient && v < problem.vocab; ++v) gradient[v] = NAN;
+}
+
+}  // namespace
+
+void run_row_float64(const Problem& problem, const Row& row, Workspace& workspace,
+                     RowStatistics& statistics) {
+  const int64_t vocab = problem.vocab;
+  double* memory = reinterpret_cast<double*>(workspace.reserve(4 * vocab * sizeof(double)));
+  const Columns at{memory, memory + vocab, memory + 2 * vocab, memory + 3 * vocab};
+  Sums sums;
+  observe(problem, row, at, sums);
+  const bool kd_counts = problem.alpha != 0.0;
+  if (is_bad(sums.student) || (kd_counts && is_bad(sums.teacher))) {
+    return spoil(problem, row, statistics);
+  }
+  if (kd_counts || problem.extras) evaluate(problem, at, sums, statistics);
+  statistics.kd = problem.kd_scale() * (sums.value < 0.0 ? 0.0 : sums.value);
+  statistics.student_lse = sums.student.value();
+  statistics.teacher_lse = sums.teacher.value();
+  if (is_bad(sums.teacher)) {
+    statistics.kd = statistics.teacher_lse = statistics.teacher_entropy = NAN;
+  }
+  statistics.top_agrees = sums.student_top == sums.teacher_top;
+  statistics.label_is_top = sums.student_top == row.label;
+  label_terms(problem, row, at, sums, statistics);
+  differentiate(problem, row, at, sums);
+}
+
+}  // namespace kd

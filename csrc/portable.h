@@ -1,0 +1,42 @@
+// The few operations that the mathematics is written in, for one number of type double. A SIMD
+// register offers the same names (cpu/lanes.inc), found by argument-dependent lookup.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+// Everything in the headers is forced inline: a translation unit compiled for AVX-512 must not
+// leave behind a copy of a shared function that the linker could choose for every other unit.
+#if defined(__CUDACC__)
+#define KD_INLINE __host__ __device__ __forceinline__
+#else
+#define KD_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace kd {
+
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLog2E = 1.44269504088896340736;
+
+// exp(x), and exp(x) - 1 without the cancellation near zero.
+template <class X>
+struct Growth {
+  X exp;
+  X expm1;
+};
+
+KD_INLINE double select(bool condition, double yes, double no) { return condition ? yes : no; }
+KD_INLINE double maximum(double a, double b) { return a > b ? a : b; }
+KD_INLINE double minimum(double a, double b) { return a < b ? a : b; }
+KD_INLINE double absolute(double a) { return fabs(a); }
+KD_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
+KD_INLINE bool is_nan(double a) { return a != a; }
+KD_INLINE Growth<double> grow(double a) { return {exp(a), expm1(a)}; }
+// The same for a <= 0, where a register need not look after overflow.
+KD_INLINE Growth<double> decay(double a) { return grow(a); }
+// log(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
+KD_INLINE double log_of_share(double u, double u_minus_one) {
+  return u > 0.5 ? log1p(u_minus_one) : log(u);
+}
+
+}  // namespace kd

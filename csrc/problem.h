@@ -1,0 +1,76 @@
+// The contract of one call: what every kernel receives.
+#pragma once
+
+#include <stdint.h>
+
+#include "row_statistics.h"
+#include "visit.h"
+
+namespace kd {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+KD_INLINE int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Logits [outer, inner, vocab]; strides in elements; no alignment is assumed.
+struct Logits {
+  const char* data;
+  DType dtype;
+  int64_t outer_stride, inner_stride, column_stride;
+  double scale;    // multiplies first; 1 = none
+  double softcap;  // then cap * tanh(z / cap); 0 = none
+
+  KD_INLINE bool is_plain() const { return scale == 1.0 && softcap == 0.0; }
+};
+
+struct Problem {
+  Logits student, teacher;
+  int64_t outer, inner, vocab;
+
+  const int64_t* labels;  // [rows] or null
+  int64_t ignore_index;
+  const float* row_weights;  // [rows] or null
+  const void* grad_output;   // float32, or float64 when the math is double; null = 1
+  int64_t grad_output_stride;
+  double denominator;  // 0 = the number of rows that count
+
+  double temperature;
+  bool temperature_squared;
+  double alpha;  // weight of the divergence
+  double label_smoothing, z_loss;
+  Divergence divergence;
+
+  void* loss;  // float32 or float64; [1] if reduce, else [rows]
+  bool reduce;
+  void* statistics;  // [10, rows] of the loss's dtype, or null
+  bool extras;
+  void* gradient;  // student dtype, [rows, gradient_columns], or null
+  int64_t gradient_columns;
+  int threads;
+
+  KD_INLINE int64_t rows() const { return outer * inner; }
+  KD_INLINE bool is_double() const { return student.dtype == DType::float64; }
+  KD_INLINE double ce_weight() const { return labels ? 1.0 - alpha : 0.0; }
+  KD_INLINE double kd_scale() const {
+    return temperature_squared ? temperature * temperature : 1.0;
+  }
+  KD_INLINE const char* row_of(const Logits& logits, int64_t row) const {
+    const int64_t offset = row / inner * logits.outer_stride + row % inner * logits.inner_stride;
+    return logits.data + offset * size_of(logits.dtype);
+  }
+  KD_INLINE char* gradient_row(int64_t row) const {
+    if (!gradient) return nullptr;
+    return static_cast<char*>(gradient) + row * gradient_columns * size_of(student.dtype);
+  }
+};
+
+// One row to do: where its label is (-1 = no label), and what its gradient is multiplied by.
+struct Row {
+  int64_t index;
+  int64_t label;
+  double gradient_scale;
+};
+
+}  // namespace kd

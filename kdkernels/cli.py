@@ -1,0 +1,228 @@
+"""The command line: ``kdkernels distill | fetch | info``.
+
+Exit code 0: done; 2: bad input, one line on stderr, nothing written. transformers is imported only
+by ``distill`` and ``fetch``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from ._version import __version__
+from .dispatch import available_backends
+
+if TYPE_CHECKING:
+    from .distill import Experiment
+
+BAD_INPUT = 2
+
+_EPILOG = """examples:
+  kdkernels info
+  kdkernels fetch smollm2
+  kdkernels distill examples/smollm2.yaml
+  kdkernels distill examples/smollm2.yaml --alpha 0.7 --output_dir out
+  kdkernels distill --teacher FOLDER --student_layers 0-5 --train_text notes.txt --output_dir out
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["distill"]:  # its options are dataclasses that need transformers
+        return distill(arguments[1:])
+    parser = _Parser(
+        prog="kdkernels",
+        description="Fused knowledge-distillation losses, and distillation of language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kdkernels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="", required=True)
+    commands.add_parser(
+        "distill", help="train a small language model from a large one (distill --help)"
+    )
+    fetch_parser = commands.add_parser("fetch", help="download what a demo needs; prints its paths")
+    fetch_parser.add_argument("demo", choices=["smollm2"])
+    fetch_parser.set_defaults(command=lambda _: fetch())
+    info_parser = commands.add_parser(
+        "info", help="versions, processor, and which backends can run"
+    )
+    info_parser.set_defaults(command=lambda _: info())
+    namespace = parser.parse_args(arguments)
+    return int(namespace.command(namespace))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+
+def _refuse(command: str, error: Exception) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kdkernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+# ---- info, fetch --------------------------------------------------------------------------------
+
+
+def info() -> int:
+    """Print versions, the processor, and for each backend whether it can run here or why not."""
+    print(f"kdkernels  {__version__}")
+    print(f"torch      {torch.__version__}")
+    print(f"python     {platform.python_version()} ({sys.executable})")
+    print(f"cpu        {_processor()}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"threads    {torch.get_num_threads()}")
+    for index in range(torch.cuda.device_count()):
+        print(f"gpu {index}      {torch.cuda.get_device_name(index)}")
+    print("backends, in order of preference:")
+    for name, reasons in available_backends().items():
+        print(f"  {name:<10} {'cannot run: ' + '; '.join(reasons) if reasons else 'can run'}")
+    return 0
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def fetch() -> int:
+    """Download teacher and text of the demo into the cache; prints their folders."""
+    from .demo import fetch_smollm2
+
+    try:
+        for folder in fetch_smollm2():
+            print(folder)
+    except (RuntimeError, OSError) as error:
+        return _refuse("fetch", error)
+    return 0
+
+
+# ---- distill ------------------------------------------------------------------------------------
+
+
+def distill(arguments: list[str]) -> int:
+    """``kdkernels distill [config.yaml] [--option value ...]``."""
+    _quiet_libraries()
+    from . import report
+    from .distill import prepare, run
+
+    try:
+        experiment = prepare(*parse(arguments))
+    except (ValueError, OSError) as error:
+        return _refuse("distill", error)
+    if experiment.args.process_index == 0:
+        print(_headline(experiment), file=sys.stderr)
+    outcome = run(experiment)
+    if experiment.args.process_index == 0:
+        print(f"\n{report.table(outcome['rows'])}\n\n{report.LEGEND}")
+        print(f"{outcome['seconds']:.0f} s; results in {experiment.args.output_dir}")
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[Any, ...]:
+    """Options of ``distill`` -> (model, data, run, distillation) arguments; ValueError if bad."""
+    from transformers import HfArgumentParser
+
+    from .distill import DataArguments, ModelArguments, RunArguments
+    from .trainer import DistillationArguments
+
+    class Parser(_Parser, HfArgumentParser):
+        pass
+
+    kinds: list[Any] = [ModelArguments, DataArguments, RunArguments, DistillationArguments]
+    parser = Parser(
+        kinds,
+        prog="kdkernels distill",
+        usage="kdkernels distill [config.yaml] [--option value ...]",
+        description="Train a student on a teacher. A YAML file holds the same options as the "
+        "command line, which overrides it. Relative paths are relative to the working directory.",
+        allow_abbrev=False,
+    )
+    fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.init}
+    options = list(arguments)
+    if options and not options[0].startswith("-"):
+        options[:1] = yaml_options(Path(options[0]), fields)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        options, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_unknown("option", unknown[0], [f"--{name}" for name in fields]))
+    return tuple(parsed)
+
+
+def yaml_options(path: Path, fields: dict[str, dataclasses.Field[Any]]) -> list[str]:
+    """The options that a YAML file holds, as command-line words; null leaves the default."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"config: {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {str(path)!r} is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config: {str(path)!r} does not hold `option: value` lines")
+    words: list[str] = []
+    for name, value in content.items():
+        if name not in fields:
+            raise ValueError(f"config {str(path)!r}: {_unknown('key', str(name), list(fields))}")
+        if value is not None:
+            words += _words(name, value, takes_list="list" in str(fields[name].type))
+    return words
+
+
+def _words(name: str, value: Any, takes_list: bool) -> list[str]:
+    if isinstance(value, list) and takes_list:
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    elif isinstance(value, dict):
+        value = json.dumps(value)
+    return [f"--{name}={value}"]
+
+
+def _unknown(kind: str, given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given.partition("=")[0], known, n=1)
+    return f"unknown {kind} {given!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _quiet_libraries() -> None:
+    """Only our own progress bars: those of loading and saving hide the lines that matter."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _headline(experiment: Experiment) -> str:
+    """What is about to be trained, in one line."""
+    from .models import parameter_count
+
+    corpus = experiment.corpus
+    teacher, student = (
+        parameter_count(model) / 1e6 for model in (experiment.teacher, experiment.student)
+    )
+    return (
+        f"teacher {teacher:.1f} M, student {student:.1f} M parameters; "
+        f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
+    )

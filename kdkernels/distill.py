@@ -1,0 +1,409 @@
+"""``kdkernels distill``: one experiment from a configuration to a table, a plot and a checkpoint.
+
+:func:`prepare` checks everything that can be checked, cheapest first, and raises ValueError (one
+line) before anything is written or trained. :func:`run` trains and reports.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import models, report
+from .data import Corpus, check_source, read_documents, split_tail, token_blocks
+from .models import ModelSource
+from .trainer import DistillationArguments, DistillationTrainer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """Teacher and student."""
+
+    _argument_group_name = "models"
+
+    teacher: str = field(
+        metadata={"help": "Causal language model: a folder, a hub name, or a .gguf file."}
+    )
+    student: str | None = field(
+        default=None, metadata={"help": "Start from this model: a folder or a hub name."}
+    )
+    student_config: str | None = field(
+        default=None,
+        metadata={"help": "Start from random weights: a config.json, a folder or a hub name."},
+    )
+    student_layers: str | None = field(
+        default=None, metadata={"help": "Start from these layers of the teacher, e.g. 0,1,2,8-11."}
+    )
+    student_dtype: str = field(
+        default="float32", metadata={"help": "Student weights: " + ", ".join(DTYPES) + "."}
+    )
+
+    def __post_init__(self) -> None:
+        ways = ("student", "student_config", "student_layers")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of --student, --student_config and --student_layers "
+                f"(given: {', '.join(given) or 'none'})"
+            )
+        if self.student_dtype not in DTYPES:
+            raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {DTYPES}")
+
+
+@dataclass
+class DataArguments:
+    """The text."""
+
+    _argument_group_name = "data"
+
+    train_text: str = field(
+        metadata={
+            "help": "Text file (.txt .md), table (.jsonl .json .csv .tsv .parquet), a folder of "
+            "them, a folder of datasets.save_to_disk, or the name of a dataset."
+        }
+    )
+    validation_text: str | None = field(
+        default=None,
+        metadata={"help": "Held-out text, likewise; default: the end of train_text."},
+    )
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of train_text held out at its end if validation_text is not given."
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of tables and datasets."})
+    train_split: str = field(default="train", metadata={"help": "Split of a dataset to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split of a dataset given as validation_text."}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in one training example."})
+    max_train_tokens: int | None = field(
+        default=None, metadata={"help": "Read no more of train_text than this many tokens."}
+    )
+    max_validation_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many tokens, spread evenly over the text."},
+    )
+    data_notice: str | None = field(
+        default=None, metadata={"help": "Origin and licence of the text, for the model card."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length: {self.sequence_length} is not at least 2")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction: {self.validation_fraction} is not in (0, 1)")
+        for name in ("max_train_tokens", "max_validation_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < self.sequence_length:
+                raise ValueError(f"{name}: {value} is less than sequence_length")
+
+
+@dataclass
+class RunArguments:
+    """The experiment."""
+
+    _argument_group_name = "experiment"
+
+    baseline: bool = field(
+        default=True,
+        metadata={"help": "Also train the same student, seed and budget on the labels only."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
+    )
+
+
+@dataclass
+class Experiment:
+    """Everything a run needs, checked."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    run_args: RunArguments
+    args: DistillationArguments
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+
+    @property
+    def output(self) -> Path:
+        return output_folder(self.args)
+
+
+def output_folder(args: DistillationArguments) -> Path:
+    """``output_dir`` as a path."""
+    return Path(args.output_dir or "distilled")
+
+
+# ---- preparation --------------------------------------------------------------------------------
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+) -> Experiment:
+    """Check and load; ValueError (one line) on bad input. Writes nothing."""
+    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    check_source("train_text", data_args.train_text)
+    if data_args.validation_text is not None:
+        check_source("validation_text", data_args.validation_text)
+    teacher = ModelSource("teacher", model_args.teacher)
+    named = model_args.student or model_args.student_config
+    option = "student" if model_args.student else "student_config"
+    student = ModelSource(option, named) if named else None
+    sources = [teacher] if student is None else [teacher, student]
+    for source in sources:
+        source.check()
+    for source in sources:
+        models.refuse_unless_causal(source.config(), source.option)
+    tokenizer = teacher.tokenizer()
+    if student is not None and model_args.student is not None:
+        _check_tokenizer(student, tokenizer)
+    corpus = load_corpus(data_args, tokenizer)
+    teacher_model = teacher.model(args.teacher_dtype)
+    student_model = build_student(model_args, student, teacher_model, args.seed)
+    _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
+    return Experiment(
+        model_args, data_args, run_args, args, teacher_model, student_model, tokenizer, corpus
+    )
+
+
+def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
+    """Refuse an output folder that holds something, unless the caller wants that."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir: {str(output)!r} is not a folder")
+    if resume is not None:
+        if resume.lower() not in ("true", "last"):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume!r} is not `true` (which goes on from the last "
+                "checkpoints in output_dir)"
+            )
+        arms = [output / arm for arm in report.ARM_FOLDERS.values()]
+        if not any(arm.is_dir() and get_last_checkpoint(str(arm)) for arm in arms):
+            raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output)!r}")
+    elif output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"output_dir: {str(output)!r} is not empty; choose another one, --overwrite_output_dir "
+            "or --resume_from_checkpoint true"
+        )
+
+
+def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+    difference = models.tokenizer_difference(student.tokenizer(), teacher_tokenizer)
+    if difference is not None:
+        raise ValueError(f"student: tokenizers differ: {difference}")
+
+
+def _check_vocabulary(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+) -> None:
+    sizes = models.vocab_size(student), models.vocab_size(teacher)
+    if sizes[0] != sizes[1] and policy == "error":
+        raise ValueError(
+            f"student: vocabulary of {sizes[0]}, the teacher's has {sizes[1]}; they must be equal, "
+            "or --vocab_policy truncate"
+        )
+    if min(sizes) < len(tokenizer):
+        raise ValueError(
+            f"student: a vocabulary of {min(sizes)} is less than the tokenizer's {len(tokenizer)}"
+        )
+
+
+def load_corpus(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """Read, tokenise, pack and split the text as ``data`` says."""
+
+    def blocks(option: str, source: str, split: str, limit: int | None) -> Any:
+        documents = read_documents(option, source, data.text_column, split)
+        return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+
+    train = blocks("train_text", data.train_text, data.train_split, data.max_train_tokens)
+    if data.validation_text is None:
+        corpus = split_tail(train, data.validation_fraction)
+    else:
+        split = data.validation_split
+        corpus = Corpus(train, blocks("validation_text", data.validation_text, split, None))
+    return Corpus(corpus.train, corpus.validation.evenly(data.max_validation_tokens))
+
+
+def build_student(
+    model_args: ModelArguments, source: ModelSource | None, teacher: PreTrainedModel, seed: int
+) -> PreTrainedModel:
+    """The untrained student, in the way that the options name."""
+    if source is None:
+        layers = models.parse_layers(
+            model_args.student_layers or "", teacher.config.num_hidden_layers
+        )
+        student = models.keep_layers(teacher, layers)
+        dtype = model_args.student_dtype
+        return student if dtype == "auto" else student.to(getattr(torch, dtype))
+    set_seed(seed)
+    if model_args.student_config is not None:
+        return models.from_config(source, model_args.student_dtype)
+    return source.model(model_args.student_dtype)
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+class Progress(ProgressCallback):
+    """A progress bar that shows the newest losses beside itself, not as lines of dictionaries."""
+
+    SHOWN = ("loss", "kd_loss", "ce_loss", "eval_ce_loss")
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description(f"{self.title}: evaluation")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            self.shown |= {k: f"{logs[k]:.3f}" for k in self.SHOWN if k in logs}
+            self.training_bar.set_postfix(self.shown)
+
+
+def make_trainer(
+    experiment: Experiment,
+    title: str,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    **changes: Any,
+) -> DistillationTrainer:
+    """A trainer of ``model`` with the run's arguments, ``changes`` applied to them."""
+    args = dataclasses.replace(experiment.args, **changes)
+    trainer = DistillationTrainer(
+        model,
+        args,
+        teacher=teacher,
+        train_dataset=experiment.corpus.train,
+        eval_dataset=experiment.corpus.validation,
+        data_collator=default_data_collator,  # nothing to pad, and not every tokenizer can
+        processing_class=experiment.tokenizer,
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(title))
+    return trainer
+
+
+def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
+    """One row of the table: quality on the held-out text, size and speed of ``model``."""
+    is_teacher = model is experiment.teacher
+    # Agreement with the teacher is measured for every student, one trained on labels only, too.
+    alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
+    teacher = None if is_teacher else experiment.teacher
+    metrics = make_trainer(experiment, title, model, teacher, alpha=alpha).evaluate()
+    return {
+        "name": title,
+        "parameters": models.parameter_count(model),
+        "loss": metrics["eval_ce_loss"],
+        "perplexity": metrics["eval_perplexity"],
+        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
+        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
+        "accuracy": metrics["eval_accuracy"],
+        "tokens_per_second": forward_speed(model, experiment),
+    }
+
+
+@torch.no_grad()
+def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
+    """Tokens per second of the model's forward alone: the median of ``repeats`` batches."""
+    device = next(model.parameters()).device
+    size = experiment.args.per_device_eval_batch_size
+    batch: Tensor = experiment.corpus.validation.blocks[:size].to(device)
+    model.eval()
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        started = time.perf_counter()
+        model(input_ids=batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return batch.numel() / sorted(seconds[1:])[repeats // 2]
+
+
+def train(
+    experiment: Experiment, arm: str, student: PreTrainedModel, alpha: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
+    folder = experiment.output / report.ARM_FOLDERS[arm]
+    trainer = make_trainer(
+        experiment, arm, student, experiment.teacher, alpha=alpha, output_dir=str(folder)
+    )
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - started
+    args = trainer.args
+    if args.process_index == 0 and not any(folder.iterdir()):
+        folder.rmdir()
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
+    tokens = (result.global_step - first_step) * sequences * experiment.data_args.sequence_length
+    row = {
+        "train_seconds": seconds,
+        "train_tokens_per_second": tokens / seconds,
+        "steps": result.global_step,
+        "resumed_from_step": first_step,
+    }
+    return row, trainer.state.log_history
+
+
+def run(experiment: Experiment) -> dict[str, Any]:
+    """Evaluate, train, evaluate, write results; returns what ``results.json`` holds."""
+    started = time.perf_counter()
+    main_process = experiment.args.process_index == 0
+    if experiment.run_args.overwrite_output_dir and main_process:
+        report.remove(experiment.output)
+    rows = [evaluate(experiment, "teacher", experiment.teacher)]
+    rows.append(evaluate(experiment, "student, untrained", experiment.student))
+    curves: dict[str, list[dict[str, Any]]] = {}
+    alpha = experiment.args.alpha
+    arms = [("distilled", alpha)] if alpha > 0 else []
+    if experiment.run_args.baseline or not arms:
+        arms.insert(0, ("labels only", 0.0))
+    for position, (arm, weight) in enumerate(arms):
+        last = position == len(arms) - 1
+        student = experiment.student if last else copy.deepcopy(experiment.student)
+        training, curves[arm] = train(experiment, arm, student, weight)
+        rows.append(evaluate(experiment, f"student, {arm}", student) | training)
+    results = report.results(experiment, rows, curves, time.perf_counter() - started)
+    if main_process:
+        report.write(experiment, results)
+    return results

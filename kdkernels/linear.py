@@ -1,0 +1,574 @@
+"""Fused linear distillation: from hidden states to the loss, the logits only in small tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .backends import BACKENDS
+from .functional import Call, KDLossOutput, finish, fused_kd_loss, prepare
+from .problem import (
+    LOGIT_DTYPES,
+    STATISTICS,
+    Options,
+    Problem,
+    check_labels,
+    loss_dtype,
+    sum_rows,
+)
+
+#: Default memory for tiles of logits. Two tiles in float32 are alive: the student's, whose memory
+#: its gradient takes over, and the teacher's.
+MAX_CHUNK_BYTES = 256 << 20
+
+#: Bytes of the piece of a half-precision weight that is converted to float32 at a time.
+_WEIGHT_TILE_BYTES = 16 << 20
+
+#: The student's inputs, which have gradients, and the teacher's; in the order of the ops' schema.
+_STUDENT = ("student_hidden", "student_weight", "student_bias", "student_logits")
+_TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
+
+
+class _Head(NamedTuple):
+    """A model's output layer and what goes into it: logits = hidden @ weight^T + bias."""
+
+    hidden: Tensor  # [rows, H]
+    weight: Tensor  # [vocab, H]
+    bias: Tensor | None  # [vocab]
+
+    def tile(self, rows: Tensor | slice, memory: Tensor) -> Tensor:
+        """The rows' logits in the dtype of ``memory`` [>= rows, vocab]: never rounded to less."""
+        hidden = self.hidden[rows].to(memory.dtype)
+        out = memory[: hidden.shape[0]]
+        for part, weight in _weight_tiles(self.weight, out.dtype):
+            torch.mm(hidden, weight.t(), out=out[:, part])
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class _Given(NamedTuple):
+    """Logits that exist: [..., vocab], any strides."""
+
+    logits: Tensor
+
+    def tile(self, rows: Tensor | slice, memory: Tensor) -> Tensor:
+        """The rows as they are; a slice of a matrix is not copied."""
+        if isinstance(rows, slice):
+            if self.logits.ndim == 2:
+                return self.logits[rows]
+            rows = torch.arange(rows.start, rows.stop, device=self.logits.device)
+        return self.logits[torch.unravel_index(rows, self.logits.shape[:-1])]
+
+
+def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in ``dtype``: whole if it has it, else converted piece by piece.
+
+    A CPU without half-precision matrix instructions multiplies bfloat16 at 1 % of its float32 rate,
+    so half-precision weights go through float32 products; in pieces, because a float32 copy of the
+    whole weight would be as large as its gradient.
+    """
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    step = max(1, _WEIGHT_TILE_BYTES // (weight.shape[1] * torch.finfo(dtype).bits // 8))
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, min(start + step, weight.shape[0]))
+        yield part, weight[part].to(dtype)
+
+
+#: A model's hidden states, weight and bias, or else its logits.
+_Source = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class _LinearProblem(NamedTuple):
+    """One call: the leading arguments of both ops."""
+
+    student_hidden: Tensor | None
+    student_weight: Tensor | None
+    student_bias: Tensor | None
+    student_logits: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | None
+    labels: Tensor | None
+    token_weights: Tensor | None
+    num_items: Tensor | None
+    options: Options
+
+    @property
+    def student(self) -> _Source:
+        return self.student_hidden, self.student_weight, self.student_bias, self.student_logits
+
+    @property
+    def teacher(self) -> _Source:
+        return self.teacher_hidden, self.teacher_weight, self.teacher_bias, self.teacher_logits
+
+    @property
+    def student_input(self) -> Tensor:
+        tensor = self.student_logits if self.student_hidden is None else self.student_hidden
+        assert tensor is not None
+        return tensor
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.student_input.shape[:-1]
+
+    @property
+    def vocab(self) -> int:
+        return min(_vocab(self.student), _vocab(self.teacher))
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Of a tile that is computed here."""
+        return loss_dtype(self.student_input)
+
+    def logits_of(self, source: _Source) -> _Head | _Given:
+        """The common vocabulary's part of a model's logits."""
+        hidden, weight, bias, logits = source
+        if logits is not None:
+            return _Given(logits[..., : self.vocab])
+        assert hidden is not None and weight is not None
+        bias = None if bias is None else bias[: self.vocab]
+        return _Head(hidden.reshape(-1, hidden.shape[-1]), weight[: self.vocab], bias)
+
+
+def _vocab(source: _Source) -> int:
+    _, weight, _, logits = source
+    if logits is not None:
+        return logits.shape[-1]
+    assert weight is not None
+    return weight.shape[0]
+
+
+class _Gradients:
+    """Gradients of the student's inputs, summed over tiles in the math dtype; None: not wanted."""
+
+    def __init__(self, problem: _LinearProblem, wanted: Sequence[bool]) -> None:
+        self.vocab = problem.vocab
+        self.hidden, self.weight, self.bias, self.logits = (
+            torch.zeros(
+                tensor.shape,
+                dtype=tensor.dtype if name == "student_logits" else problem.logits_dtype,
+                device=tensor.device,
+            )
+            if tensor is not None and want
+            else None
+            for name, tensor, want in zip(_STUDENT, problem.student, wanted, strict=True)
+        )
+
+    def add(self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor) -> None:
+        """Propagate the gradient of a tile of logits."""
+        if isinstance(source, _Given):
+            assert self.logits is not None
+            self.logits.view(-1, self.logits.shape[-1])[rows, : self.vocab] = tile
+            return
+        if self.hidden is not None:
+            hidden = tile.new_zeros((tile.shape[0], source.hidden.shape[1]))
+            for part, weight in _weight_tiles(source.weight, tile.dtype):
+                hidden.addmm_(tile[:, part], weight)
+            self.hidden.view(-1, hidden.shape[-1])[rows] = hidden
+        if self.weight is not None:
+            self.weight[: self.vocab].addmm_(tile.t(), source.hidden[rows].to(tile.dtype))
+        if self.bias is not None:
+            self.bias[: self.vocab] += tile.sum(0)
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The four gradients; an empty tensor for one that is not there."""
+        four = (self.hidden, self.weight, self.bias, self.logits)
+        return tuple(like.new_empty((0,)) if one is None else one for one in four)
+
+
+def _rows_to_read(problem: _LinearProblem) -> Tensor | None:
+    """Indices of the rows that count, or None for all: the others are not even multiplied.
+
+    Only on the CPU, where knowing their number costs no synchronisation with a device.
+    """
+    labels = problem.labels
+    if labels is None or labels.device.type != "cpu":
+        return None
+    counted = (labels.reshape(-1) != problem.options.ignore_index).nonzero().squeeze(-1)
+    return None if counted.numel() == labels.numel() else counted
+
+
+def _with_denominator(problem: _LinearProblem, counted: Tensor | None) -> _LinearProblem:
+    """The problem with the denominator of "mean" fixed: a tile cannot count the others' rows."""
+    options = problem.options
+    if options.reduction != "mean" or options.denominator or problem.num_items is not None:
+        return problem
+    rows = problem.leading_shape.numel()
+    if problem.labels is None or problem.labels.device.type == "cpu":
+        count = rows if counted is None else counted.numel()
+        return problem._replace(options=options._replace(denominator=float(max(count, 1))))
+    valid = (problem.labels != options.ignore_index).sum().clamp(min=1)
+    return problem._replace(num_items=valid.to(problem.logits_dtype))
+
+
+class _Sweep:
+    """The tiles of one call: which rows, and each tile's logits in memory that all share."""
+
+    def __init__(self, problem: _LinearProblem, max_chunk_bytes: int) -> None:
+        self.counted = _rows_to_read(problem)
+        self.problem = _with_denominator(problem, self.counted)
+        self.student = problem.logits_of(problem.student)
+        self.teacher = problem.logits_of(problem.teacher)
+        rows = problem.leading_shape.numel()
+        self.total = rows if self.counted is None else self.counted.numel()
+        heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
+        dtype, vocab = problem.logits_dtype, problem.vocab
+        row_bytes = vocab * torch.finfo(dtype).bits // 8 * heads
+        self.step = max(1, min(max_chunk_bytes // row_bytes, self.total))
+        device = problem.student_input.device
+        self.memory = [
+            torch.empty((self.step, vocab), dtype=dtype, device=device) for _ in range(heads)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem]]:
+        """Each tile's rows (of the flattened leading shape) and its problem."""
+        for start in range(0, self.total, self.step):
+            stop = min(start + self.step, self.total)
+            rows = slice(start, stop) if self.counted is None else self.counted[start:stop]
+            yield (
+                rows,
+                Problem(
+                    self.student.tile(rows, self.memory[0]),
+                    self.teacher.tile(rows, self.memory[-1]),
+                    _picked(self.problem.labels, rows),
+                    _picked(self.problem.token_weights, rows),
+                    self.problem.num_items,
+                    self.problem.options,
+                ),
+            )
+
+    def own_memory(self, tile: Problem) -> Tensor | None:
+        """The tile's student logits if they are ours to be overwritten by their gradient."""
+        return tile.student if isinstance(self.student, _Head) else None
+
+
+def _picked(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1)[rows]
+
+
+def _run_forward(
+    problem: _LinearProblem,
+    backend: str,
+    max_chunk_bytes: int,
+    wanted: Sequence[bool],
+    extras: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Loss, statistics and the wanted gradients of the student's inputs."""
+    check_labels(problem)
+    dtype, device, shape = problem.logits_dtype, problem.student_input.device, problem.leading_shape
+    sweep = _Sweep(problem, max_chunk_bytes)
+    gradients = _Gradients(problem, wanted)
+    statistics = torch.zeros((len(STATISTICS), shape.numel()), dtype=dtype, device=device)
+    per_row = problem.options.reduction == "none"
+    losses = torch.zeros(shape.numel() if per_row else 0, dtype=dtype, device=device)
+    sums = []
+    for rows, tile in sweep:
+        result = BACKENDS[backend].forward(
+            tile,
+            want_gradient=any(wanted),
+            extras=extras,
+            gradient_out=sweep.own_memory(tile) if any(wanted) else None,
+        )
+        statistics[:, rows] = result.statistics
+        if per_row:
+            losses[rows] = result.loss
+        else:
+            sums.append(result.loss)
+        if result.gradient is not None:
+            gradients.add(sweep.student, rows, result.gradient)
+    loss = losses.reshape(shape) if per_row else sum_rows(torch.stack(sums) if sums else losses)
+    return loss, statistics.reshape(-1, *shape), gradients.tensors(loss)
+
+
+def _run_backward(
+    problem: _LinearProblem,
+    backend: str,
+    max_chunk_bytes: int,
+    wanted: Sequence[bool],
+    statistics: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, ...]:
+    """The wanted gradients, recomputed from the inputs, times grad_output."""
+    sweep = _Sweep(problem, max_chunk_bytes)
+    gradients = _Gradients(problem, wanted)
+    statistics = statistics.reshape(len(STATISTICS), -1)
+    for rows, tile in sweep:
+        gradient = BACKENDS[backend].backward(
+            tile,
+            statistics[:, rows],
+            grad_output if grad_output.ndim == 0 else grad_output.reshape(-1)[rows],
+            gradient_out=sweep.own_memory(tile),
+        )
+        gradients.add(sweep.student, rows, gradient)
+    return gradients.tensors(statistics)
+
+
+_TENSORS = len(_LinearProblem._fields) - 1
+_OPTIONS_END = _TENSORS + len(Options._fields)
+_LEADING_SCHEMA = (
+    ", ".join(f"Tensor? {name}" for name in _LinearProblem._fields[:-1])
+    + f", {ops.OPTIONS_SCHEMA}, str backend, int max_chunk_bytes, bool[] wanted"
+)
+
+
+def _unpack(arguments: Sequence[Any]) -> tuple[_LinearProblem, Sequence[Any]]:
+    """The problem, and the arguments behind it."""
+    options = Options(*arguments[_TENSORS:_OPTIONS_END])
+    problem = _LinearProblem(*[*arguments[:_TENSORS], options])
+    return problem, arguments[_OPTIONS_END:]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (backend, max_chunk_bytes, wanted, extras) = _unpack(arguments)
+    loss, statistics, four = _run_forward(problem, backend, max_chunk_bytes, wanted, extras)
+    return loss, statistics, *four
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (_, _, wanted, _) = _unpack(arguments)
+    shape, like, dtype = problem.leading_shape, problem.student_input, problem.logits_dtype
+    loss_shape = shape if problem.options.reduction == "none" else ()
+    statistics = like.new_empty((len(STATISTICS), *shape), dtype=dtype)
+    return (like.new_empty(loss_shape, dtype=dtype), statistics, *_fake_gradients(problem, wanted))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (backend, max_chunk_bytes, wanted, statistics, grad_output) = _unpack(arguments)
+    return _run_backward(problem, backend, max_chunk_bytes, wanted, statistics, grad_output)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, rest = _unpack(arguments)
+    return _fake_gradients(problem, rest[2])
+
+
+def _fake_gradients(problem: _LinearProblem, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    like, dtype = problem.student_input, problem.logits_dtype
+    return tuple(
+        like.new_empty((0,), dtype=dtype)
+        if tensor is None or not want
+        else like.new_empty(tensor.shape, dtype=tensor.dtype if name == "student_logits" else dtype)
+        for name, tensor, want in zip(_STUDENT, problem.student, wanted, strict=True)
+    )
+
+
+class _LinearKdLoss(torch.autograd.Function):
+    """Autograd of linear_kd_forward: the loss, in the student's four inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = ops.below_autograd(_linear_kd_forward, keyset, arguments)
+        _, statistics, *gradients = outputs
+        wanted = arguments[_OPTIONS_END + 2]
+        ctx.stored = any(wanted)
+        ops.save(ctx, gradients if ctx.stored else [*arguments[:_TENSORS], statistics])
+        ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 2]
+        ctx.wanted = [t is not None and t.requires_grad for t in arguments[:4]]
+        ctx.dtypes = [None if t is None else t.dtype for t in arguments[:4]]
+        ctx.inputs = len(arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * (1 + ctx.inputs)
+        with torch.no_grad():
+            tensors = ops.saved(ctx)
+            if ctx.stored:
+                four = [ops.scaled(g, grad_output, ctx.scalars[-2]) for g in tensors]
+            else:
+                *inputs, statistics = tensors
+                four = _linear_kd_backward(
+                    *inputs, *ctx.scalars, ctx.wanted, statistics, grad_output
+                )
+        results = (
+            ops.refuse_second_derivative(gradient.to(dtype)) if want else None
+            for gradient, dtype, want in zip(four, ctx.dtypes, ctx.wanted, strict=True)
+        )
+        return (None, *results, *(None,) * (ctx.inputs - 4))
+
+
+def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    student = [tensor for tensor in arguments[:4] if tensor is not None]
+    for tensor in student:
+        ops.refuse_transforms(tensor)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
+        return _LinearKdLoss.apply(keyset, *arguments)
+    return ops.below_autograd(_linear_kd_forward, keyset, arguments)
+
+
+def _backward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    ops.refuse_differentiation(arguments)
+    return ops.below_autograd(_linear_kd_backward, keyset, arguments)
+
+
+_GRADIENTS_SCHEMA = ", ".join(f"Tensor grad_{name}" for name in _STUDENT)
+_linear_kd_forward = ops.define(
+    "linear_kd_forward",
+    f"({_LEADING_SCHEMA}, bool extras) -> (Tensor loss, Tensor statistics, {_GRADIENTS_SCHEMA})",
+    _forward,
+    _forward_autograd,
+    _forward_fake,
+)
+_linear_kd_backward = ops.define(
+    "linear_kd_backward",
+    f"({_LEADING_SCHEMA}, Tensor statistics, Tensor grad_output) -> ({_GRADIENTS_SCHEMA})",
+    _backward,
+    _backward_autograd,
+    _backward_fake,
+)
+
+
+def fused_linear_kd_loss(
+    student_hidden: Tensor | None = None,
+    student_weight: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logits: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    return_outputs: bool = False,
+    **options: Any,
+) -> Tensor | KDLossOutput:
+    """:func:`kdkernels.fused_kd_loss` of two output layers, without their logits in memory.
+
+    With ``student_logits = student_hidden @ student_weight.T + student_bias`` and the teacher's
+    likewise, the result is that of ``fused_kd_loss(student_logits, teacher_logits, labels,
+    **options)``, and the gradients of student hidden states, weight and bias are computed with the
+    loss, tile by tile of rows. On the CPU, rows that do not count are not even multiplied.
+
+    Tiles of logits are float32 (float64 for float64 hidden states) whatever the inputs' dtypes, and
+    the gradients are summed in that precision over the tiles and rounded once.
+
+    Args:
+        student_hidden, teacher_hidden: [..., H_s] and [..., H_t], any floating dtype; H may differ.
+        student_weight, teacher_weight: [V, H_s] and [V, H_t]. A DTensor (FSDP2) is gathered once a
+            call by ``full_tensor()``, and its gradient scattered back.
+        labels: [...], as in ``fused_kd_loss``.
+        student_bias, teacher_bias: [V].
+        student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
+            (logits cached from an earlier run, say). One model at least must have hidden states.
+        max_chunk_bytes: memory of the tiles of logits, > 0. The default, 256 MiB, holds 667 rows of
+            a 50k vocabulary and 220 of a 152k one.
+        return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
+            again in the backward instead of storing gradients; reduction "none" needs it.
+
+    Returns:
+        As ``fused_kd_loss``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``fused_kd_loss``.
+    """
+    unknown = set(options) - set(fused_kd_loss.__kwdefaults__ or ())
+    if unknown:
+        raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
+    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes <= 0:
+        raise ValueError(f"max_chunk_bytes: {max_chunk_bytes!r} is not an int > 0")
+    student_weight, teacher_weight = _gathered(student_weight), _gathered(teacher_weight)
+    student = (student_hidden, student_weight, student_bias, student_logits)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    _check_source(_STUDENT, student)
+    _check_source(_TEACHER, teacher)
+    if student_logits is not None and teacher_logits is not None:
+        raise ValueError("student_logits, teacher_logits: both given; that is fused_kd_loss")
+    call = _prepare(student, teacher, labels, options)
+    grad = torch.is_grad_enabled() and call.gradient == "forward"
+    loss, statistics, *_ = _linear_kd_forward(
+        *student,
+        *(None if tensor is None else tensor.detach() for tensor in teacher),
+        call.problem.labels,
+        call.problem.token_weights,
+        call.problem.num_items,
+        *call.problem.options,
+        call.backend,
+        max_chunk_bytes,
+        [grad and tensor is not None and tensor.requires_grad for tensor in student],
+        return_outputs,
+    )
+    return finish(call, loss, statistics, return_outputs)
+
+
+def _gathered(weight: Any) -> Any:
+    """A sharded weight as a whole; differentiable."""
+    return weight.full_tensor() if type(weight).__name__ == "DTensor" else weight
+
+
+def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
+    """One model's inputs: either logits alone or hidden states with a weight and maybe a bias."""
+    for name, tensor in zip(names, source, strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.dtype not in LOGIT_DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+            raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
+    hidden, weight, bias, logits = source
+    if logits is not None:
+        if any(tensor is not None for tensor in source[:3]):
+            raise ValueError(f"{names[3]}: given next to {names[0]}, {names[1]} or {names[2]}")
+        return
+    if hidden is None or weight is None:
+        raise ValueError(f"{names[0]}, {names[1]}: both are needed unless {names[3]} is given")
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{names[1]}: shape {tuple(weight.shape)} is not [V, H] with H the last size of "
+            f"{names[0]} {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{names[2]}: shape {tuple(bias.shape)} is not ({weight.shape[0]},)")
+    for name, tensor in zip(names[1:3], (weight, bias), strict=True):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: device {tensor.device} differs from {hidden.device}")
+
+
+def _prepare(
+    student: Sequence[Any], teacher: Sequence[Any], labels: Tensor | None, options: dict[str, Any]
+) -> Call:
+    """Checks and backend of the equivalent ``fused_kd_loss``, whose logits are stand-ins."""
+    options = {**(fused_kd_loss.__kwdefaults__ or {}), **options}
+    del options["return_outputs"]
+    if options["gradient"] == "auto" and options["reduction"] != "none":
+        options["gradient"] = "forward"  # float16, too: it is stored in float32
+    if options["gradient"] == "forward" and options["reduction"] == "none":
+        raise ValueError(
+            "gradient: 'forward' is impossible with reduction 'none': the gradient of a weight "
+            "depends on every row's grad_output; 'recompute' is possible"
+        )
+    return prepare(_stand_in(student), _stand_in(teacher), labels, **options)
+
+
+def _stand_in(source: Sequence[Any]) -> Tensor:
+    """The model's logits, or a tensor of one element expanded to their shape."""
+    hidden, weight, _, logits = source
+    if logits is not None:
+        return logits
+    one = torch.empty((1,), dtype=loss_dtype(hidden), device=hidden.device)
+    return one.expand(*hidden.shape[:-1], weight.shape[0])
+
+
+class FusedLinearKDLoss(nn.Module):
+    """:func:`kdkernels.fused_linear_kd_loss` with its options fixed at construction."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = {*(fused_kd_loss.__kwdefaults__ or ()), "max_chunk_bytes"}
+        if unknown := set(options) - known:
+            raise TypeError(f"FusedLinearKDLoss has no option {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def forward(self, *inputs: Tensor | None, **per_batch: Any) -> Tensor | KDLossOutput:
+        return fused_linear_kd_loss(*inputs, **{**self.options, **per_batch})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,233 @@
+"""Loading teachers, building students: folders, names, GGUF files, configurations, kept layers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a folder, a hub name, a GGUF file, or a config's .json file.
+
+    ``option`` is the command-line option that named it; every error starts with it.
+    """
+
+    option: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix.lower() == ".gguf"
+
+    def check(self) -> None:
+        """Refuse what can be seen to be missing, without asking the hub."""
+        if self.path.exists():
+            if self.path.is_file() and self.path.suffix.lower() not in (".gguf", ".json"):
+                raise ValueError(
+                    f"{self.option}: {self.name!r} is neither a folder nor a .gguf file"
+                )
+            if self.path.is_dir() and not (self.path / "config.json").exists():
+                raise ValueError(f"{self.option}: no config.json in folder {self.name!r}")
+        elif self.is_gguf or self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+            raise ValueError(f"{self.option}: {self.name!r} does not exist")
+
+    def _load(self, loader: Callable[..., Any], what: str, **options: Any) -> Any:
+        self.check()
+        location, options = (str(self.path) if self.path.exists() else self.name), dict(options)
+        if self.is_gguf:
+            location, options["gguf_file"] = str(self.path.parent), self.path.name
+        if self.path.exists():
+            options["local_files_only"] = True
+        try:
+            return loader(location, **options)
+        except Exception as error:  # hub, network, format and pickle errors share no base class
+            first_line = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{self.option}: cannot load the {what} of {self.name!r} "
+                f"({type(error).__name__}: {first_line})"
+            ) from error
+
+    def config(self) -> PretrainedConfig:
+        return self._load(AutoConfig.from_pretrained, "configuration")
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._load(AutoTokenizer.from_pretrained, "tokenizer")
+
+    def model(self, dtype: str) -> PreTrainedModel:
+        """The causal language model in ``dtype`` ("auto": as stored), on the CPU."""
+        model = self._load(AutoModelForCausalLM.from_pretrained, "model", dtype=dtype)
+        return _without_gguf(model) if self.is_gguf else model
+
+
+def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be saved: transformers refuses to save a GGUF one."""
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(model.config)(**settings)
+    rebuilt = type(model)._from_config(config, dtype=model.dtype)
+    rebuilt.load_state_dict(model.state_dict())
+    rebuilt.tie_weights()
+    rebuilt.generation_config = model.generation_config
+    return rebuilt
+
+
+def refuse_unless_causal(config: PretrainedConfig, argument: str) -> None:
+    """ValueError unless ``config`` describes a decoder-only causal language model."""
+    kind = type(config).__name__
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{argument}: {config.model_type!r} ({kind}) is not a decoder-only causal language "
+            "model; only those can be distilled so far"
+        )
+
+
+def tokenizer_difference(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, common: int | None = None
+) -> str | None:
+    """The first difference of two token -> id mappings in words, or None when they agree.
+
+    ``common``: compare ids below it only (for ``vocab_policy="truncate"``).
+    """
+    limit = math.inf if common is None else common
+    ours = {token: i for token, i in student.get_vocab().items() if i < limit}
+    theirs = {token: i for token, i in teacher.get_vocab().items() if i < limit}
+    if ours == theirs:
+        return None
+    token = min(
+        (t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)),
+        key=lambda t: (min(ours.get(t, math.inf), theirs.get(t, math.inf)), t),
+    )
+    return (
+        f"token {token!r} is id {ours.get(token, 'missing')} in the student's tokenizer "
+        f"({len(ours)} tokens) and {theirs.get(token, 'missing')} in the teacher's ({len(theirs)})"
+    )
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Width of the logits: rows of the output embedding, else ``config.vocab_size``."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return int(model.config.vocab_size if weight is None else weight.shape[0])
+
+
+def from_config(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """A student with random weights from the configuration of ``source``."""
+    config = source.config()
+    refuse_unless_causal(config, source.option)
+    torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The module that owns the list of transformer layers, and the list's attribute name.
+
+    ValueError if the model has no list of exactly ``num_hidden_layers`` modules.
+    """
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise ValueError(
+        f"student_layers: {type(model).__name__} has no list of {count} layers to choose from"
+    )
+
+
+def parse_layers(text: str, available: int) -> list[int]:
+    """``"0,1,5-7"`` -> [0, 1, 5, 6, 7]; strictly increasing, each below ``available``."""
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            layers.extend(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise ValueError(f"student_layers: {text!r} is not a list such as 0,1,5-7") from error
+    if layers != sorted(set(layers)) or not layers:
+        raise ValueError(f"student_layers: {text!r} is not strictly increasing")
+    if layers[-1] >= available:
+        raise ValueError(f"student_layers: {layers[-1]} is outside 0..{available - 1}")
+    return layers
+
+
+def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A copy of ``teacher`` that has only the given layers, renumbered; nothing is shared."""
+    owner, attribute = decoder_layers(teacher)
+    original = getattr(owner, attribute)
+    try:  # Copy only what is kept.
+        setattr(owner, attribute, nn.ModuleList(original[i] for i in layers))
+        student = copy.deepcopy(teacher)
+    finally:
+        setattr(owner, attribute, original)
+    config = student.config
+    # Some architectures list a property of each layer (sliding or full attention) in their config.
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+    student_owner, _ = decoder_layers(student)
+    for position, layer in enumerate(getattr(student_owner, attribute)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    return student.requires_grad_(True)
+
+
+@torch.no_grad()
+def choose_layers(
+    model: PreTrainedModel, blocks: Tensor, keep: int, report: Callable[[str], None] = print
+) -> list[int]:
+    """Greedy pruning: drop the layer whose removal raises the loss on ``blocks`` least, repeatedly.
+
+    Args:
+        blocks: int64 [N, S], text that is used for nothing but training.
+        keep: how many layers stay.
+    """
+    model.eval()
+    owner, attribute = decoder_layers(model)
+    original, config = getattr(owner, attribute), model.config
+    kept = list(range(len(original)))
+
+    def loss(layers: list[int]) -> float:
+        setattr(owner, attribute, nn.ModuleList(original[i] for i in layers))
+        config.num_hidden_layers = len(layers)
+        logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+
+    try:
+        while len(kept) > keep:
+            losses = {drop: loss([i for i in kept if i != drop]) for drop in kept}
+            worst = min(losses, key=losses.__getitem__)
+            kept.remove(worst)
+            report(f"{len(kept)} layers, loss {losses[worst]:.3f}: {','.join(map(str, kept))}")
+    finally:
+        setattr(owner, attribute, original)
+        config.num_hidden_layers = len(original)
+    return kept
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

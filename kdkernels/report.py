@@ -1,0 +1,289 @@
+"""What a run leaves behind: the table, ``results.json``, ``loss.png``, the student and its card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .distill import Experiment
+
+STUDENT_FOLDER = "student"
+#: Arm of the experiment -> folder of its training checkpoints.
+ARM_FOLDERS = {"labels only": "labels-only", "distilled": "distilled"}
+RESULT_FILES = ("results.json", "loss.png")
+
+#: Okabe and Ito's palette: told apart by everyone.
+COLOURS = {"labels only": "#D55E00", "distilled": "#0072B2", "teacher": "#555555"}
+
+_COLUMNS = (
+    ("model", "{name}"),
+    ("parameters", "{millions:.1f} M"),
+    ("held-out loss", "{loss:.4f}"),
+    ("perplexity", "{perplexity:.2f}"),
+    ("agreement", "{agreement:.1%}"),
+    ("divergence", "{divergence:.4f}"),
+    ("tokens/s", "{tokens_per_second:.0f}"),
+    ("training s", "{train_seconds:.0f}"),
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table that is also aligned for a terminal."""
+    lines = [[title for title, _ in _COLUMNS]]
+    for row in rows:
+        known = {"train_seconds": math.nan} | row | {"millions": row["parameters"] / 1e6}
+        lines.append([template.format(**known).replace("nan", "-") for _, template in _COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
+
+
+def _table_line(cells: list[str], widths: list[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    return f"| {' | '.join(aligned)} |"
+
+
+LEGEND = (
+    "held-out loss: cross-entropy in nats per token; perplexity = exp(held-out loss); agreement: "
+    "share of tokens with the teacher's top token; divergence: the distillation term; tokens/s: "
+    "forward alone."
+)
+
+
+def configuration(experiment: Experiment) -> dict[str, Any]:
+    """Every option of the run that is not at its default."""
+    chosen: dict[str, Any] = {}
+    defaults = type(experiment.args)(output_dir=experiment.args.output_dir).to_dict()
+    chosen |= {k: v for k, v in experiment.args.to_dict().items() if v != defaults.get(k)}
+    for arguments in (experiment.model_args, experiment.data_args, experiment.run_args):
+        chosen |= {k: v for k, v in asdict(arguments).items() if v is not None}
+    return chosen
+
+
+def results(
+    experiment: Experiment,
+    rows: list[dict[str, Any]],
+    curves: dict[str, list[dict[str, Any]]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    names = ("kdkernels", "torch", "transformers", "accelerate", "datasets")
+    corpus = experiment.corpus
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "configuration": configuration(experiment),
+        "data": {
+            "train_tokens": corpus.train.tokens,
+            "validation_tokens": corpus.validation.tokens,
+            "sequence_length": corpus.train.sequence_length,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "device": str(experiment.args.device),
+            "processes": experiment.args.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": {name: _version(name) for name in names},
+        },
+        "curves": curves,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write(experiment: Experiment, outcome: dict[str, Any]) -> None:
+    """Save student, model card, ``results.json`` and ``loss.png`` in the output folder."""
+    output = experiment.output
+    output.mkdir(parents=True, exist_ok=True)
+    folder = output / STUDENT_FOLDER
+    experiment.student.config.use_cache = True  # the trainer switches it off for training
+    experiment.student.save_pretrained(folder)
+    experiment.tokenizer.save_pretrained(folder)
+    plot(outcome, output / "loss.png")
+    shutil.copy(output / "loss.png", folder / "loss.png")
+    (folder / "README.md").write_text(model_card(experiment, outcome), encoding="utf-8")
+    text = json.dumps(outcome, indent=1, default=str)
+    (output / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def remove(output: Path) -> None:
+    """Delete what an earlier run wrote into ``output``, and nothing else."""
+    for name in (STUDENT_FOLDER, *ARM_FOLDERS.values()):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in RESULT_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
+# ---- model card ---------------------------------------------------------------------------------
+
+_CARD = """# Student of {teacher}
+
+Distilled with kdkernels: {parameters:.1f} M parameters, taught by {teacher}
+({teacher_parameters:.1f} M).
+
+{table}
+
+{legend}
+Measured on {validation_tokens} held-out tokens in windows of {sequence_length}, one seed ({seed}):
+differences of a few percent are not significant. Held out from this training; the teacher may have
+seen the text in its own.
+
+![Loss curves](loss.png)
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+
+## Data
+
+{data}
+
+## Licence
+
+{licence_text}
+
+## Configuration
+
+```yaml
+{configuration}```
+"""
+
+
+def teacher_licence(experiment: Experiment) -> str | None:
+    """The licence that the teacher's own card or GGUF header states; None if it states none."""
+    source = experiment.model_args.teacher
+    try:
+        if source.lower().endswith(".gguf"):
+            from gguf import GGUFReader
+
+            licence = GGUFReader(source).get_field("general.license")
+            return None if licence is None else str(licence.contents())
+        from huggingface_hub import ModelCard
+
+        card = Path(source).expanduser() / "README.md"
+        return ModelCard.load(card if Path(source).expanduser().exists() else source).data.license
+    except Exception:  # no card, no network, no front matter: then nothing is stated
+        return None
+
+
+def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
+    """The student's README.md."""
+    import yaml
+    from huggingface_hub import ModelCardData
+
+    licence = teacher_licence(experiment)
+    stated = licence or "not stated with the teacher; ask its owner"
+    rows, data = outcome["rows"], outcome["data"]
+    notice = experiment.data_args.data_notice or experiment.data_args.train_text
+    header = ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["knowledge-distillation", "kdkernels"],
+    )
+    body = _CARD.format(
+        teacher=experiment.model_args.teacher,
+        parameters=rows[-1]["parameters"] / 1e6,
+        teacher_parameters=rows[0]["parameters"] / 1e6,
+        table=table(rows),
+        legend=LEGEND,
+        seed=experiment.args.seed,
+        data=f"{notice}\n\n{data['train_tokens']} training tokens were available.",
+        licence_text=f"The teacher's licence: {stated}. A student made from a teacher's layers or "
+        "outputs is bound by it.",
+        configuration=yaml.safe_dump(outcome["configuration"], sort_keys=True),
+        **data,
+    )
+    return f"---\n{header.to_yaml()}\n---\n\n{body}"
+
+
+# ---- plot ---------------------------------------------------------------------------------------
+
+
+def _series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[key]) for entry in log if key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    """Running mean over the last ``window`` values."""
+    starts = (max(0, end - window) for end in range(1, len(values) + 1))
+    return [sum(values[start:end]) / (end - start) for end, start in enumerate(starts, start=1)]
+
+
+def _held_out(outcome: dict[str, Any], arm: str, key: str, row_key: str) -> tuple[list, list]:
+    """Held-out values of one arm: before training, during, and after."""
+    by_name = {row["name"]: row for row in outcome["rows"]}
+    log = outcome["curves"][arm]
+    steps, values = _series(log, f"eval_{key}")
+    last = max(entry["step"] for entry in log)
+    if not steps or steps[-1] != last:
+        steps, values = [*steps, last], [*values, by_name[f"student, {arm}"][row_key]]
+    return [0, *steps], [by_name["student, untrained"][row_key], *values]
+
+
+def plot(outcome: dict[str, Any], path: Path) -> None:
+    """Loss curves of every arm, on the labels (left) and against the teacher (right)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for arm, log in outcome["curves"].items():
+        _draw(left, outcome, arm, "ce_loss", "loss")
+        if any("kd_loss" in entry for entry in log):
+            _draw(right, outcome, arm, "kd_loss", "divergence")
+        else:
+            untrained, trained = (
+                next(row["divergence"] for row in outcome["rows"] if row["name"] == name)
+                for name in ("student, untrained", f"student, {arm}")
+            )
+            last = max(entry["step"] for entry in log)
+            style = {"color": COLOURS[arm], "marker": "o", "markersize": 5, "linestyle": "--"}
+            right.plot([0, last], [untrained, trained], label=f"{arm}, held out", **style)
+    teacher = outcome["rows"][0]["loss"]
+    left.axhline(teacher, color=COLOURS["teacher"], linestyle=":", label=f"teacher ({teacher:.2f})")
+    left.set(title="Loss on the text", ylabel="cross-entropy, nats per token")
+    right.set(title="Distance from the teacher", ylabel="distillation term, nats per token")
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, outcome: dict[str, Any], arm: str, key: str, row_key: str) -> None:
+    """Training values (faint, and their running mean) and held-out values (dots) of one arm."""
+    colour = COLOURS[arm]
+    steps, values = _series(outcome["curves"][arm], key)
+    axes.plot(steps, values, color=colour, alpha=0.18, linewidth=1)
+    window = max(1, len(values) // 12)
+    axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=f"{arm}, training")
+    steps, values = _held_out(outcome, arm, key, row_key)
+    style = {"marker": "o", "markersize": 5, "linestyle": "--", "linewidth": 1}
+    axes.plot(steps, values, color=colour, label=f"{arm}, held out", **style)

@@ -1,0 +1,287 @@
+"""The command line: a whole run on a tiny model, YAML, resuming, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+
+from kdkernels import cli, report
+from kdkernels.distill import ModelArguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+one_thread = tiny_models.one_thread
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a text, and things that are wrong."""
+    folder = tmp_path_factory.mktemp("assets")
+    teacher = tiny_models.save_model(folder / "teacher", layers=4, seed=2)
+    card = "---\nlicense: apache-2.0\n---\nA teacher.\n"
+    (teacher / "README.md").write_text(card)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(tiny_models.WORDS), (900,), generator=generator).tolist()
+    (folder / "text.txt").write_text(" ".join(tiny_models.WORDS[i] for i in words))
+    (folder / "short.txt").write_text("w1 w2")
+    swapped = [*tiny_models.WORDS[1:], tiny_models.WORDS[0]]
+    tiny_models.llama(1, seed=1).save_pretrained(folder / "other-tokenizer")
+    tiny_models.tokenizer(swapped).save_pretrained(folder / "other-tokenizer")
+    config = BertConfig(vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    BertForMaskedLM(config).save_pretrained(folder / "bert")
+    tiny_models.tokenizer().save_pretrained(folder / "bert")
+    tiny_models.save_model(folder / "wide", layers=1, seed=1, vocab=tiny_models.VOCAB + 3)
+    (folder / "not-a-model").mkdir()
+    broken = tiny_models.save_model(folder / "broken", layers=1, seed=1)
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    return folder
+
+
+def options(assets: Path, output: Path, **changes: Any) -> list[str]:
+    """A small valid command line; None removes an option."""
+    chosen: dict[str, Any] = {
+        "teacher": assets / "teacher",
+        "student_layers": "0,3",
+        "train_text": assets / "text.txt",
+        "sequence_length": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "output_dir": output,
+    } | changes
+    return ["distill", *(f"--{k}={v}" for k, v in chosen.items() if v is not None)]
+
+
+def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert cli.main(options(assets, output, eval_strategy="steps", eval_steps=2)) == 0
+    printed = capsys.readouterr().out
+    names = ["teacher", "student, untrained", "student, labels only", "student, distilled"]
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines] == ["model", "-" * 20, *names]
+    assert len({len(line) for line in lines}) == 1
+
+    results = json.loads((output / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == names
+    assert rows["student, distilled"]["parameters"] < rows["teacher"]["parameters"]
+    assert rows["student, distilled"]["loss"] != rows["student, labels only"]["loss"]
+    assert results["configuration"]["student_layers"] == "0,3"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in output.iterdir()) == ["loss.png", "results.json", "student"]
+
+    student = AutoModelForCausalLM.from_pretrained(output / "student")
+    assert student.config.num_hidden_layers == 2 and student.config.use_cache
+    assert AutoTokenizer.from_pretrained(output / "student").get_vocab()["w0"] == 2
+    card = (output / "student" / "README.md").read_text()
+    assert "license: apache-2.0" in card and report.table(results["rows"]) in card
+    student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+
+
+def test_the_results_are_those_of_the_saved_student(assets: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert cli.main(options(assets, output, baseline="false")) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]][2:] == ["student, distilled"]
+    student = AutoModelForCausalLM.from_pretrained(output / "student")
+    tokenizer = AutoTokenizer.from_pretrained(output / "student")
+    ids = tokenizer((assets / "text.txt").read_text())["input_ids"] + [1]
+    blocks = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16)
+    held_out = blocks[-round(len(blocks) * 0.05) :]
+    with torch.no_grad():
+        logits = student(input_ids=held_out).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+    assert results["rows"][-1]["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_both_students_see_the_same_batches(assets: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 the label loss of every step is the same in both trainings."""
+    assert cli.main(options(assets, tmp_path / "out", learning_rate=0.0)) == 0
+    curves = json.loads((tmp_path / "out" / "results.json").read_text())["curves"]
+    series = [[e["ce_loss"] for e in log if "ce_loss" in e] for log in curves.values()]
+    assert len(series) == 2 and len(series[0]) == 4 and series[0] == series[1]
+
+
+def test_yaml_and_overrides(assets: Path, tmp_path: Path) -> None:
+    words = options(assets, tmp_path / "unused", student_layers=None, max_steps=50)[1:]
+    content: dict[str, Any] = dict(word.removeprefix("--").split("=", 1) for word in words)
+    content |= {"student_layers": [0, 1, 3], "use_cpu": True, "learning_rate": 1e-2}
+    content |= {"divergence": "alpha_beta", "divergence_parameters": [0.5, 0.25], "seed": None}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    output = tmp_path / "out"
+    assert cli.main(["distill", str(config), "--max_steps", "2", f"--output_dir={output}"]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["rows"][-1]["steps"] == 2
+    assert results["configuration"]["student_layers"] == "0,1,3"
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("start", [{"student": "teacher"}, {"student_config": "wide/config.json"}])
+def test_other_students(start: dict[str, str], assets: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"student_layers": None, "vocab_policy": "truncate"}
+    changes |= {option: assets / name for option, name in start.items()}
+    assert cli.main(options(assets, tmp_path / "out", **changes)) == 0
+
+
+def test_resuming_and_overwriting(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    assert cli.main(options(assets, through, **saving)) == 0
+    assert cli.main(options(assets, resumed, **saving)) == 0
+    for arm in report.ARM_FOLDERS.values():  # as if it had been stopped after step 2
+        (resumed / arm / "checkpoint-4").rename(tmp_path / f"{arm}-gone")
+    again = options(assets, resumed, **saving, resume_from_checkpoint="true")
+    assert cli.main(again) == 0
+    losses = [
+        [row["loss"] for row in json.loads((folder / "results.json").read_text())["rows"]]
+        for folder in (through, resumed)
+    ]
+    assert losses[0] == losses[1]
+    (through / "mine.txt").write_text("kept")
+    capsys.readouterr()
+    assert cli.main(options(assets, through)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert cli.main(options(assets, through, overwrite_output_dir="true", max_steps=1)) == 0
+    names = sorted(p.name for p in through.iterdir())
+    assert names == ["loss.png", "mine.txt", "results.json", "student"]
+
+
+BAD_INPUT: list[tuple[dict[str, Any], str]] = [
+    ({"teacher": None}, "required: --teacher"),
+    ({"teacher": "{assets}/nowhere"}, "teacher: '{assets}/nowhere' does not exist"),
+    ({"teacher": "{assets}/nowhere.gguf"}, "does not exist"),
+    ({"teacher": "no-such-model"}, "teacher: cannot load the configuration of 'no-such-model'"),
+    ({"teacher": "{assets}/not-a-model"}, "teacher: no config.json in folder"),
+    ({"teacher": "{assets}/bert"}, "teacher: 'bert' (BertConfig) is not a decoder-only"),
+    ({"teacher": "{assets}/broken", "student_layers": "0"}, "teacher: cannot load the model of"),
+    ({"teacher": "{assets}/text.txt"}, "is neither a folder nor a .gguf file"),
+    ({"student_layers": "0,9"}, "student_layers: 9 is outside 0..3"),
+    ({"student_layers": "3,0"}, "student_layers: '3,0' is not strictly increasing"),
+    ({"student_layers": "a"}, "student_layers: 'a' is not a list"),
+    ({"student_layers": None}, "exactly one of --student, --student_config and --student_layers"),
+    ({"student": "{assets}/wide"}, "(given: student, student_layers)"),
+    ({"student_layers": None, "student": "{assets}/wide"}, "student: vocabulary of 20"),
+    (
+        {"student_layers": None, "student": "{assets}/other-tokenizer"},
+        "student: tokenizers differ: token 'w0' is id",
+    ),
+    ({"train_text": "{assets}/nothing.txt"}, "train_text: '{assets}/nothing.txt' does not exist"),
+    ({"validation_text": "nothing.txt"}, "validation_text: 'nothing.txt' does not exist"),
+    ({"train_text": "{assets}/short.txt"}, "train_text: not enough text, 3 tokens"),
+    ({"sequence_length": 1}, "sequence_length: 1"),
+    ({"sequence_length": 600}, "cannot be split with validation_fraction"),
+    ({"validation_fraction": 1.0}, "validation_fraction: 1.0"),
+    ({"max_train_tokens": 3}, "max_train_tokens: 3"),
+    ({"alpha": 2}, "alpha: 2.0"),
+    ({"temperature": 0}, "temperature: 0.0"),
+    ({"temperature": "hot"}, "argument --temperature: invalid float value: 'hot'"),
+    ({"divergence": "kl"}, "divergence: 'kl' is not one of forward_kl"),
+    ({"divergens": "kl"}, "unknown option '--divergens=kl'; did you mean '--divergence'?"),
+    ({"loss_backend": "tpu"}, "loss_backend: 'tpu' is not one of"),
+    ({"student_dtype": "int8"}, "student_dtype: 'int8' is not one of"),
+    ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: no checkpoint in"),
+    ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint: 'x'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_INPUT)
+def test_bad_input_is_one_line(
+    changes: dict[str, Any],
+    message: str,
+    assets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    filled = {k: v.format(assets=assets) if isinstance(v, str) else v for k, v in changes.items()}
+    refused(options(assets, tmp_path / "out", **filled), message.format(assets=assets), capfd)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command ends with code 2 and one line that contains ``message``."""
+    capfd.readouterr()
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capfd.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err, captured.err
+    assert captured.err.startswith("kdkernels") and message in captured.err
+
+
+def test_bad_configurations(
+    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    refused(["distill", str(config)], "does not exist", capfd)
+    for content, message in [
+        ("temprature: 2", "unknown key 'temprature'; did you mean 'temperature'?"),
+        ("- 1", "does not hold `option: value` lines"),
+        ("a: [", "is not YAML"),
+    ]:
+        config.write_text(content)
+        refused(["distill", str(config)], message, capfd)
+
+
+def test_output_that_exists_is_not_touched(
+    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("precious")
+    refused(options(assets, tmp_path), "is not empty", capfd)
+    refused(options(assets, tmp_path / "results.json"), "is not a folder", capfd)
+    assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def test_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    refused(["destil"], "invalid choice: 'destil'", capfd)
+    refused([], "the following arguments are required", capfd)
+    refused(["fetch", "gpt5"], "invalid choice: 'gpt5'", capfd)
+
+
+def test_help_names_the_options_of_distillation(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in [
+        (["--help"], "distill"),
+        (["distill", "--help"], "--student_layers"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0 and expected in capsys.readouterr().out
+
+
+def test_info_is_light_and_lists_every_backend() -> None:
+    program = (
+        "import sys; from kdkernels.cli import main; code = main(['info']);"
+        "print({'transformers', 'datasets', 'accelerate'} & set(sys.modules) or code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "0"
+    for name in ("cpu", "torch", "reference"):
+        assert any(line.split()[0] == name and "can" in line for line in lines), done.stdout
+
+
+def test_model_arguments_need_one_way_to_a_student() -> None:
+    with pytest.raises(ValueError, match="given: none"):
+        ModelArguments(teacher="x")

@@ -1,0 +1,336 @@
+"""fused_linear_kd_loss: the loss and gradients of hidden states, weight and bias, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import FusedLinearKDLoss, divergences, fused_kd_loss, fused_linear_kd_loss
+from kdkernels import linear as linear_module
+
+ROWS, H_STUDENT, H_TEACHER, VOCAB = 37, 24, 17, 211
+ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
+CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 5, 36, 37, 1000])
+
+
+def inputs(
+    dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (ROWS,), vocab: int = VOCAB
+) -> dict[str, Tensor]:
+    """Student with bias, teacher without, labels of which some are ignored."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    labels = torch.randint(0, vocab, lead, generator=generator)
+    labels.view(-1)[2:7] = -100
+    return {
+        "student_hidden": normal(*lead, H_STUDENT).requires_grad_(),
+        "student_weight": normal(vocab, H_STUDENT).requires_grad_(),
+        "student_bias": normal(vocab).requires_grad_(),
+        "teacher_hidden": normal(*lead, H_TEACHER),
+        "teacher_weight": normal(vocab, H_TEACHER),
+        "labels": labels,
+    }
+
+
+STUDENT = ("student_hidden", "student_weight", "student_bias")
+
+
+def expected(given: dict[str, Tensor], grad: Tensor | None = None, **options: Any) -> list[Tensor]:
+    """Loss and gradients in float64 from materialised logits and the oracle."""
+    wide = {
+        name: tensor.detach().double().requires_grad_(name in STUDENT)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in given.items()
+    }
+    student = wide["student_hidden"] @ wide["student_weight"].t()
+    if "student_bias" in wide:
+        student = student + wide["student_bias"]
+    teacher = wide["teacher_hidden"] @ wide["teacher_weight"].t()
+    options = {**options, "gradient": "auto", "backend": "reference"}
+    loss = fused_kd_loss(student, teacher, wide["labels"], **options)
+    loss.backward(torch.ones_like(loss) if grad is None else grad.double())
+    return [loss.detach(), *(wide[name].grad for name in STUDENT if name in wide)]
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], ulp: float) -> None:
+    """Relative 2-norm, the gradients' own scale, so that a small gradient is tested as hard."""
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
+        error = (one.double() - other).norm() / other.norm().clamp(min=1e-30)
+        assert error <= ulp, f"relative error {error:.2e}"
+
+
+def run(given: dict[str, Tensor], grad: Tensor | None = None, **options: Any) -> list[Tensor]:
+    for name in STUDENT:
+        if name in given:
+            given[name].grad = None
+    loss = fused_linear_kd_loss(**given, **options)
+    loss.backward(torch.ones_like(loss) if grad is None else grad)
+    return [loss.detach(), *(given[name].grad for name in STUDENT if name in given)]
+
+
+@CHUNKS
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_loss_and_all_gradients_over_chunks(backend: str, chunk_rows: int, mode: str) -> None:
+    given = inputs()
+    options = {"temperature": 2.0, "alpha": 0.3}
+    got = run(
+        given, backend=backend, gradient=mode, max_chunk_bytes=chunk_rows * ROW_BYTES, **options
+    )
+    # Products of 24 float32 terms: a few times 2^-24 relative to their size.
+    assert_close(got, expected(given, **options), 2e-6)
+
+
+@pytest.mark.parametrize("name", divergences.names())
+def test_every_divergence(backend: str, name: str) -> None:
+    given = inputs()
+    assert_close(
+        run(given, backend=backend, divergence=name, max_chunk_bytes=9 * ROW_BYTES),
+        expected(given, divergence=name),
+        5e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.0},
+        {"alpha": 0.0},
+        {"reduction": "sum"},
+        {"num_items": 11},
+        {"num_items": torch.tensor(11)},
+        {"token_weights": torch.linspace(-1, 2, ROWS)},
+        {"label_smoothing": 0.1, "z_loss": 1e-3},
+        {"logit_softcap": 3.0, "logit_scale": (0.5, 2.0)},
+        {"temperature": 3.0, "temperature_squared": False},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_every_option(backend: str, options: dict[str, Any]) -> None:
+    given = inputs()
+    got = run(given, backend=backend, max_chunk_bytes=9 * ROW_BYTES, **options)
+    assert_close(got, expected(given, **options), 5e-6)
+
+
+def test_reduction_none_honours_each_rows_grad_output(backend: str) -> None:
+    given = inputs()
+    grad = torch.linspace(-2, 3, ROWS)
+    got = run(given, grad, backend=backend, reduction="none", max_chunk_bytes=9 * ROW_BYTES)
+    assert_close(got, expected(given, grad, reduction="none"), 5e-6)
+
+
+def test_shift_and_leading_shape(backend: str) -> None:
+    given = inputs(lead=(3, 11))
+    got = run(given, backend=backend, shift=True, max_chunk_bytes=4 * ROW_BYTES)
+    assert_close(got, expected(given, shift=True), 5e-6)
+
+
+@pytest.mark.parametrize("student_vocab, teacher_vocab", [(211, 190), (190, 211)])
+def test_truncated_vocabularies(backend: str, student_vocab: int, teacher_vocab: int) -> None:
+    given = inputs(vocab=student_vocab)
+    given["teacher_weight"] = inputs(vocab=teacher_vocab)["teacher_weight"]
+    given["labels"] = given["labels"].clamp(max=180)
+    options = {"vocab_policy": "truncate"}
+    got = run(given, backend=backend, max_chunk_bytes=4 * ROW_BYTES, **options)
+    assert_close(got, expected(given, **options), 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_round_the_gradients_once(backend: str, dtype: torch.dtype) -> None:
+    """The tiles of logits are float32: the gradient's error is the rounding of the result alone."""
+    given = inputs(dtype)
+    got = run(given, backend=backend, temperature=2.0, max_chunk_bytes=9 * ROW_BYTES)
+    want = expected(given, temperature=2.0)
+    assert [g.dtype for g in got] == [torch.float32, dtype, dtype, dtype]
+    assert_close(got[:1], want[:1], 2e-6)
+    assert_close(got[1:], want[1:], torch.finfo(dtype).eps / 2)
+
+
+def test_half_weights_are_converted_in_pieces(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_WEIGHT_TILE_BYTES", 50 * H_STUDENT * 4)
+    given = inputs(torch.bfloat16)
+    got = run(given, backend=backend)
+    assert_close(got[1:], expected(given)[1:], torch.finfo(torch.bfloat16).eps / 2)
+
+
+@pytest.mark.parametrize("leave_out", STUDENT)
+def test_only_wanted_gradients(backend: str, leave_out: str) -> None:
+    given = inputs()
+    given[leave_out].requires_grad_(False)
+    loss = fused_linear_kd_loss(**given, backend=backend)
+    loss.backward()
+    assert given[leave_out].grad is None
+    want = dict(zip(STUDENT, expected(given)[1:], strict=True))
+    for name in set(STUDENT) - {leave_out}:
+        assert_close([given[name].grad], [want[name]], 5e-6)
+
+
+def test_no_grad_and_grad_have_the_same_loss(backend: str) -> None:
+    given = inputs()
+    with torch.no_grad():
+        plain = fused_linear_kd_loss(**given, backend=backend)
+    assert not plain.requires_grad
+    assert torch.equal(plain, fused_linear_kd_loss(**given, backend=backend).detach())
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("counted", ["some", "all"])
+def test_logits_of_one_model_given(backend: str, which: str, counted: str) -> None:
+    given = inputs(lead=(3, 11))
+    del given["student_bias"]
+    if counted == "all":
+        given["labels"].clamp_(min=0)
+    want = expected(given, temperature=2.0)
+    hidden, weight = given.pop(f"{which}_hidden"), given.pop(f"{which}_weight")
+    logits = (hidden @ weight.t()).detach()
+    strided = torch.cat([logits, logits], 1)[:, ::2].contiguous()  # a view that no matrix describes
+    strided = torch.stack([logits, torch.zeros_like(logits)], 2)[:, :, 0]
+    given[f"{which}_logits"] = strided.requires_grad_(which == "student")
+    loss = fused_linear_kd_loss(
+        **given, backend=backend, temperature=2.0, max_chunk_bytes=4 * ROW_BYTES
+    )
+    loss.backward()
+    if which == "teacher":
+        got = [given["student_hidden"].grad, given["student_weight"].grad]
+        assert_close([loss.detach(), *got], want, 5e-6)
+    else:
+        flat = strided.detach().double().requires_grad_()
+        teacher = given["teacher_hidden"].double() @ given["teacher_weight"].double().t()
+        fused_kd_loss(flat, teacher, given["labels"], temperature=2.0).backward()
+        assert_close([loss.detach(), given["student_logits"].grad], [want[0], flat.grad], 5e-6)
+
+
+def test_outputs_are_those_of_the_loss_on_logits(backend: str) -> None:
+    given = inputs()
+    got = fused_linear_kd_loss(
+        **given, backend=backend, return_outputs=True, max_chunk_bytes=9 * ROW_BYTES
+    )
+    student = given["student_hidden"] @ given["student_weight"].t() + given["student_bias"]
+    teacher = given["teacher_hidden"] @ given["teacher_weight"].t()
+    want = fused_kd_loss(student, teacher, given["labels"], return_outputs=True)
+    for name, one, other in zip(got._fields, got, want, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_ignored_rows_are_not_multiplied() -> None:
+    """On the CPU they are dropped before the product: NaN hidden states there touch nothing."""
+    given = inputs()
+    want = run(given)
+    with torch.no_grad():
+        given["student_hidden"][2:7] = torch.nan
+        given["teacher_hidden"][2:7] = torch.nan
+    got = run(given)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert torch.equal(got[1][2:7], torch.zeros(5, H_STUDENT))
+
+
+def test_nothing_counts(backend: str) -> None:
+    given = inputs()
+    given["labels"].fill_(-100)
+    loss, *gradients = run(given, backend=backend)
+    assert loss == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_backward_three_times(backend: str, mode: str) -> None:
+    given = inputs()
+    want = [g.clone() for g in run(given, backend=backend, gradient=mode)[1:]]
+    for name in STUDENT:
+        given[name].grad = None
+    loss = fused_linear_kd_loss(**given, backend=backend, gradient=mode)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    for name, gradient in zip(STUDENT, want, strict=True):
+        torch.testing.assert_close(given[name].grad, 3 * gradient)
+
+
+def test_tied_weight_sums_both_uses() -> None:
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 50, (6,))
+    teacher = torch.randn(6, 50, dtype=torch.float64)
+    hidden = torch.nn.functional.embedding(tokens, weight)
+    fused_linear_kd_loss(hidden, weight, labels=tokens, teacher_logits=teacher).backward()
+    got, weight.grad = weight.grad, None
+    hidden = torch.nn.functional.embedding(tokens, weight)
+    fused_kd_loss(hidden @ weight.t(), teacher, tokens).backward()
+    torch.testing.assert_close(got, weight.grad)
+
+
+def test_memory_of_the_tiles_does_not_grow_with_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    empty = torch.empty
+
+    def counting(shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal largest
+        tensor = empty(shape, *args, **kwargs)
+        largest = max(largest, tensor.numel() * tensor.element_size())
+        return tensor
+
+    monkeypatch.setattr(linear_module.torch, "empty", counting)
+    for rows in (64, 512):
+        given = inputs(lead=(rows,))
+        fused_linear_kd_loss(**given, max_chunk_bytes=16 * ROW_BYTES).backward()
+        assert largest <= 16 * ROW_BYTES // 2
+
+
+def test_compiles_as_one_graph() -> None:
+    given = inputs()
+    compiled = torch.compile(fused_linear_kd_loss, fullgraph=True)
+    compiled(**given, temperature=2.0).backward()
+    got = [given[name].grad for name in STUDENT]
+    want = run(given, temperature=2.0)[1:]
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradcheck_in_float64(backend: str) -> None:
+    given = inputs(torch.float64, lead=(5,), vocab=13)
+    rest = {name: given[name] for name in ("teacher_hidden", "teacher_weight", "labels")}
+    rest["labels"] = rest["labels"].clone()
+    rest["labels"][0] = 3
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_linear_kd_loss(
+            hidden, weight, student_bias=bias, backend=backend, temperature=1.7, **rest
+        )
+
+    assert torch.autograd.gradcheck(loss, tuple(given[name] for name in STUDENT))
+
+
+def test_module_and_refusals() -> None:
+    given = inputs()
+    module = FusedLinearKDLoss(temperature=2.0, max_chunk_bytes=1 << 20)
+    assert torch.equal(module(**given), fused_linear_kd_loss(**given, temperature=2.0))
+    with pytest.raises(TypeError, match="no option temprature"):
+        FusedLinearKDLoss(temprature=2.0)
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"student_weight": None}, ValueError, "student_hidden, student_weight: both"),
+        ({"student_weight": torch.zeros(VOCAB, 3)}, ValueError, r"student_weight: shape .*3\)"),
+        ({"student_bias": torch.zeros(3)}, ValueError, r"student_bias: shape \(3,\)"),
+        ({"teacher_weight": torch.zeros(9, H_TEACHER)}, ValueError, "vocabulary 9 differs"),
+        ({"teacher_logits": torch.zeros(ROWS, VOCAB)}, ValueError, "teacher_logits: given next"),
+        ({"max_chunk_bytes": 0}, ValueError, "max_chunk_bytes: 0"),
+        ({"temprature": 2.0}, TypeError, "no option temprature"),
+        ({"reduction": "none", "gradient": "forward"}, ValueError, "gradient: 'forward'"),
+        ({"student_hidden": torch.zeros(ROWS, H_STUDENT).long()}, TypeError, "student_hidden: dt"),
+        ({"labels": torch.full((ROWS,), VOCAB)}, IndexError, f"labels: {VOCAB} at row 0"),
+        ({"teacher_hidden": torch.zeros(3, H_TEACHER)}, ValueError, "leading shape"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        fused_linear_kd_loss(**{**inputs(), **change})

@@ -1,0 +1,103 @@
+"""Models, tokenizers and batches that are small enough to train in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kdkernels.data import TokenBlocks
+from kdkernels.trainer import DistillationArguments, DistillationTrainer
+
+VOCAB = 17
+WORDS = [f"w{i}" for i in range(VOCAB - 2)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Operations this small only lose by threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(layers: int, seed: int, vocab: int = VOCAB, hidden: int = 16) -> LlamaForCausalLM:
+    """A random Llama; weights are large enough for distributions that differ visibly."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One id a word."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+
+
+def save_model(folder: Path, layers: int, seed: int, **options: Any) -> Path:
+    """A model folder with its tokenizer."""
+    llama(layers, seed, **options).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+class MaskedBlocks(TokenBlocks):
+    """Blocks whose labels are ignored at places that differ from example to example."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        labels = item["labels"].clone()
+        labels[: 1 + 3 * (index % 4)] = -100
+        return {"input_ids": item["input_ids"], "labels": labels}
+
+
+def dataset(examples: int, length: int = 12, seed: int = 5) -> MaskedBlocks:
+    generator = torch.Generator().manual_seed(seed)
+    return MaskedBlocks(torch.randint(2, VOCAB, (examples, length), generator=generator))
+
+
+def trainer(output: Path, teacher: Any = "default", **arguments: Any) -> DistillationTrainer:
+    """A trainer of a 1-layer student of a 2-layer teacher; SGD, so that updates are gradients."""
+    defaults: dict[str, Any] = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "temperature": 2.0,
+        "alpha": 0.7,
+    }
+    return DistillationTrainer(
+        llama(1, seed=1),
+        DistillationArguments(output_dir=str(output), **defaults | arguments),
+        teacher=llama(2, seed=2) if teacher == "default" else teacher,
+        train_dataset=dataset(12),
+        eval_dataset=dataset(7, seed=6),
+    )

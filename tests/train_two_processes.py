@@ -1,0 +1,19 @@
+"""Run by test_trainer.py under `accelerate launch`: one worker of a distributed run."""
+
+import sys
+from pathlib import Path
+
+import tiny_models
+import torch
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    trainer = tiny_models.trainer(output, per_device_train_batch_size=2)
+    assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        result = {"model": trainer.model.state_dict(), "logs": logs, "metrics": metrics}
+        torch.save(result, output / "result.pt")
+    trainer.accelerator.end_training()
