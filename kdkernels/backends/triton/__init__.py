@@ -12,9 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...problem import Problem
+from ...problem import Problem, check_labels
 from ..base import Backend, Result
-from ..torch_eager import check_labels
 
 _IMPORT_ERROR: str | None = None
 _launch: ModuleType | None = None
@@ -60,17 +59,35 @@ class TritonBackend(Backend):
             reasons.append(f"its columns are counted in float32: {problem.vocab} >= 2^24")
         return reasons
 
-    def forward(self, problem: Problem, *, want_gradient: bool, extras: bool) -> Result:
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
         check_labels(problem)
         launch = _load()
         assert launch is not None
-        result: Result = launch.forward(problem, want_gradient=want_gradient, extras=extras)
+        result: Result = launch.forward(
+            problem, want_gradient=want_gradient, extras=extras, gradient_out=gradient_out
+        )
         return result
 
-    def backward(self, problem: Problem, statistics: Tensor, grad_output: Tensor) -> Tensor:
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
         launch = _load()
         assert launch is not None
-        gradient: Tensor = launch.backward(problem, statistics, grad_output)
+        gradient: Tensor = launch.backward(
+            problem, statistics, grad_output, gradient_out=gradient_out
+        )
         return gradient
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:

@@ -55,15 +55,25 @@ def tanh(x):
 
 
 @triton.jit
+def log1p_base2(u):
+    """log2(1 + u) for -1 < u <= 0, with the digits of a small u."""
+    s = u / (2 + u)
+    t = s * s
+    odd = 1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13)))))
+    return tl.where(u > -0.5, (2 * LOG2E) * (s + s * t * odd), tl.log2(1 + u))
+
+
+@triton.jit
 def above_mixture(log_p, log_q, beta):
     """(log p - log m, log q - log m) in base 2 for m = beta p + (1 - beta) q, 0 < beta < 1.
 
-    Relative to the larger of the two, so that equal probabilities give exactly 0.
+    Relative to the larger of the two, so that equal probabilities give exactly 0, and with the
+    digits of a small difference: the divergence of close distributions is of second order in it.
     """
     p_is_larger = log_p >= log_q
     larger = tl.maximum(log_p, log_q)
     below = tl.where(larger == -float("inf"), 0.0, tl.minimum(log_p, log_q) - larger)
-    grow = tl.log2(1 + tl.where(p_is_larger, 1 - beta, beta) * (tl.exp2(below) - 1))
+    grow = log1p_base2(tl.where(p_is_larger, 1 - beta, beta) * expm1(below * LN2))
     return (
         tl.where(p_is_larger, -grow, below - grow),
         tl.where(p_is_larger, below - grow, -grow),

@@ -22,7 +22,7 @@ import triton.language as tl
 from .functors import LN2, LOG2E, slope, tanh, value
 
 #: Where running maxima start: finite, so that -inf entries meet no -inf - -inf.
-LOWEST = tl.constexpr(-1.0e38)
+LOWEST = tl.constexpr(-1.0e30)
 #: Numbers that one slice of a row leaves for the others: the fields of the observed state, and the
 #: two sums of an evaluation.
 OBSERVED = tl.constexpr(13)
@@ -36,6 +36,16 @@ def _scaled(z, factor, top, P: tl.constexpr):
         return (z.to(tl.float64) * factor - top).to(tl.float32)
     else:
         return tl.fma(z, factor, -top)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr, P: tl.constexpr):
+    """x in the gradient's dtype, rounded to nearest even; the interpreter's bfloat16 truncates."""
+    if P.interpreted and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -56,7 +66,8 @@ def _power(e, P: tl.constexpr):
 def _at_one(e, z, top, temperature, P: tl.constexpr):
     """exp2(z log2(e) - top * T): the exponential at temperature 1 from e, that at T."""
     if P.power == 0:
-        return tl.exp2(_scaled(z, LOG2E, top * temperature, P))
+        # A thread that has seen no column: LOWEST * T must not become -inf.
+        return tl.exp2(_scaled(z, LOG2E, tl.maximum(top * temperature, -3.0e38), P))
     else:
         return _power(e, P)
 
@@ -286,7 +297,7 @@ def _gradient(z, t, numbers, P: tl.constexpr):
 @triton.jit
 def _differentiate(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of the gradient. A body of :func:`_sweep`."""
-    out = _gradient(z, t, numbers, P).to(target.dtype.element_ty)
+    out = _rounded(_gradient(z, t, numbers, P), target.dtype.element_ty, P)
     tl.store(target, out, mask=mask, eviction_policy=P.store_policy)
     return state
 
@@ -663,6 +674,10 @@ def kd_rows(
                     if member == 0:
                         if not valid:
                             tl.atomic_max(errors_ptr, row + 1)
+            # Before anything of the row is written: the gradient may overwrite the student.
+            z_label = 0.0
+            if P.with_ce:
+                z_label = _label_logit(student, safe, student_column, scales, P)
             slot = row
             if P.exchange == "spin":
                 slot = row * 0 + group * 2 + (visits // P.meetings) % 2
@@ -687,6 +702,12 @@ def kd_rows(
             log_1 = log_s
             if P.power != 1:
                 log_1 = tl.log2(state[2])
+            if P.single:
+                # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
+                log_s = _scaled(_label_logit(student, 0, 0, scales, P), factor, state[0], P)
+                only = tl.load(teacher)
+                only = _transformed(only, scales[1], scales[3], P.teacher_scale, P.teacher_softcap)
+                log_t = _scaled(only, factor, state[3], P)
             logs = (log_s, log_t, log_1)
             divergence, slopes = 0.0, 0.0
             if P.closed:
@@ -709,9 +730,6 @@ def kd_rows(
             if P.collect_sums:
                 divergence = tl.sum(_field(partials_ptr, slot, 13, 0.0, P), 0)
                 slopes = tl.sum(_field(partials_ptr, slot, 14, 0.0, P), 0)
-            z_label = 0.0
-            if P.with_ce:
-                z_label = _label_logit(student, safe, student_column, scales, P)
             if P.finish:
                 if member == 0:
                     _finish(
@@ -765,7 +783,7 @@ def _patch_label(bases, label, z, of_label, layout, numbers, P: tl.constexpr):
         own = own * (1 - (z / softcap) * (z / softcap))
     # Another thread has stored this entry without the term.
     tl.debug_barrier()
-    tl.store(gradient + label, (out - own).to(gradient.dtype.element_ty))
+    tl.store(gradient + label, _rounded(out - own, gradient.dtype.element_ty, P))
 
 
 @triton.jit

@@ -84,14 +84,16 @@ def label_errors(device: torch.device) -> Tensor:
 class Launch:
     """The launches of one problem: its arguments, and the variants of the row kernel they need."""
 
-    def __init__(self, problem: Problem, device: Device, sweeps: int) -> None:
+    def __init__(
+        self, problem: Problem, device: Device, sweeps: int, launch_policy: LaunchPolicy | None
+    ) -> None:
         self.problem = problem
         self.device = device
         self.layout = row_layout(problem.student, problem.teacher)
         self.student, self.teacher = self.layout.tensors
         sizes = (self.student.element_size(), self.teacher.element_size())
         self.width = 16 // min(sizes)
-        self.policy = policy.choose(
+        self.policy = launch_policy or policy.choose(
             device, problem.rows, problem.vocab, problem.vocab * sum(sizes), self.width, sweeps
         )
         self.items: Tensor | None = None
@@ -152,6 +154,7 @@ class Launch:
             align_student=unit_student,
             align_teacher=unit_student and teacher_phase,
             align_gradient=unit_student and gradient_phase,
+            single=problem.vocab == 1,
             truncated=gradient is not None and problem.student.shape[-1] > problem.vocab,
             observe=True,
             evaluate=with_kd and options.divergence in functors.SWEPT,
@@ -248,11 +251,16 @@ class Launch:
         if variant.evaluate:
             run(replace(quiet, observe=False), launch.programs)
             observed = replace(observed, evaluate=False, collect_sums=True)
+        # The student's memory may be the gradient's: then a row must be finished before any slice
+        # of it is differentiated, since finishing reads the label's logit.
+        in_place = gradient is not None and gradient.data_ptr() == self.student.data_ptr()
+        if variant.finish and (in_place or not variant.differentiate):
+            programs = min(rows, self.device.processors * launch.residents)
+            finish = replace(observed, split=1, differentiate=False, truncated=False)
+            run(finish, programs)
+            observed = replace(observed, finish=False)
         if variant.differentiate:
             run(observed, launch.programs)
-        else:
-            programs = min(rows, self.device.processors * launch.residents)
-            run(replace(observed, split=1), programs)
 
 
 def _case(problem: Problem) -> str:
@@ -288,8 +296,8 @@ def _phases(
 
 
 def forward(
-    problem: Problem, *, want_gradient: bool, extras: bool, device: Device | None = None,
-    launch_policy: LaunchPolicy | None = None,
+    problem: Problem, *, want_gradient: bool, extras: bool, gradient_out: Tensor | None = None,
+    device: Device | None = None, launch_policy: LaunchPolicy | None = None,
 ) -> Result:  # fmt: skip
     """``Backend.forward``; the last two arguments are for tests and tuning."""
     student, rows = problem.student, problem.rows
@@ -297,15 +305,16 @@ def forward(
     shape = problem.leading_shape
     empty = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     statistics = empty((len(STATISTICS), *shape))
-    gradient = empty_gradient(student) if want_gradient else None
+    gradient = gradient_out
+    if gradient is None and want_gradient:
+        gradient = empty_gradient(student)
     if rows == 0:
         return Result(torch.zeros_like(empty(() if reduce else shape)), statistics, gradient)
     losses = empty(shape)
     with _guard(student):
         swept = problem.options.divergence in functors.SWEPT
-        launch = Launch(problem, device or describe(student), 1 + swept + want_gradient)
-        if launch_policy is not None:
-            launch.policy = launch_policy
+        sweeps = 1 + swept + (gradient is not None)
+        launch = Launch(problem, device or describe(student), sweeps, launch_policy)
         variant = launch.variant(gradient, extras, upstream=False)
         launch.stages(variant, losses, statistics, gradient, None)
         if not reduce:
@@ -316,20 +325,19 @@ def forward(
 
 
 def backward(
-    problem: Problem, statistics: Tensor, grad_output: Tensor, *, device: Device | None = None,
+    problem: Problem, statistics: Tensor, grad_output: Tensor, *,
+    gradient_out: Tensor | None = None, device: Device | None = None,
     launch_policy: LaunchPolicy | None = None,
 ) -> Tensor:  # fmt: skip
     """``Backend.backward``: the gradient from the inputs and the forward's statistics."""
-    gradient = empty_gradient(problem.student)
+    gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
     if problem.rows == 0:
         return gradient
     if grad_output.ndim > 0:
         grad_output = grad_output.reshape(-1)
     with _guard(problem.student):
         swept = problem.options.divergence in functors.SWEPT
-        launch = Launch(problem, device or describe(problem.student), 1 + swept)
-        if launch_policy is not None:
-            launch.policy = launch_policy
+        launch = Launch(problem, device or describe(problem.student), 1 + swept, launch_policy)
         variant = launch.variant(gradient, False, upstream=True)
         variant = dataclasses.replace(variant, observe=False, finish=False, source="statistics")
         launch.stages(variant, None, statistics.contiguous(), gradient, grad_output)

@@ -133,6 +133,7 @@ class Variant:
     align_student: bool  # 16-byte accesses once the head of the row is peeled off
     align_teacher: bool
     align_gradient: bool
+    single: bool  # the vocabulary has one entry
     truncated: bool  # the gradient has columns that take no part
     # the stages of this launch
     observe: bool
