@@ -249,8 +249,8 @@ def _evaluate(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     # From the logarithm, not a sum's reciprocal: equal logits give equal bits, whatever the
     # compiler contracts.
     p, q = tl.exp2(log_p), tl.exp2(log_q)
-    v = value(p, q, log_p, log_q, first, second, P.divergence, P.case)
-    s = slope(p, q, log_p, log_q, first, second, P.divergence, P.case)
+    v = value(p, q, log_p, log_q, first, second, P)
+    s = slope(p, q, log_p, log_q, first, second, P)
     return values + tl.sum(tl.sum(v, 2), 0), slopes + tl.sum(tl.sum(s, 2), 0)
 
 
@@ -280,7 +280,7 @@ def _gradient(z, t, numbers, P: tl.constexpr):
         log_q = x_s - log_s
         log_p = _log_probability(t, factor, top_t, log_t, P)
         p, q = tl.exp2(log_p), tl.exp2(log_q)
-        s = slope(p, q, log_p, log_q, first, second, P.divergence, P.case)
+        s = slope(p, q, log_p, log_q, first, second, P)
         out = (s - q * slopes) * kd
         if P.label_term:
             if P.power == 0:

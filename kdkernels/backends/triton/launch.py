@@ -94,7 +94,13 @@ class Launch:
         sizes = (self.student.element_size(), self.teacher.element_size())
         self.width = 16 // min(sizes)
         self.policy = launch_policy or policy.choose(
-            device, problem.rows, problem.vocab, problem.vocab * sum(sizes), self.width, sweeps
+            device,
+            problem.rows,
+            problem.vocab,
+            row_bytes=problem.vocab * sum(sizes),
+            width=self.width,
+            sweeps=sweeps,
+            heaviness=_heaviness(problem),
         )
         self.items: Tensor | None = None
         self.row_factor = 1.0
@@ -131,6 +137,7 @@ class Launch:
             W=self.width,
             itemsize=self.student.element_size(),
             interpreted=INTERPRETED,
+            nvidia=self.device.kind == "cuda",
             divergence=options.divergence,
             case=_case(problem),
             power=int(options.temperature) if options.temperature in (1, 2, 3, 4) else 0,
@@ -178,6 +185,8 @@ class Launch:
         parameters = (*options.parameters, 0.0, 0.0)
         arrivals = None
         extra: dict[str, Any] = {}
+        if self.policy.registers is not None:
+            extra["maxnreg"] = self.policy.registers
         if variant.exchange == "spin":
             groups = programs // variant.split
             arrivals = torch.zeros(groups, dtype=torch.int32, device=self.student.device)
@@ -261,6 +270,14 @@ class Launch:
             observed = replace(observed, finish=False)
         if variant.differentiate:
             run(observed, launch.programs)
+
+
+def _heaviness(problem: Problem) -> int:
+    """How many reasons there are for more registers per element."""
+    options = problem.options
+    swept = options.divergence in functors.SWEPT
+    capped = options.student_softcap != 0 or options.teacher_softcap != 0
+    return swept + capped + (options.divergence == "alpha_beta")
 
 
 def _case(problem: Problem) -> str:

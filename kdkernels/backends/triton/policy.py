@@ -33,6 +33,7 @@ class LaunchPolicy:
     Args:
         num_warps: of one program.
         vectors: 16-byte vectors per thread and tile (K): one rescale serves all of them.
+        registers: the most that a thread may use (NVIDIA), so that ``residents`` fit; None: any.
         residents: programs that a processor holds at once. The row kernel is persistent; a larger
             grid would only add rows in flight.
         split: programs that share a row.
@@ -43,19 +44,22 @@ class LaunchPolicy:
 
     num_warps: int
     vectors: int
+    registers: int | None
     residents: int
     split: int
     exchange: str
     programs: int
 
 
-#: 8 warps x 16 bf16 per thread are a tile of 4096 columns. Forward KL + CE + gradient then takes at
-#: most 64 registers (no spills) and 4 programs fit on an SM: 32 warps with 2 x 32 bytes each in
-#: flight are 64 KB, twice what 0.7 us of H200 latency needs. (A second vector per thread brings the
-#: rescale from 0.25 to 0.125 special-function operations per element.)
+#: 8 warps of 16 bf16 per thread are a tile of 4096 columns. Forward KL + CE + gradient fits into 64
+#: registers without a spill on every target, so that 4 programs share an SM: 32 warps with 2 x 32
+#: bytes each in flight are 64 KB, three times what 0.7 us of H200 latency needs. (One vector per
+#: thread would bring 0.25 instead of 0.12 special-function operations of rescaling per element.)
 NUM_WARPS = 8
-VECTORS = 2
-RESIDENTS = 4
+#: A mixture of logarithms or a softcap hold more at once: 16 elements per thread would spill, 8
+#: need 77 registers (jsd, sm_90); the alpha-beta divergence, or both together, need 96 and more.
+#: (vectors, registers, residents) by how many of these a problem has.
+TILES = ((2, 64, 4), (1, 80, 3), (1, 128, 2))
 #: Share of the cache that rows in flight may fill, so that their second reading finds them there.
 #: An estimate: an H100's or A100's L2 is two halves, and either may keep a copy.
 CACHE_SHARE = 0.4
@@ -67,35 +71,47 @@ MAX_SPLIT = 64
 
 
 def choose(
-    device: Device, rows: int, vocab: int, row_bytes: int, columns_per_thread: int, sweeps: int
+    device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
 ) -> LaunchPolicy:
     """The launch for this problem.
 
     Args:
         row_bytes: of both models' logits of one row.
-        columns_per_thread: W, the columns of one 16-byte vector.
+        width: W, the columns of one 16-byte vector.
         sweeps: times that a launch reads a row; the second and later ones should find it in cache.
+        heaviness: an index of TILES.
     """
-    if device.kind == "interpreter":  # tiles of 2 x 32 vectors: small tests still have several
-        return LaunchPolicy(1, VECTORS, 1, 1, "none", max(1, min(rows, device.processors)))
-    vectors = VECTORS if columns_per_thread == 8 else 2 * VECTORS
-    tile = NUM_WARPS * device.warp * vectors * columns_per_thread
-    resident = device.processors * RESIDENTS
-    tiles = max(1, vocab // tile)
+    vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
+    if device.kind == "interpreter":  # tiles of 32 threads: small tests still have several
+        programs = max(1, min(rows, device.processors))
+        return LaunchPolicy(1, vectors, None, 1, 1, "none", programs)
+    vectors *= 8 // width  # as many columns of float32
+    tiles = max(1, vocab // (NUM_WARPS * device.warp * vectors * width))
+    resident = device.processors * residents
+    split, exchange = 1, "none"
     if rows <= FEW_ROWS:
         split = min(max(1, resident // max(rows, 1)), tiles, MAX_SPLIT)
         exchange = "launch" if split > 1 else "none"
-        return LaunchPolicy(NUM_WARPS, vectors, RESIDENTS, split, exchange, max(1, rows * split))
-    split = 1
-    if device.kind == "cuda":
-        wanted = resident / rows
-        if sweeps > 1:
-            wanted = max(wanted, resident * row_bytes / (CACHE_SHARE * device.cache_bytes))
-        while split < wanted and split * 2 <= min(tiles, MAX_SPLIT):
-            split *= 2
-    groups = min(rows, resident // split)
-    exchange = "spin" if split > 1 else "none"
-    return LaunchPolicy(NUM_WARPS, vectors, RESIDENTS, split, exchange, groups * split)
+        programs = rows * split
+    else:
+        # Waiting for each other needs all programs resident: only where the register limit holds.
+        if device.kind == "cuda":
+            wanted = resident / rows
+            if sweeps > 1:
+                wanted = max(wanted, resident * row_bytes / (CACHE_SHARE * device.cache_bytes))
+            while split < wanted and split * 2 <= min(tiles, MAX_SPLIT):
+                split *= 2
+            exchange = "spin" if split > 1 else "none"
+        programs = min(rows, resident // split) * split
+    return LaunchPolicy(
+        num_warps=NUM_WARPS,
+        vectors=vectors,
+        registers=registers if device.kind == "cuda" else None,
+        residents=residents,
+        split=split,
+        exchange=exchange,
+        programs=max(1, programs),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class Variant:
     W: int
     itemsize: int  # of the student
     interpreted: bool
+    nvidia: bool
     # the mathematics
     divergence: str
     case: str  # which limit of the alpha-beta divergence
