@@ -1,4 +1,7 @@
-"""The backends, in the order in which ``backend=None`` prefers them."""
+"""The backends, in the order in which ``backend=None`` prefers them.
+
+The CPU backend takes only tensors on the CPU, where Triton runs in its interpreter at best.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +13,5 @@ from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (TritonBackend(), CpuBackend(), TorchBackend(), ReferenceBackend())
+    for backend in (CpuBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())
 }

@@ -39,9 +39,9 @@ def _scaled(z, factor, top, P: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, P: tl.constexpr):
+def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in the gradient's dtype, rounded to nearest even; the interpreter's bfloat16 truncates."""
-    if P.interpreted and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
@@ -73,26 +73,26 @@ def _at_one(e, z, top, temperature, P: tl.constexpr):
 
 
 @triton.jit
-def _read(pointers, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, POLICY):
+def _read(pointers, mask, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, POLICY, P):
     """A tile of transformed logits; -inf where masked."""
     if mask is None:
         z = tl.load(pointers, eviction_policy=POLICY)
-        return _transformed(z, scale, softcap, SCALE, SOFTCAP)
+        return _transformed(z, scale, softcap, SCALE, SOFTCAP, P)
     else:
         z = tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy=POLICY)
-        z = _transformed(z, scale, softcap, SCALE, SOFTCAP)
+        z = _transformed(z, scale, softcap, SCALE, SOFTCAP, P)
         if SCALE or SOFTCAP:
             z = tl.where(mask, z, -float("inf"))
         return z
 
 
 @triton.jit
-def _transformed(z, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _transformed(z, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, P: tl.constexpr):
     z = z.to(tl.float32)
     if SCALE:
         z = z * scale
     if SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1 / softcap), P)
     return z
 
 
@@ -290,14 +290,14 @@ def _gradient(z, t, numbers, P: tl.constexpr):
     if P.smoothing:
         out -= uniform
     if P.student_softcap:
-        out *= 1 - (z / softcap) * (z / softcap)
+        out *= 1 - (z * (1 / softcap)) * (z * (1 / softcap))
     return out
 
 
 @triton.jit
 def _differentiate(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of the gradient. A body of :func:`_sweep`."""
-    out = _rounded(_gradient(z, t, numbers, P), target.dtype.element_ty, P)
+    out = _rounded(_gradient(z, t, numbers, P), target.dtype.element_ty, P.interpreted)
     tl.store(target, out, mask=mask, eviction_policy=P.store_policy)
     return state
 
@@ -332,10 +332,10 @@ def _tile(
     z, t = None, None
     if READS > 0:
         at = _pointers(student, columns, student_column, P.unit_student)
-        z = _read(at, mask, scales[0], scales[2], P.student_scale, P.student_softcap, POLICY)
+        z = _read(at, mask, scales[0], scales[2], P.student_scale, P.student_softcap, POLICY, P)
     if READS == 2:
         at = _pointers(teacher, columns, teacher_column, P.unit_teacher)
-        t = _read(at, mask, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, POLICY)
+        t = _read(at, mask, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, POLICY, P)
     return BODY(state, z, t, first + columns, mask, gradient + columns, numbers, P)
 
 
@@ -348,25 +348,36 @@ def _sweep(
 
     READS: 0 nothing, 1 the student, 2 both models.
     """
-    student, teacher, gradient = bases
+    student, teacher, gradient, starts = bases
     student_column, teacher_column, _ = layout
     head, vectors, first, last, edges, vocab = geometry
     thread = tl.arange(0, P.THREADS)[None, :, None]
     index = tl.arange(0, P.K)[:, None, None] * P.THREADS + thread
     offset = index * P.W + tl.arange(0, P.W)[None, None, :]
-    # The hint has to stand beside the addition: it is an attribute of that operation.
+    # Hints have to stand beside the additions whose attributes they are: one on the offset, which
+    # AMD's compiler keeps, and one on the pointer, which holds for a base of any alignment.
+    student_start, teacher_start, gradient_start = starts
     if P.align_student:
-        student_main = tl.multiple_of(student + head, 16)
+        at = student_start + head
+        if P.base_aligned:
+            at = tl.multiple_of(at, P.W)
+        student_main = tl.multiple_of(student + at, 16)
     else:
-        student_main = _pointers(student, head, student_column, P.unit_student)
+        student_main = _pointers(student + student_start, head, student_column, P.unit_student)
     if P.align_teacher:
-        teacher_main = tl.multiple_of(teacher + head, 16)
+        at = teacher_start + head
+        if P.base_aligned:
+            at = tl.multiple_of(at, P.W)
+        teacher_main = tl.multiple_of(teacher + at, 16)
     else:
-        teacher_main = _pointers(teacher, head, teacher_column, P.unit_teacher)
+        teacher_main = _pointers(teacher + teacher_start, head, teacher_column, P.unit_teacher)
     if P.align_gradient:
-        gradient_main = tl.multiple_of(gradient + head, 16)
+        at = gradient_start + head
+        if P.base_aligned:
+            at = tl.multiple_of(at, P.W)
+        gradient_main = tl.multiple_of(gradient + at, 16)
     else:
-        gradient_main = gradient + head
+        gradient_main = gradient + gradient_start + head
     mains = (student_main, teacher_main, gradient_main)
     step: tl.constexpr = P.K * P.THREADS
     whole = first + (last - first) // step * step
@@ -381,7 +392,8 @@ def _sweep(
     if edges > 0:
         columns = tl.where(thread < head, thread, thread + vectors * P.W)
         mask = thread < edges
-        state = _tile(BODY, READS, POLICY, state, bases, 0, columns, mask, layout, numbers, P)
+        rows = (student + student_start, teacher + teacher_start, gradient + gradient_start)
+        state = _tile(BODY, READS, POLICY, state, rows, 0, columns, mask, layout, numbers, P)
     return state
 
 
@@ -467,7 +479,7 @@ def _meet(arrivals, target):
 @triton.jit
 def _label_logit(student, label, stride, scales, P: tl.constexpr):
     at = _pointers(student, label, stride, P.unit_student)
-    return _transformed(tl.load(at), scales[0], scales[2], P.student_scale, P.student_softcap)
+    return _transformed(tl.load(at), scales[0], scales[2], P.student_scale, P.student_softcap, P)
 
 
 @triton.jit
@@ -638,14 +650,21 @@ def kd_rows(
     for index in range(group, rows, groups):
         row = index + rows64 * 0  # 64 bits: every offset of a row is computed from it
         outer, within = row // inner, row % inner
-        student = student_ptr + outer * student_outer + within * student_inner
-        teacher = teacher_ptr + outer * teacher_outer + within * teacher_inner
+        starts = (
+            outer * student_outer + within * student_inner,
+            outer * teacher_outer + within * teacher_inner,
+            row * width,
+        )
+        student = student_ptr + starts[0]
+        teacher = teacher_ptr + starts[1]
         geometry = _geometry(student, vocab, member, P)
         if P.differentiate:
-            gradient = gradient_ptr + row * width
+            bases = (student_ptr, teacher_ptr, gradient_ptr, starts)
+            gradient = gradient_ptr + starts[2]
         else:
+            bases = (student_ptr, teacher_ptr, student_ptr, starts)
             gradient = student
-        bases = (student, teacher, gradient)
+        pointers = (student, teacher, gradient)
         weight, scale, label = 1.0, row_factor, 0
         if P.with_items:
             items = tl.load(items_ptr)
@@ -706,7 +725,7 @@ def kd_rows(
                 # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
                 log_s = _scaled(_label_logit(student, 0, 0, scales, P), factor, state[0], P)
                 only = tl.load(teacher)
-                only = _transformed(only, scales[1], scales[3], P.teacher_scale, P.teacher_softcap)
+                only = _transformed(only, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, P)
                 log_t = _scaled(only, factor, state[3], P)
             logs = (log_s, log_t, log_1)
             divergence, slopes = 0.0, 0.0
@@ -750,9 +769,7 @@ def kd_rows(
                 )  # fmt: skip
                 if P.ce_in_loss:
                     if _owns(safe, member, geometry, P):
-                        _patch_label(
-                            bases, safe, z_label, of_label, layout, numbers, P
-                        )  # fmt: skip
+                        _patch_label(pointers, safe, z_label, of_label, layout, numbers, P)
         else:
             if P.finish:
                 if member == 0:
@@ -768,22 +785,22 @@ def kd_rows(
 
 
 @triton.jit
-def _patch_label(bases, label, z, of_label, layout, numbers, P: tl.constexpr):
+def _patch_label(pointers, label, z, of_label, layout, numbers, P: tl.constexpr):
     """Store the label's entry again, with its own term: cheaper than a comparison per entry."""
-    student, teacher, gradient = bases
+    _, teacher, gradient = pointers
     _, teacher_column, scales = layout
     t = z
     if P.gradient_reads == 2:
         t = tl.load(_pointers(teacher, label, teacher_column, P.unit_teacher))
-        t = _transformed(t, scales[1], scales[3], P.teacher_scale, P.teacher_softcap)
+        t = _transformed(t, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, P)
     out = _gradient(z, t, numbers, P)
     own = of_label
     if P.student_softcap:
         softcap = numbers[11]
-        own = own * (1 - (z / softcap) * (z / softcap))
+        own = own * (1 - (z * (1 / softcap)) * (z * (1 / softcap)))
     # Another thread has stored this entry without the term.
     tl.debug_barrier()
-    tl.store(gradient + label, _rounded(out - own, gradient.dtype.element_ty, P))
+    tl.store(gradient + label, _rounded(out - own, gradient.dtype.element_ty, P.interpreted))
 
 
 @triton.jit
@@ -820,30 +837,30 @@ def sum_rows(rows_ptr, sum_ptr, rows, SIZE: tl.constexpr):
 
 @triton.jit
 def scale_rows(
-    source_ptr, out_ptr, upstream_ptr, count, width, upstream_stride, BLOCK: tl.constexpr,
-    PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
+    source_ptr, out_ptr, upstream_ptr, rows, width, upstream_stride, BLOCK: tl.constexpr,
+    PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = source * upstream, rounded once; in place nothing is touched where upstream is 1.
+    """out = source * upstream, rounded once; in place, what is multiplied by 1 is not touched.
 
-    count: elements of one row if PER_ROW, else of all. Persistent: the grid does not grow with the
-    work, so that the launch costs the same when there is none.
+    Persistent: the grid does not grow with the work, so that a launch with none costs the same for
+    any size.
     """
     offset = tl.arange(0, BLOCK)
-    if PER_ROW:
-        row = tl.program_id(1).to(tl.int64)
-        source_ptr += row * width
-        out_ptr += row * width
-        upstream_ptr += row * upstream_stride
+    chunks = tl.cdiv(width, BLOCK)
+    units = chunks * (rows + tl.program_id(0).to(tl.int64) * 0)
     factor = tl.load(upstream_ptr).to(tl.float32)
-    work = factor != 1.0
-    if not IN_PLACE:
-        work = work | True
-    if work:
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        while first < count:
-            at = first + offset
-            inside = at < count
-            out = tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-            first += step
+    if not PER_ROW:
+        if IN_PLACE:
+            units = tl.where(factor == 1, 0, units)
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        row = units * 0 + unit // chunks
+        if PER_ROW:
+            factor = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+        column = unit % chunks * BLOCK + offset
+        if IN_PLACE:
+            inside = column < tl.where(factor == 1, 0, width)
+        else:
+            inside = column < width
+        source = tl.load(source_ptr + row * width + column, mask=inside, other=0.0)
+        out = _rounded(source.to(tl.float32) * factor, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_ptr + row * width + column, out, mask=inside)

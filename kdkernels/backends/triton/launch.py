@@ -161,6 +161,9 @@ class Launch:
             align_student=unit_student,
             align_teacher=unit_student and teacher_phase,
             align_gradient=unit_student and gradient_phase,
+            base_aligned=not any(
+                t is not None and t.data_ptr() % 16 for t in (self.student, self.teacher, gradient)
+            ),
             single=problem.vocab == 1,
             truncated=gradient is not None and problem.student.shape[-1] > problem.vocab,
             observe=True,
@@ -369,18 +372,17 @@ SCALE_BLOCK, SCALE_PROGRAMS = 2048, 1024
 def scale_gradient(gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
     """``Backend.scale_gradient``: the factor is read on the device, which stops there if it is 1."""
     out = gradient if overwrite else torch.empty_like(gradient)
-    width = gradient.shape[-1]
-    rows = gradient.numel() // max(width, 1)
     if gradient.numel() == 0:
         return out
+    width = gradient.shape[-1]
+    rows = gradient.numel() // width
     per_row = grad_output.ndim > 0
     upstream = grad_output.reshape(-1)
-    count = width if per_row else gradient.numel()
-    # TODO grid axis
-    programs = max(1, min(SCALE_PROGRAMS, -(-count // SCALE_BLOCK)))
+    programs = min(SCALE_PROGRAMS, rows * -(-width // SCALE_BLOCK))
     with _guard(gradient):
-        kernels.scale_rows[(programs, rows if per_row else 1)](
-            gradient, out, upstream, count, width, upstream.stride(0) if per_row else 0,
-            BLOCK=SCALE_BLOCK, PER_ROW=per_row, IN_PLACE=overwrite, num_warps=8,
+        kernels.scale_rows[(programs,)](
+            gradient, out, upstream, rows, width, upstream.stride(0) if per_row else 0,
+            BLOCK=SCALE_BLOCK, PER_ROW=per_row, IN_PLACE=overwrite, INTERPRETED=INTERPRETED,
+            num_warps=8,
         )  # fmt: skip
     return out

@@ -82,9 +82,13 @@ def choose(
         heaviness: an index of TILES.
     """
     vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
-    if device.kind == "interpreter":  # tiles of 32 threads: small tests still have several
+    if device.kind == "interpreter":
+        # Its time goes by operations, not by elements: few tiles, but more than one.
+        warps = 1
+        while warps < 32 and 3 * 2 * warps * device.warp * vectors * width <= vocab:
+            warps *= 2
         programs = max(1, min(rows, device.processors))
-        return LaunchPolicy(1, vectors, None, 1, 1, "none", programs)
+        return LaunchPolicy(warps, vectors, None, 1, 1, "none", programs)
     vectors *= 8 // width  # as many columns of float32
     tiles = max(1, vocab // (NUM_WARPS * device.warp * vectors * width))
     resident = device.processors * residents
@@ -150,6 +154,7 @@ class Variant:
     align_student: bool  # 16-byte accesses once the head of the row is peeled off
     align_teacher: bool
     align_gradient: bool
+    base_aligned: bool  # all pointers are multiples of 16 bytes
     single: bool  # the vocabulary has one entry
     truncated: bool  # the gradient has columns that take no part
     # the stages of this launch
