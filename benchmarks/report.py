@@ -63,7 +63,7 @@ def _headline(run: Run) -> str:
     rounds = [r for contest in run.contests for r in contest.rounds]
     quiet = sum(len(summary.quiet_rounds(contest)) for contest in run.contests)
     loads = [r.load for r in rounds] or [0.0]
-    isa = machine.get("kernel_isa_forced") or next(iter(machine.get("kernel_isas") or []), "none")
+    forced = " (forced)" if machine.get("kernel_isa_forced") else ""
     rates = "; ".join(
         f"{b['name']} {b['threads']} thread(s) {b['median']:.1f} (best {b['best']:.1f})"
         for b in run.bandwidth
@@ -75,7 +75,7 @@ def _headline(run: Run) -> str:
         f"{machine['cores']} cores, {options['threads']} threads, device {machine['device']}, "
         f"huge pages `{machine['huge_pages']}`",
         f"- caches: {', '.join(machine['caches'])}",
-        f"- instruction set: kernel {isa}, torch {machine['torch_isa']}",
+        f"- instruction set: kernel {machine['kernel_isa']}{forced}, torch {machine['torch_isa']}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in versions.items() if _is_version(k, v))}; "
         f"commit {versions['commit'][:10]}{changed}",
         f"- {quiet} of {len(rounds)} rounds were quiet (others took <= "
