@@ -43,7 +43,7 @@ def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in the gradient's dtype, rounded to nearest even; the interpreter's bfloat16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
         x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
 
@@ -477,9 +477,9 @@ def _meet(arrivals, target):
 
 
 @triton.jit
-def _label_logit(student, label, stride, scales, P: tl.constexpr):
-    at = _pointers(student, label, stride, P.unit_student)
-    return _transformed(tl.load(at), scales[0], scales[2], P.student_scale, P.student_softcap, P)
+def _label_logit(student, label, needed, stride, scales, P: tl.constexpr):
+    z = tl.load(_pointers(student, label, stride, P.unit_student), mask=needed, other=0.0)
+    return _transformed(z, scales[0], scales[2], P.student_scale, P.student_softcap, P)
 
 
 @triton.jit
@@ -696,7 +696,9 @@ def kd_rows(
             # Before anything of the row is written: the gradient may overwrite the student.
             z_label = 0.0
             if P.with_ce:
-                z_label = _label_logit(student, safe, student_column, scales, P)
+                # By those who need it only: another member's slice may be overwritten by now.
+                needed = _owns(safe, member, geometry, P) | ((member == 0) & P.finish)
+                z_label = _label_logit(student, safe, needed, student_column, scales, P)
             slot = row
             if P.exchange == "spin":
                 slot = row * 0 + group * 2 + (visits // P.meetings) % 2
@@ -723,7 +725,8 @@ def kd_rows(
                 log_1 = tl.log2(state[2])
             if P.single:
                 # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
-                log_s = _scaled(_label_logit(student, 0, 0, scales, P), factor, state[0], P)
+                only = _transformed(tl.load(student), scales[0], scales[2], P.student_scale, P.student_softcap, P)
+                log_s = _scaled(only, factor, state[0], P)
                 only = tl.load(teacher)
                 only = _transformed(only, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, P)
                 log_t = _scaled(only, factor, state[3], P)
@@ -757,6 +760,10 @@ def kd_rows(
                         P,
                     )  # fmt: skip
             if P.differentiate:
+                if not P.observe:
+                    # No reduction has brought the warps together since they read the label's logit,
+                    # which the gradient may overwrite.
+                    tl.debug_barrier()
                 if P.student_scale:
                     upstream = upstream * student_scale
                 numbers, of_label = _coefficients(
