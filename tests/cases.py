@@ -402,7 +402,7 @@ def _rounding_of_divergence(
         eps = torch.finfo(torch.float32).eps
         slope = slope + ((p - q).abs() <= ULPS * eps * (p * size_p + q * size_q)) * q / eps
     if spec.name.startswith("skew"):  # a softmax entry has an ulp of its own, though it cancels
-        slope = slope + q
+        slope = slope + q * size_q
     through_sum = slope.sum(-1, keepdim=True) + size_q * d_q.sum(-1, keepdim=True)
     return value + d_p * size_p + d_q * size_q, slope + q * through_sum
 

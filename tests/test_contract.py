@@ -1,4 +1,4 @@
-"""The contract's table of adversarial inputs; ``rowNN`` in a test's name is the row of the table."""
+"""The contract's table of adversarial inputs; ``rowNN`` in a name is the row of the table."""
 
 from __future__ import annotations
 
@@ -793,6 +793,23 @@ def test_row25_row26_the_value_does_not_depend_on_who_wants_a_gradient(
     assert with_gradient.requires_grad and not value.requires_grad and not without.requires_grad
     for other in (with_gradient.detach(), without, inferred):
         assert torch.equal(value, other)
+
+
+@cases.each_spec
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 3.0))
+def test_row26_the_value_does_not_depend_on_what_else_is_wanted(
+    backend: str, device: str, spec: cases.Spec, temperature: float
+) -> None:
+    student, teacher = pair((9, 333), scale=6.0, device=device)
+    labels = labels_for((9,), 333, device=device)
+    options = {"reduction": "none", "temperature": temperature, **spec.arguments}
+    value = cases.call(student, teacher, labels, backend=backend, **options)
+    for wanted in ({"gradient": "forward"}, {"gradient": "recompute"}):
+        leaf = student.clone().requires_grad_()
+        other = cases.call(leaf, teacher, labels, backend=backend, **options, **wanted)
+        assert torch.equal(value, other.detach()), wanted
+    outputs = cases.call(student, teacher, labels, backend=backend, return_outputs=True, **options)
+    assert torch.equal(value, outputs.loss), "return_outputs"
 
 
 def test_row27_both_gradient_modes_give_the_same_bits(backend: str, device: str) -> None:

@@ -63,9 +63,6 @@ def test_every_output_equals_the_oracles(number: int, backend: str, device: str)
     student, teacher, labels, options = to(device, cases.inputs_of(CASES[number]))
     leaf = student.requires_grad_()
     outputs = cases.call(leaf, teacher, labels, backend=backend, return_outputs=True, **options)
-    with torch.no_grad():
-        plain_loss = cases.call(leaf, teacher, labels, backend=backend, **options)
-    assert torch.equal(outputs.loss, plain_loss), "return_outputs changes the loss"
     student, teacher, labels, options = cases.inputs_of(CASES[number])
     truth = cases.call(
         student.double(),
