@@ -109,7 +109,7 @@ def compile_rows(problem: Problem, mode: str, target: str) -> list[offline.Compi
     device = policy.H100._replace(kind=gpu.backend, warp=gpu.warp_size)
     with offline.compiling(gpu) as launches:
         if mode == "recompute":
-            statistics = torch.empty(10, problem.rows, device="meta")
+            statistics = torch.empty(17, problem.rows, device="meta")
             upstream = torch.empty((), device="meta")
             launch.backward(problem, statistics, upstream, device=device)
         else:

@@ -32,6 +32,7 @@ def _load() -> ModuleType | None:
 
 class TritonBackend(Backend):
     name = "triton"
+    state_rows = 7
 
     def unavailable(self) -> list[str]:
         launch = _load()

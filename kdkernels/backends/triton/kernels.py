@@ -483,17 +483,21 @@ def _label_logit(student, label, needed, stride, scales, P: tl.constexpr):
 
 
 @triton.jit
-def _known(statistics, at, rows, temperature, kd_scale, P: tl.constexpr):
-    """A row's state from the statistics of an earlier forward: sums are 1, references the lse's."""
-    top_s = tl.load(statistics + at + 4 * rows) * LOG2E
-    top_t = tl.load(statistics + at + 5 * rows) * LOG2E
-    sum_1 = tl.exp2(tl.load(statistics + at + 6 * rows) * LOG2E - top_s * temperature)
-    gap = 0.0
-    if P.divergence == "reverse_kl":
-        gap = tl.load(statistics + at + rows) / (kd_scale * LN2)
+def _keep(statistics, at, rows, state, slopes):
+    """Append what :func:`_known` reads: the gradient then has the same bits in either launch."""
+    for i in tl.static_range(6):
+        tl.store(statistics + at + (10 + i) * rows, state[i])
+    tl.store(statistics + at + 16 * rows, slopes)
+
+
+@triton.jit
+def _known(statistics, at, rows):
+    """A row's state, and the sum of slopes, as the forward kept them."""
+    at = statistics + at + 10 * rows
     return (
-        top_s, 1.0, sum_1, top_t, 1.0, gap, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    )  # fmt: skip
+        tl.load(at), tl.load(at + rows), tl.load(at + 2 * rows), tl.load(at + 3 * rows),
+        tl.load(at + 4 * rows), tl.load(at + 5 * rows), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
+    ), tl.load(at + 6 * rows)  # fmt: skip
 
 
 @triton.jit
@@ -606,7 +610,7 @@ def kd_rows(
     items_ptr,  # float32 []: the denominator of the mean
     upstream_ptr,  # [] or [rows]: grad_output
     loss_ptr,  # float32 [rows]
-    statistics_ptr,  # float32 [10, rows]
+    statistics_ptr,  # float32 [10 + 7, rows]
     gradient_ptr,  # [rows, width], contiguous, dtype of the student
     partials_ptr,  # float32 [slots, PARTIALS, members]
     arrivals_ptr,  # int32 [groups], zero
@@ -718,23 +722,31 @@ def kd_rows(
             elif P.source == "partials":
                 state = _collected(partials_ptr, slot, temperature, P)
             else:
-                state = _known(statistics_ptr, row, rows64, temperature, kd_scale, P)
+                state, kept_slopes = _known(statistics_ptr, row, rows64)
             log_s, log_t = tl.log2(state[1]), tl.log2(state[4])
             log_1 = log_s
             if P.power != 1:
                 log_1 = tl.log2(state[2])
             if P.single:
                 # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
-                only = _transformed(tl.load(student), scales[0], scales[2], P.student_scale, P.student_softcap, P)
+                only = _transformed(
+                    tl.load(student), scales[0], scales[2], P.student_scale, P.student_softcap, P
+                )
                 log_s = _scaled(only, factor, state[0], P)
-                only = tl.load(teacher)
-                only = _transformed(only, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, P)
+                log_1 = _scaled(only, LOG2E, state[0] * temperature, P)
+                only = _transformed(
+                    tl.load(teacher), scales[1], scales[3], P.teacher_scale, P.teacher_softcap, P
+                )
                 log_t = _scaled(only, factor, state[3], P)
             logs = (log_s, log_t, log_1)
             divergence, slopes = 0.0, 0.0
             if P.closed:
                 divergence = _closed_form(state, log_s, log_t, P)
+                if P.single:
+                    divergence = divergence * 0.0
                 slopes = divergence + 1
+            if P.source == "statistics":
+                slopes = kept_slopes
             if P.evaluate:
                 zero = tl.zeros([P.THREADS], tl.float32)
                 numbers = (
@@ -759,6 +771,7 @@ def kd_rows(
                         loss_ptr, statistics_ptr, alpha, temperature, kd_scale, smoothing, z_loss,
                         P,
                     )  # fmt: skip
+                    _keep(statistics_ptr, row, rows64, state, slopes)
             if P.differentiate:
                 if not P.observe:
                     # No reduction has brought the warps together since they read the label's logit,
@@ -781,7 +794,7 @@ def kd_rows(
             if P.finish:
                 if member == 0:
                     tl.store(loss_ptr + row, 0.0)
-                    for i in tl.static_range(10):
+                    for i in tl.static_range(17):
                         tl.store(statistics_ptr + row + i * rows64, 0.0)
             if P.differentiate:
                 _sweep(_clear, 0, "", row, bases, layout, geometry, 0, P)

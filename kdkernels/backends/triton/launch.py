@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from .policy import Device, LaunchPolicy, Variant
 
 #: Whether Triton interprets its kernels on the CPU; decided when the kernels are imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+#: Rows behind the statistics with which a backward starts where the forward ended.
+STATE_ROWS = 7
 
 
 class Constants:
@@ -62,9 +67,15 @@ def describe(tensor: Tensor) -> Device:
     return _gpu(tensor.device.index) if tensor.device.type == "cuda" else policy.H100
 
 
+#: Triton's interpreter keeps the running program in a global.
+_interpreter = threading.RLock()
+
+
 def _guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device's current stream: make it the tensor's device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    return _interpreter if INTERPRETED else contextlib.nullcontext()
 
 
 _errors: dict[torch.device, Tensor] = {}
@@ -324,7 +335,7 @@ def forward(
     reduce = problem.options.reduction != "none"
     shape = problem.leading_shape
     empty = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    statistics = empty((len(STATISTICS), *shape))
+    statistics = empty((len(STATISTICS) + STATE_ROWS, *shape))
     gradient = gradient_out
     if gradient is None and want_gradient:
         gradient = empty_gradient(student)
@@ -356,11 +367,14 @@ def backward(
     if grad_output.ndim > 0:
         grad_output = grad_output.reshape(-1)
     with _guard(problem.student):
-        swept = problem.options.divergence in functors.SWEPT
-        launch = Launch(problem, device or describe(problem.student), 1 + swept, launch_policy)
-        variant = launch.variant(gradient, False, upstream=True)
-        variant = dataclasses.replace(variant, observe=False, finish=False, source="statistics")
-        launch.stages(variant, None, statistics.contiguous(), gradient, grad_output)
+        launch = Launch(problem, device or describe(problem.student), 1, launch_policy)
+        variant = dataclasses.replace(
+            launch.variant(gradient, False, upstream=True),
+            observe=False, evaluate=False, finish=False, source="statistics", exchange="none",
+            collect_sums=False,
+        )  # fmt: skip
+        programs = launch.policy.programs
+        launch.run(variant, programs, None, statistics.contiguous(), gradient, None, grad_output)
     return gradient
 
 
