@@ -84,7 +84,7 @@ def log1p_base2(u, P: tl.constexpr):
     s = u * reciprocal(2 + u, P)
     t = s * s
     odd = 1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13)))))
-    return tl.where(u > -0.5, (2 * LOG2E) * (s + s * t * odd), _log2(1 + u, P))
+    return tl.where(u > -0.5, (s + s * t * odd) * (2 * LOG2E), _log2(1 + u, P))
 
 
 @triton.jit
@@ -108,11 +108,11 @@ def above_mixture(log_p, log_q, beta, P: tl.constexpr):
 def _ratio_shape(own, other, ratio, OWN_IS_0: tl.constexpr, OTHER_IS_0: tl.constexpr, SUM_IS_0):
     """``AlphaBeta._shape``: the entry's value over base^(own + other); ratio <= 0 in nats."""
     if OWN_IS_0 and OTHER_IS_0:
-        return ratio * ratio / 2
+        return ratio * ratio * 0.5
     elif OWN_IS_0:
         power = other * ratio
-        product = tl.where(power == -float("inf"), 0.0, power * tl.exp2(power * LOG2E))
-        return (product - expm1(power)) * (1 / (other * other))
+        finite = tl.where(power == -float("inf"), 0.0, power)  # there x e^x is 0, too
+        return (finite * tl.exp2(finite * LOG2E) - expm1(power)) * (1 / (other * other))
     elif OTHER_IS_0:
         return (expm1(own * ratio) - own * ratio) * (1 / (own * own))
     elif SUM_IS_0:
@@ -124,19 +124,31 @@ def _ratio_shape(own, other, ratio, OWN_IS_0: tl.constexpr, OTHER_IS_0: tl.const
 
 
 @triton.jit
+def _power(log_base, exponent, IS_0: tl.constexpr):
+    """base^exponent from the base's logarithm in base 2, with 0^0 = 1."""
+    if IS_0:
+        return tl.where(log_base == log_base, 1.0, log_base)
+    else:
+        return tl.exp2(exponent * log_base)
+
+
+@triton.jit
 def _alpha_beta_value(log_p, log_q, alpha, beta, CASE: tl.constexpr):
     A0: tl.constexpr = CASE == "alpha" or CASE == "both"
     B0: tl.constexpr = CASE == "beta" or CASE == "both"
-    SUM0: tl.constexpr = CASE == "sum"
+    SUM0: tl.constexpr = CASE == "sum" or CASE == "both"
     dead = (log_p == -float("inf")) & (log_q == -float("inf"))
     log_p = tl.where(dead, 0.0, log_p)
     log_q = tl.where(dead, 0.0, log_q)
     below = tl.minimum(log_q - log_p, 0.0) * LN2
     above = tl.minimum(log_p - log_q, 0.0) * LN2
     total = alpha + beta
-    from_p = tl.exp2(total * log_p) * _ratio_shape(alpha, beta, below, A0, B0, SUM0)
-    from_q = tl.exp2(total * log_q) * _ratio_shape(beta, alpha, above, B0, A0, SUM0)
-    return tl.where(dead, 0.0, tl.where(log_p >= log_q, from_p, from_q))
+    from_p = times(_power(log_p, total, SUM0), _ratio_shape(alpha, beta, below, A0, B0, SUM0))
+    from_q = times(_power(log_q, total, SUM0), _ratio_shape(beta, alpha, above, B0, A0, SUM0))
+    value = tl.where(log_p >= log_q, from_p, from_q)
+    # No entry is negative: inf - inf, which exponents of opposite sign can give, is +inf.
+    unknown = (value != value) & (log_p == log_p) & (log_q == log_q)
+    return tl.where(dead, 0.0, tl.where(unknown, float("inf"), value))
 
 
 @triton.jit
@@ -145,14 +157,18 @@ def _alpha_beta_slope(log_p, log_q, alpha, beta, CASE: tl.constexpr):
     log_p = tl.where(dead, 0.0, log_p)
     log_q = tl.where(dead, 0.0, log_q)
     ratio = (log_p - log_q) * LN2
-    power = tl.exp2((alpha + beta) * log_q)
+    power = _power(log_q, alpha + beta, CASE == "sum" or CASE == "both")
     if CASE == "alpha" or CASE == "both":
-        slope = -power * ratio
+        slope = -times(power, ratio)
     else:
-        near = -power * (expm1(alpha * ratio) * (1 / alpha))
-        # q^(a+b) (e^(a ratio) - 1) with q underflowing is finite only as a difference of powers.
-        far = (power - tl.exp2(alpha * log_p + beta * log_q)) * (1 / alpha)
-        slope = tl.where(tl.abs(ratio * alpha) > 1, far, near)
+        slope = -power * (expm1(alpha * ratio) * (1 / alpha))
+        # Where those factors are 0 and inf, the two powers, whose difference does not cancel there.
+        crossed = alpha * log_p
+        if CASE != "beta":
+            crossed += beta * log_q
+        direct = (power - tl.exp2(crossed)) * (1 / alpha)
+        far = (tl.abs(ratio * alpha) > 1) & (direct == direct)
+        slope = tl.where(far, direct, slope)
     return tl.where(dead, 0.0, slope)
 
 
@@ -161,15 +177,15 @@ def value(p, q, log_p, log_q, first, second, P: tl.constexpr):
     """The entry's contribution to the divergence. ``first``, ``second``: its parameters."""
     if P.divergence == "jsd":
         p_above, q_above = above_mixture(log_p, log_q, first, P)
-        return LN2 * (first * times(p, p_above) + (1 - first) * times(q, q_above))
+        return (first * times(p, p_above) + (1 - first) * times(q, q_above)) * LN2
     elif P.divergence == "tvd":
         return tl.abs(p - q) * 0.5
     elif P.divergence == "skew_forward_kl":
         p_above, _ = above_mixture(log_p, log_q, first, P)
-        return LN2 * times(p, p_above)
+        return times(p, p_above) * LN2
     elif P.divergence == "skew_reverse_kl":
         _, q_above = above_mixture(log_p, log_q, first, P)
-        return LN2 * times(q, q_above)
+        return times(q, q_above) * LN2
     else:
         tl.static_assert(P.divergence == "alpha_beta")
         return _alpha_beta_value(log_p, log_q, first, second, P.case)
@@ -179,10 +195,10 @@ def value(p, q, log_p, log_q, first, second, P: tl.constexpr):
 def slope(p, q, log_p, log_q, first, second, P: tl.constexpr):
     """d value / d log q (natural logarithm)."""
     if P.divergence == "reverse_kl":
-        return LN2 * times(q, log_q - log_p) + q
+        return times(q, log_q - log_p) * LN2 + q
     elif P.divergence == "jsd":
         _, q_above = above_mixture(log_p, log_q, first, P)
-        return (1 - first) * LN2 * times(q, q_above)
+        return times(q, q_above) * ((1 - first) * LN2)
     elif P.divergence == "tvd":
         return tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
     elif P.divergence == "skew_forward_kl":
@@ -190,7 +206,7 @@ def slope(p, q, log_p, log_q, first, second, P: tl.constexpr):
         return -p * (1 - first) * tl.exp2(q_above)
     elif P.divergence == "skew_reverse_kl":
         p_above, q_above = above_mixture(log_p, log_q, first, P)
-        return LN2 * times(q, q_above) + q * first * tl.exp2(p_above)
+        return times(q, q_above) * LN2 + q * first * tl.exp2(p_above)
     else:
         tl.static_assert(P.divergence == "alpha_beta")
         return _alpha_beta_slope(log_p, log_q, first, second, P.case)

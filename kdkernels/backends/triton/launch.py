@@ -104,14 +104,19 @@ class Launch:
         self.student, self.teacher = self.layout.tensors
         sizes = (self.student.element_size(), self.teacher.element_size())
         self.width = 16 // min(sizes)
-        self.policy = launch_policy or policy.choose(
-            device,
-            problem.rows,
-            problem.vocab,
-            row_bytes=problem.vocab * sum(sizes),
-            width=self.width,
-            sweeps=sweeps,
-            heaviness=_heaviness(problem),
+        self.facts = {
+            "rows": problem.rows,
+            "vocab": problem.vocab,
+            "row_bytes": problem.vocab * sum(sizes),
+            "width": self.width,
+            "sweeps": sweeps,
+            "heaviness": _heaviness(problem),
+        }
+        self.key = policy.key(device, **self.facts)
+        self.policy = (
+            launch_policy
+            or policy.tuned(device, problem.rows, self.key)
+            or policy.choose(device, **self.facts)
         )
         self.items: Tensor | None = None
         self.row_factor = 1.0

@@ -7,8 +7,12 @@ have to measure is marked so.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Device(NamedTuple):
@@ -96,7 +100,6 @@ def choose(
     if rows <= FEW_ROWS:
         split = min(max(1, resident // max(rows, 1)), tiles, MAX_SPLIT)
         exchange = "launch" if split > 1 else "none"
-        programs = rows * split
     else:
         # Waiting for each other needs all programs resident: only where the register limit holds.
         if device.kind == "cuda":
@@ -106,7 +109,6 @@ def choose(
             while split < wanted and split * 2 <= min(tiles, MAX_SPLIT):
                 split *= 2
             exchange = "spin" if split > 1 else "none"
-        programs = min(rows, resident // split) * split
     return LaunchPolicy(
         num_warps=NUM_WARPS,
         vectors=vectors,
@@ -114,8 +116,54 @@ def choose(
         residents=residents,
         split=split,
         exchange=exchange,
-        programs=max(1, programs),
+        programs=programs_for(device, rows, residents, split, exchange),
     )
+
+
+def programs_for(device: Device, rows: int, residents: int, split: int, exchange: str) -> int:
+    """The grid: all slices at once before another launch, else no more than are resident."""
+    if exchange == "launch":
+        return rows * split
+    return max(1, min(rows, device.processors * residents // split)) * split
+
+
+def key(
+    device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
+) -> str:
+    """What a measured launch is kept under: the arguments of :func:`choose`, rows by doublings."""
+    return (
+        f"{device.kind}{device.architecture}x{device.processors} rows<={1 << (rows - 1).bit_length()}"
+        f" vocab={vocab} bytes={row_bytes} width={width} sweeps={sweeps} heaviness={heaviness}"
+    )
+
+
+def tuned_file() -> Path:
+    """Where ``kdkernels tune`` keeps what it measured: ``$KDKERNELS_TUNE``, or the user's cache."""
+    named = os.environ.get("KDKERNELS_TUNE")
+    if named:
+        return Path(named)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "kdkernels" / "tune.json"
+
+
+@functools.lru_cache
+def all_tuned() -> dict[str, dict[str, Any]]:
+    """The measured launches by key; read once in a process. A file that is none counts as empty."""
+    try:
+        found = json.loads(tuned_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tuned(device: Device, rows: int, name: str) -> LaunchPolicy | None:
+    """The measured launch of this :func:`key`, for this number of rows."""
+    entry = all_tuned().get(name)
+    if entry is None:
+        return None
+    found = LaunchPolicy(**entry["policy"])
+    programs = programs_for(device, rows, found.residents, found.split, found.exchange)
+    return dataclasses.replace(found, programs=programs)
 
 
 @dataclass(frozen=True)
