@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import sass
 import torch
 import triton
 
-import sass
 from kdkernels.backends.triton import launch, offline, policy
 from kdkernels.problem import Options, Problem
 
@@ -205,7 +205,9 @@ def print_targets() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="sm_90", choices=[t for t in offline.TARGETS if "sm" in t])
+    parser.add_argument(
+        "--target", default="sm_90", choices=[t for t in offline.TARGETS if "sm" in t]
+    )
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--targets", action="store_true", help="registers and spills everywhere")
     arguments = parser.parse_args()
@@ -213,8 +215,8 @@ def main() -> None:
     if arguments.targets:
         print_targets()
         return
-    architecture = int(arguments.target[3:])
-    table = [row(entry, architecture) for provider in PROVIDERS for entry in provider(arguments.target)]
+    entries = (entry for provider in PROVIDERS for entry in provider(arguments.target))
+    table = [row(entry, int(arguments.target[3:])) for entry in entries]
     if arguments.target == "sm_90":
         table += [(*peer, "") for peer in PEERS]
     lines = [tuple(map(str, line)) for line in (HEAD, *table)]
@@ -224,7 +226,9 @@ def main() -> None:
         return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 if __name__ == "__main__":

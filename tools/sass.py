@@ -60,7 +60,8 @@ class Loop:
 
 
 _FLOAT32 = frozenset(
-    "FADD FMUL FFMA FMNMX FSEL FSETP FSET FCHK FADD2 FMUL2 FFMA2 FMNMX3".split()
+    {"FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "FCHK"}
+    | {"FADD2", "FMUL2", "FFMA2"}
 )
 
 

@@ -57,9 +57,7 @@ def run(ptxsim: Any) -> Any:
             )  # fmt: skip
             gradient = result.gradient
             if mode == "recompute":
-                gradient = launch.backward(
-                    problem, result.statistics, torch.ones(()), **settings
-                )
+                gradient = launch.backward(problem, result.statistics, torch.ones(()), **settings)
         torch.testing.assert_close(result.loss.double(), exact[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(
             result.statistics[:7].double(), exact[1][:7], rtol=1e-5, atol=1e-5
@@ -67,9 +65,8 @@ def run(ptxsim: Any) -> Any:
         if gradient is not None:
             assert exact[2] is not None
             step = torch.finfo(gradient.dtype).eps
-            torch.testing.assert_close(
-                gradient.double(), exact[2], rtol=step, atol=1e-7 + 2e-6 * float(exact[2].abs().max())
-            )
+            least = 1e-7 + 2e-6 * float(exact[2].abs().max())
+            torch.testing.assert_close(gradient.double(), exact[2], rtol=step, atol=least)
             assert (gradient[1] == 0).all()
         # Between programs the emulator knows no order and warns of every plain exchange; the values
         # above are the check. Where programs share nothing there is nothing to warn of.

@@ -1,8 +1,8 @@
 """The divergences on the device: ``value`` and ``slope`` of one vocabulary entry.
 
-The twin of ``kdkernels/divergences.py`` and ``csrc/divergences.h``. Log-probabilities come in base 2
-(``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Forward KL
-is not here: the kernels have it, and the sums of reverse KL, in closed form.
+The twin of ``kdkernels/divergences.py`` and ``csrc/divergences.h``. Log-probabilities come in base
+2 (``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Forward
+KL is not here: the kernels have it, and the sums of reverse KL, in closed form.
 
 ``P`` is a Variant: ``divergence``, ``case`` and ``nvidia`` are read here.
 

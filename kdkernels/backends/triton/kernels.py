@@ -16,6 +16,8 @@ exact maximum; it only has to be the same number wherever the sum is used.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# A condition on P is decided when the kernel is compiled: it does not merge with one on a tensor.
+# ruff: noqa: SIM102, SIM108, SIM300
 import triton
 import triton.language as tl
 
@@ -326,7 +328,7 @@ def _tile(
     BODY: tl.constexpr, READS: tl.constexpr, POLICY: tl.constexpr,
     state, bases, first, columns, mask, layout, numbers, P: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile, transform it, hand it to BODY. ``columns`` count from ``first`` and ``bases``."""
+    """Load a tile, transform it, hand it to BODY. ``columns`` count from column ``first``."""
     student, teacher, gradient = bases
     student_column, teacher_column, scales = layout
     z, t = None, None
@@ -350,7 +352,7 @@ def _sweep(
     """
     student, teacher, gradient, starts = bases
     student_column, teacher_column, _ = layout
-    head, vectors, first, last, edges, vocab = geometry
+    head, vectors, first, last, edges, _ = geometry
     thread = tl.arange(0, P.THREADS)[None, :, None]
     index = tl.arange(0, P.K)[:, None, None] * P.THREADS + thread
     offset = index * P.W + tl.arange(0, P.W)[None, None, :]
@@ -598,8 +600,18 @@ def _coefficients(
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "inner", "vocab", "width", "student_outer", "student_inner", "student_column",
-        "teacher_outer", "teacher_inner", "teacher_column", "upstream_stride", "ignore_index",
+        "rows",
+        "inner",
+        "vocab",
+        "width",
+        "student_outer",
+        "student_inner",
+        "student_column",
+        "teacher_outer",
+        "teacher_inner",
+        "teacher_column",
+        "upstream_stride",
+        "ignore_index",
     ]
 )
 def kd_rows(

@@ -389,7 +389,7 @@ SCALE_BLOCK, SCALE_PROGRAMS = 2048, 1024
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
-    """``Backend.scale_gradient``: the factor is read on the device, which stops there if it is 1."""
+    """``Backend.scale_gradient``: the device reads the factor, and stops there if it is 1."""
     out = gradient if overwrite else torch.empty_like(gradient)
     if gradient.numel() == 0:
         return out

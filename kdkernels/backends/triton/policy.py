@@ -131,8 +131,9 @@ def key(
     device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
 ) -> str:
     """What a measured launch is kept under: the arguments of :func:`choose`, rows by doublings."""
+    most_rows = 1 << (rows - 1).bit_length()
     return (
-        f"{device.kind}{device.architecture}x{device.processors} rows<={1 << (rows - 1).bit_length()}"
+        f"{device.kind}{device.architecture}x{device.processors} rows<={most_rows}"
         f" vocab={vocab} bytes={row_bytes} width={width} sweeps={sweeps} heaviness={heaviness}"
     )
 
