@@ -589,8 +589,11 @@ def _coefficients(
             balance = sum_t / sum_s
             if P.label_term and P.power == 1:
                 balance += label / kd
-        elif P.power != 0:
-            label = label * _power(sum_s, P)
+        else:
+            # A row without a distribution: comparisons with NaN would give slopes of 0.
+            kd = tl.where(_finite(log_s) & _finite(log_t), kd, float("nan"))
+            if P.power != 0:
+                label = label * _power(sum_s, P)
     # The upstream factor last, and never divided by: it may be 0, inf or NaN.
     return (
         factor, temperature, top_s, log_s, top_t, log_t, balance, kd * upstream, label * upstream,
