@@ -1,9 +1,11 @@
-// The few operations that the mathematics is written in, for one number of type double. A SIMD
-// register offers the same names (cpu/lanes.inc), found by argument-dependent lookup.
+// The few operations that the mathematics is written in, for one number of type double or, in CUDA
+// kernels, float. A SIMD register offers the same names (cpu/lanes.inc), found by
+// argument-dependent lookup.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 // Everything in the headers is forced inline: a translation unit compiled for AVX-512 must not
 // leave behind a copy of a shared function that the linker could choose for every other unit.
@@ -37,6 +39,69 @@ KD_INLINE Growth<double> decay(double a) { return grow(a); }
 // log(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
 KD_INLINE double log_of_share(double u, double u_minus_one) {
   return u > 0.5 ? log1p(u_minus_one) : log(u);
+}
+
+KD_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+KD_INLINE float maximum(float a, float b) { return a > b ? a : b; }
+KD_INLINE float minimum(float a, float b) { return a < b ? a : b; }
+KD_INLINE float absolute(float a) { return fabsf(a); }
+KD_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+KD_INLINE bool is_nan(float a) { return a != a; }
+
+KD_INLINE uint32_t bits_of(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, sizeof(bits));
+  return bits;
+}
+
+KD_INLINE float float_of(uint32_t bits) {
+  float a;
+  memcpy(&a, &bits, sizeof(a));
+  return a;
+}
+
+// exp and expm1 for a in [-inf, 0], as in cpu/lanes.inc: 2^n (1 + r tail(r)). Adding 1.5 * 2^23
+// rounds to an integer and leaves it in the low bits of the sum.
+KD_INLINE Growth<float> decay(float a) {
+  constexpr float magic = 12582912.0f;
+  const float y = maximum(-126.0f, a * static_cast<float>(kLog2E));
+  const float shifted = y + magic;
+  const float r = y - (shifted - magic);
+  float tail = multiply_add(0.00015453163f, r, 0.0013390863f);
+  tail = multiply_add(tail, r, 0.009618083f);
+  tail = multiply_add(tail, r, 0.05550357f);
+  tail = multiply_add(tail, r, 0.2402265f);
+  tail = multiply_add(tail, r, 0.6931472f) * r;
+  const float scale = float_of((bits_of(shifted) << 23) + 0x3f800000u);
+  const float e = multiply_add(scale, tail, scale);
+  return {y > -126.0f ? e : 0.0f, multiply_add(scale, tail, scale - 1.0f)};
+}
+
+// The same for every a: +inf beyond the range of float.
+KD_INLINE Growth<float> grow(float a) {
+  const bool overflows = a > 88.3f;
+  const Growth<float> g = decay(minimum(88.3f, a));
+  return {overflows ? INFINITY : g.exp, overflows ? INFINITY : g.expm1};
+}
+
+// Cephes' logf for normal u in (0, 1], whose argument near 1 is u - 1 as given.
+KD_INLINE float log_of_share(float u, float u_minus_one) {
+  const uint32_t b = bits_of(u);
+  const int32_t exponent = static_cast<int32_t>(b - 0x3f3504f3u) >> 23;
+  const float mantissa = float_of(b - (static_cast<uint32_t>(exponent) << 23));
+  const float f = exponent == 0 ? u_minus_one : mantissa - 1.0f;
+  const float n = static_cast<float>(exponent), f2 = f * f;
+  float p = multiply_add(7.0376836292e-2f, f, -1.1514610310e-1f);
+  p = multiply_add(p, f, 1.1676998740e-1f);
+  p = multiply_add(p, f, -1.2420140846e-1f);
+  p = multiply_add(p, f, 1.4249322787e-1f);
+  p = multiply_add(p, f, -1.6668057665e-1f);
+  p = multiply_add(p, f, 2.0000714765e-1f);
+  p = multiply_add(p, f, -2.4999993993e-1f);
+  p = multiply_add(p, f, 3.3333331174e-1f);
+  const float curve = f2 * multiply_add(f, p, -0.5f);
+  const float tail = multiply_add(n, -2.12194440e-4f, curve);
+  return multiply_add(n, 0.693359375f, f + tail);
 }
 
 }  // namespace kd
