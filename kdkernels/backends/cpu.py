@@ -18,8 +18,13 @@ from ..problem import LOGIT_DTYPES, STATISTICS, Problem, label_error, row_layout
 from .base import Backend, Result, empty_gradient
 
 _IMPORT_ERROR: str | None = None
+# Asked once: torch.compile traces the choice of a backend, but not into a C++ module.
+_ISAS: tuple[str, ...] = ()
+_DIVERGENCES: frozenset[str] = frozenset()
 try:
     _native: Any = importlib.import_module("kdkernels._native")
+    _ISAS = tuple(_native.cpu_isas())
+    _DIVERGENCES = frozenset(_native.divergence_names())
 except ImportError as error:  # a pure Python install, or a build for another Python
     _IMPORT_ERROR = str(error)
 
@@ -31,16 +36,15 @@ class CpuBackend(Backend):
         if _IMPORT_ERROR is not None:
             return [f"the native module was not built ({_IMPORT_ERROR})"]
         forced = os.environ.get("KDKERNELS_CPU_ISA")
-        if forced and forced not in _native.cpu_isas():
-            runnable = ", ".join(_native.cpu_isas())
-            return [f"KDKERNELS_CPU_ISA={forced} is not one of {runnable}, which this CPU runs"]
+        if forced and forced not in _ISAS:
+            return [f"KDKERNELS_CPU_ISA={forced} is not one of {', '.join(_ISAS)} (this CPU's)"]
         return []
 
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.student.device.type != "cpu":
             reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
-        if problem.options.divergence not in _native.divergence_names():
+        if problem.options.divergence not in _DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         return reasons
 

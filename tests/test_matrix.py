@@ -1,0 +1,140 @@
+"""Backend x divergence x dtype x shape x options: loss, gradient and outputs against float64.
+
+The cases cover every pair of values of any two axes of ``cases.AXES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+
+CASES = cases.all_pairs()
+each_case = pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
+
+
+def to(device: str, inputs: cases.Inputs) -> cases.Inputs:
+    student, teacher, labels, options = inputs
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    labels = None if labels is None else labels.to(device)
+    return cases.Inputs(student.to(device), teacher.to(device), labels, moved)
+
+
+@functools.cache
+def exact(number: int) -> cases.Evaluation:
+    student, teacher, labels, options = cases.inputs_of(CASES[number])
+    return cases.oracle(student, teacher, labels, **options)
+
+
+@functools.cache
+def eager_and_unit(number: int) -> tuple[cases.Evaluation, cases.Evaluation, float]:
+    """Eager torch's result in the loss' dtype, the unit of the ulps, and that dtype's epsilon."""
+    case = CASES[number]
+    student, teacher, labels, options = cases.inputs_of(case)
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    eager = cases.plain(student, teacher, labels, case.spec, dtype=dtype, **options)
+    unit = cases.unit_of(student, teacher, labels, case.spec, **options)
+    return eager, unit, torch.finfo(dtype).eps
+
+
+def assert_accurate(measured: cases.Evaluation, number: int) -> None:
+    eager, unit, epsilon = eager_and_unit(number)
+    for what in ("loss", "gradient"):
+        one, e, x, u = (getattr(t, what) for t in (measured, eager, exact(number), unit))
+        assert one.shape == x.shape, what
+        cases.assert_as_accurate(one, e, x, u, epsilon, what)
+
+
+@each_case
+def test_the_oracle_equals_the_formula_written_out_in_eager_float64(number: int) -> None:
+    case = CASES[number]
+    student, teacher, labels, options = cases.inputs_of(case)
+    student, teacher = student.double(), teacher.double()
+    plain = cases.plain(student, teacher, labels, case.spec, dtype=torch.float64, **options)
+    unit = cases.unit_of(student, teacher, labels, case.spec, **options)
+    for what in ("loss", "gradient"):
+        ours, theirs, u = (getattr(t, what) for t in (exact(number), plain, unit))
+        # The printed formulas cancel (mixture, powers / (a b)); 2000 eps of the terms is 4e-13.
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-10, atol=1e-10 * (1 + max(u.flatten().tolist(), default=0))
+        )
+
+
+@each_case
+def test_loss_and_gradient_are_as_accurate_as_eager(number: int, backend: str, device: str) -> None:
+    inputs = to(device, cases.inputs_of(CASES[number]))
+    student, teacher, labels, options = inputs
+    measured = cases.evaluate(student, teacher, labels, backend=backend, **options)
+    assert measured.loss.dtype == (
+        torch.float64 if student.dtype == torch.float64 else torch.float32
+    )
+    assert measured.gradient.dtype == student.dtype
+    assert_accurate(measured, number)
+
+
+@each_case
+def test_every_output_equals_the_oracles(number: int, backend: str, device: str) -> None:
+    student, teacher, labels, options = to(device, cases.inputs_of(CASES[number]))
+    leaf = student.requires_grad_()
+    outputs = cases.call(leaf, teacher, labels, backend=backend, return_outputs=True, **options)
+    with torch.no_grad():
+        plain_loss = cases.call(leaf, teacher, labels, backend=backend, **options)
+    assert torch.equal(outputs.loss, plain_loss), "return_outputs changes the loss"
+    student, teacher, labels, options = cases.inputs_of(CASES[number])
+    truth = cases.call(
+        student.double(),
+        teacher.double(),
+        labels,
+        backend="reference",
+        return_outputs=True,
+        **options,
+    )
+    largest = max(float(t.abs().max()) for t in (student, teacher))
+    per_row = 2.5 * largest / min(options["temperature"], 1.0) + math.log(student.shape[-1])
+    only = {
+        "loss": {},
+        "kd_loss": {"alpha": 1.0, "z_loss": 0.0},
+        "ce_loss": {"alpha": 0.0, "z_loss": 0.0},
+        "z_loss": {"alpha": 0.0, "label_smoothing": 0.0, "no_ce": True},
+    }
+    # Entries that a softcap has saturated are ties in float32 and none in float64.
+    tied = CASES[number].kind == "offset" and "logit_softcap" in options
+    *_, epsilon = eager_and_unit(number)
+    for name, ours, theirs in zip(outputs._fields, outputs, truth, strict=True):
+        assert (ours is None) == (theirs is None), name
+        if ours is None or (tied and name in ("agreement", "accuracy")):
+            continue
+        assert ours.shape == theirs.shape, name
+        assert ours.requires_grad == (name == "loss"), name
+        eager, unit = torch.zeros_like(theirs), torch.tensor(per_row)
+        if name in only:
+            eager, unit = cases.eager_part(
+                student, teacher, labels, CASES[number].spec, ours.dtype, options | only[name]
+            )
+        cases.assert_as_accurate(
+            ours, theirs if eager is None else eager, theirs, unit, epsilon, name
+        )
+
+
+VOCABULARIES = (1, 127, 32001, 65537, 151936, 262208)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("softcap", (None, 30.0))
+def test_log_sum_exp_counts_every_entry_once(
+    vocab: int, softcap: float | None, backend: str, device: str
+) -> None:
+    """verl#5349, unsloth#10616: a tail that is not masked adds exp(0) or exp(softcap(-inf))."""
+    student, teacher = cases.pair((2, vocab), torch.bfloat16, seed=vocab, device=device)
+    outputs = cases.call(
+        student - 40, teacher, backend=backend, logit_softcap=softcap, return_outputs=True
+    )
+    for lse, z in ((outputs.label_lse, student - 40), (outputs.teacher_lse, teacher)):
+        z = z.cpu().double()
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        torch.testing.assert_close(lse.cpu().double(), torch.logsumexp(z, -1), rtol=5e-7, atol=5e-7)
