@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .torch_eager import TorchBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), TorchBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), CudaBackend(), TorchBackend(), ReferenceBackend())
 }
