@@ -159,7 +159,8 @@ KD_DEVICE Vector<kWidth> widen(DType dtype, const Load& load) {
   return x;
 }
 
-// Streaming stores: nobody on this device reads the gradient before other data have taken its place.
+// Streaming stores: nobody on this device reads the gradient before other data have taken its
+// place.
 KD_DEVICE void store_words(char* to, const Words<4>& w) {
   __stcs(reinterpret_cast<uint4*>(to), make_uint4(w.at[0], w.at[1], w.at[2], w.at[3]));
 }

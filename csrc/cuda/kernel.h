@@ -7,6 +7,13 @@
 
 namespace kd::cuda {
 
+// How the dynamic shared memory of the row-resident kernels is used.
+struct Stages {
+  int count;
+  int teacher_offset, bytes;  // of a stage
+  int cluster, clusters;      // blocks of a cluster; clusters of the grid
+};
+
 // A kernel's address, and its functor as the bytes of the argument.
 struct Kernel {
   const void* address = nullptr;
@@ -34,5 +41,22 @@ Kernel stream_kernel_of(const AlphaOnly&, int width);
 Kernel stream_kernel_of(const BetaOnly&, int width);
 Kernel stream_kernel_of(const AlphaOpposite&, int width);
 Kernel stream_kernel_of(const LogRatio&, int width);
+
+Kernel resident_kernel_of(const ForwardKl&);
+Kernel resident_kernel_of(const ReverseKl&);
+Kernel resident_kernel_of(const Jsd&);
+Kernel resident_kernel_of(const Tvd&);
+Kernel resident_kernel_of(const SkewForwardKl&);
+Kernel resident_kernel_of(const SkewReverseKl&);
+Kernel resident_kernel_of(const AlphaBeta&);
+Kernel resident_kernel_of(const AlphaOnly&);
+Kernel resident_kernel_of(const BetaOnly&);
+Kernel resident_kernel_of(const AlphaOpposite&);
+Kernel resident_kernel_of(const LogRatio&);
+
+// Of a KL between plain logits of one format; not for LabelSum::separate.
+Kernel register_kernel_of_float32(bool reverse, LabelSum label_sum);
+Kernel register_kernel_of_bfloat16(bool reverse, LabelSum label_sum);
+Kernel register_kernel_of_float16(bool reverse, LabelSum label_sum);
 
 }  // namespace kd::cuda

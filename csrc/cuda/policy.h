@@ -29,6 +29,16 @@ constexpr int64_t kLeastColumns = 2048;
 
 constexpr int kStreamThreads = 256;
 
+constexpr int kResidentThreads = 512;
+constexpr int kMostStages = 3;
+constexpr int kMostClusterBlocks = 16;
+// A thread keeps this many exponentials of each model in registers: 64 of its 128.
+constexpr int kColumnsPerThread = 32;
+// Barriers and exchanged sums: sizeof(ResidentScratch), checked there.
+constexpr int kResidentScratchBytes = 5120;
+// What one block of a cluster can hold in registers.
+constexpr int64_t kMostSliceColumns = kColumnsPerThread * kResidentThreads;
+
 struct StreamPolicy {
   int64_t blocks;
   int parts;
@@ -53,6 +63,59 @@ inline StreamPolicy stream_policy(const RowShape& shape, const DeviceLimits& lim
   int64_t blocks = cached > processors ? cached : processors;
   if (blocks > resident) blocks = resident;
   return {blocks < shape.rows ? blocks : shape.rows, 1};
+}
+
+struct ResidentPolicy {
+  int cluster = 0;  // blocks a row; 0: the row does not fit
+  int threads = 0;
+  int stages = 0;
+  int64_t slice_columns = 0;  // a block's share, in whole units of 8
+};
+
+// A row starts up to 7 columns into its first unit.
+inline int64_t slice_columns(int64_t vocab, int cluster) {
+  const int64_t units = (vocab + 14) / 8;
+  return (units + cluster - 1) / cluster * 8;
+}
+
+// One cluster size. A thread has up to 32 columns, so small slices take small blocks, of which
+// several share a processor: hence the share of shared memory by threads. `reserved` is the
+// kernel's static shared memory.
+inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits& limits,
+                                      int cluster, int reserved) {
+  ResidentPolicy policy;
+  const int64_t columns = slice_columns(shape.vocab, cluster);
+  if (columns > kMostSliceColumns) return policy;
+  const int64_t threads = (columns + kColumnsPerThread * 32 - 1) / (kColumnsPerThread * 32) * 32;
+  const int64_t available = limits.shared_bytes - reserved;
+  const int64_t stage = columns * shape.bytes;
+  if (stage > available) return policy;
+  const int64_t share = available * threads / kResidentThreads;
+  int64_t stages = share / stage;
+  // Never less than two where the processor has room for them: a single stage loads nothing ahead.
+  if (stages < 2) stages = available / stage < 2 ? 1 : 2;
+  policy.cluster = cluster;
+  policy.threads = static_cast<int>(threads);
+  policy.stages = static_cast<int>(stages < kMostStages ? stages : kMostStages);
+  policy.slice_columns = columns;
+  return policy;
+}
+
+// The smallest cluster with three stages; failing that, the one with the most. In bfloat16: 1 block
+// to V = 16k (64 KB a stage), 2 to 32k, 4 to 64k, 8 to 128k, 16 to 256k. float32 has half of that
+// with three stages; 256k takes 16 blocks of one stage of 128 KB. With few rows larger clusters
+// spread them over idle processors, as long as a block keeps kLeastColumns.
+inline ResidentPolicy best_resident_policy(const RowShape& shape, const DeviceLimits& limits,
+                                           int largest_cluster, int reserved) {
+  ResidentPolicy best;
+  for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
+    const ResidentPolicy policy = resident_policy(shape, limits, cluster, reserved);
+    if (!policy.cluster) continue;
+    const bool idle = shape.rows * cluster <= limits.processors &&
+                      slice_columns(shape.vocab, cluster) >= kLeastColumns;
+    if (policy.stages > best.stages || idle) best = policy;
+  }
+  return best;
 }
 
 }  // namespace kd::cuda

@@ -19,14 +19,25 @@ struct RowPlan {
   float share;  // of the row's gradient in the result's
 };
 
+// What is read of a row besides its logits; apart from plan_row so that it can be read ahead.
+struct RowInputs {
+  int64_t label;
+  float weight, upstream;
+};
+
+KD_DEVICE RowInputs read_inputs(const Task& task, int64_t row) {
+  RowInputs inputs{0, 1.0f, 1.0f};
+  if (row >= task.rows()) return inputs;
+  if (task.labels) inputs.label = task.labels[row];
+  if (task.row_weights) inputs.weight = task.row_weights[row];
+  if (task.grad_output) inputs.upstream = task.grad_output[row * task.grad_output_stride];
+  return inputs;
+}
+
 // Rows that do not count are not read. A weight of 0 makes a row one of them.
-KD_DEVICE RowPlan plan_row(const Task& task, int64_t row, float scale) {
-  RowPlan plan{Fate::counts, -1, 1.0f, scale};
-  const int64_t label = task.labels ? task.labels[row] : 0;
-  if (task.row_weights) plan.weight = task.row_weights[row];
-  float upstream = 1.0f;
-  if (task.grad_output) upstream = task.grad_output[row * task.grad_output_stride];
-  plan.share = plan.weight * upstream * scale;
+KD_DEVICE RowPlan plan_row(const Task& task, const RowInputs& inputs, float scale) {
+  const int64_t label = inputs.label;
+  RowPlan plan{Fate::counts, -1, inputs.weight, inputs.weight * inputs.upstream * scale};
   if (task.labels && label == task.ignore_index) {
     plan.fate = Fate::ignored;
   } else if (task.labels && (label < 0 || label >= task.vocab)) {
@@ -40,7 +51,9 @@ KD_DEVICE RowPlan plan_row(const Task& task, int64_t row, float scale) {
 }
 
 KD_DEVICE float gradient_scale(const Task& task) {
-  return task.denominator ? 1.0f / *task.denominator : task.scale;
+  if (!task.denominator) return task.scale;
+  const float divisor = *task.denominator;
+  return divisor == 0.0f ? 1.0f : 1.0f / divisor;
 }
 
 // scale first, then the soft cap: z = cap tanh(scale x / cap), and dz/dx.
@@ -71,7 +84,7 @@ KD_DEVICE int columns_before_alignment(const char* row, DType dtype) {
 
 // Vectors of a row are counted in units of 8 columns, of which each block has a run.
 struct Span {
-  int origin;  // the column of unit 0; negative if the row does not start aligned
+  int origin;       // the column of unit 0; negative if the row does not start aligned
   int first, past;  // columns of this part; may stick out of the row by less than a unit
 };
 
@@ -98,16 +111,26 @@ struct GradientRow {
   }
 
   KD_DEVICE void store(const Task& task, int first, const Vector<kWidth>& x) const {
-    const int64_t size = size_of(dtype);
-    if (aligned && first >= 0 && first + kWidth <= task.vocab) {
-      store_vector(row + first * size, dtype, x);
+    store(task.vocab, first, x, dtype);
+  }
+
+  // Where the format is known to the compiler.
+  template <DType kDType>
+  KD_DEVICE void store_as(const Task& task, int first, const Vector<kWidth>& x) const {
+    store(task.vocab, first, x, kDType);
+  }
+
+ private:
+  KD_DEVICE void store(int vocab, int first, const Vector<kWidth>& x, DType as) const {
+    const int size = static_cast<int>(size_of(as));
+    char* to = row + static_cast<int64_t>(first) * size;
+    if (aligned && first >= 0 && first + kWidth <= vocab) {
+      store_vector(to, as, x);
       return;
     }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if (first + i >= 0 && first + i < task.vocab) {
-        store_one(row + (first + i) * size, dtype, x.at[i]);
-      }
+      if (first + i >= 0 && first + i < vocab) store_one(to + i * size, as, x.at[i]);
     }
   }
 };
@@ -180,6 +203,11 @@ KD_DEVICE float weigh_term(float weight, float term) {
   return weight == 0.0f ? 0.0f : weight * term;
 }
 
+KD_DEVICE float label_lse(const Task& task, const Sums& sums) {
+  const float lse = kLn2f * (sums.label_reference + log2f(sums.label));
+  return task.is_single() ? sums.student_top : lse;
+}
+
 struct LabelTerms {
   float lse, ce, z;
 };
@@ -188,7 +216,7 @@ KD_DEVICE LabelTerms label_terms(const Task& task, const RowPlan& plan, const Su
   if (task.label_sum == LabelSum::none) return {0.0f, 0.0f, 0.0f};
   const float log = log2f(sums.label);
   LabelTerms terms;
-  terms.lse = kLn2f * (sums.label_reference + log);
+  terms.lse = label_lse(task, sums);
   terms.z = task.z_loss == 0.0f ? 0.0f : task.z_loss * terms.lse * terms.lse;
   terms.ce = 0.0f;
   if (plan.label < 0) return terms;
@@ -219,6 +247,11 @@ KD_DEVICE void write_statistics(const Task& task, int64_t row, const RowPlan& pl
   // Rounding may leave a negative residue; a NaN stays.
   float kd = task.kd_scale * (totals.kd < 0.0f ? 0.0f : totals.kd);
   float teacher_lse = kLn2f * (s.teacher_reference + totals.teacher_log);
+  float student_lse = kLn2f * (s.student_reference + totals.student_log);
+  if (task.is_single()) {
+    student_lse = s.student_top * task.inverse_temperature;
+    teacher_lse = s.teacher_top * task.inverse_temperature;
+  }
   float teacher_entropy = 0.0f, student_entropy = 0.0f, hits = 0.0f;
   if (task.extras) {
     student_entropy = kLn2f * (totals.student_log - s.student_moment / s.student);
@@ -230,16 +263,8 @@ KD_DEVICE void write_statistics(const Task& task, int64_t row, const RowPlan& pl
   if (totals.teacher_is_bad) kd = teacher_lse = teacher_entropy = nan;
   float loss = weigh_term(task.alpha, kd) + weigh_term(task.ce_weight, terms.ce) + terms.z;
   loss *= plan.weight;
-  const float values[10] = {loss,
-                            kd,
-                            terms.ce,
-                            terms.z,
-                            kLn2f * (s.student_reference + totals.student_log),
-                            teacher_lse,
-                            terms.lse,
-                            student_entropy,
-                            teacher_entropy,
-                            hits};
+  const float values[10] = {loss,        kd,        terms.ce,        terms.z,         student_lse,
+                            teacher_lse, terms.lse, student_entropy, teacher_entropy, hits};
   write_row(task, row, values);
 }
 
@@ -261,8 +286,7 @@ struct Factors {
     const float ce = plan.label < 0 ? 0.0f : plan.share * task.ce_weight;
     float pull = ce;
     if (task.z_loss != 0.0f) {
-      const float lse = kLn2f * (s.label_reference + log2f(s.label));
-      pull += plan.share * 2.0f * task.z_loss * lse;
+      pull += plan.share * 2.0f * task.z_loss * label_lse(task, s);
     }
     kd = plan.share * task.kd_slope;
     student = kd / s.student;

@@ -8,7 +8,6 @@
 
 namespace kd::cuda {
 
-
 constexpr int kStreamWarps = kStreamThreads / 32;
 
 struct StreamScratch {
@@ -115,10 +114,9 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   __shared__ StreamScratch scratch;
   const float scale = gradient_scale(task);
   for (int64_t row = blockIdx.x; row < task.rows(); row += gridDim.x) {
-    const RowPlan plan = plan_row(task, row, scale);
+    const RowPlan plan = plan_row(task, read_inputs(task, row), scale);
     const char* start = task.row_of(task.student, row);
-    const Span span =
-        span_of(start, task.student.dtype, task.vocab, blockIdx.y, split.parts);
+    const Span span = span_of(start, task.student.dtype, task.vocab, blockIdx.y, split.parts);
     if (plan.fate != Fate::counts) {
       if (split.steps & differentiate_step) {
         dismiss_row<kWidth>(task, row, plan, span, blockIdx.y == 0);

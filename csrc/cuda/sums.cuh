@@ -31,8 +31,8 @@ struct References {
 };
 
 // The gap is measured between u_t and u_s, which both move. A side that vanishes takes its part of
-// the moments with it, and 0 * inf must not be formed.
-template <class Functor>
+// the moments with it, and 0 * inf must not be formed. kFull: with what only options need.
+template <class Functor, bool kFull>
 KD_DEVICE void rebase(Sums& s, const References& to) {
   const float student_move = s.student_reference - to.student;
   const float teacher_move = s.teacher_reference - to.teacher;
@@ -44,8 +44,10 @@ KD_DEVICE void rebase(Sums& s, const References& to) {
     const float moved = fmaf(sum, teacher_move - student_move, s.gap);
     s.gap = scale > 0.0f ? moved * scale : 0.0f;
   }
-  s.student_moment = fmaf(s.student, student_move, s.student_moment) * student_scale;
-  s.teacher_moment = fmaf(s.teacher, teacher_move, s.teacher_moment) * teacher_scale;
+  if constexpr (kFull) {
+    s.student_moment = fmaf(s.student, student_move, s.student_moment) * student_scale;
+    s.teacher_moment = fmaf(s.teacher, teacher_move, s.teacher_moment) * teacher_scale;
+  }
   s.student *= student_scale;
   s.teacher *= teacher_scale;
   s.label *= power_of_two(s.label_reference - to.label);
@@ -109,7 +111,7 @@ KD_DEVICE void observe_vector(const Task& task, int first, const Vector<kWidth>&
   to.teacher = fmaxf(whole_exponent(top_t, task.teacher.factor), sums.teacher_reference);
   if (to.student > sums.student_reference || to.teacher > sums.teacher_reference) {
     to.label = fmaxf(label_reference_of(task, top_s, to.student), sums.label_reference);
-    rebase<Functor>(sums, to);
+    rebase<Functor, true>(sums, to);
   }
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -130,7 +132,7 @@ KD_DEVICE void observe_vector(const Task& task, int first, const Vector<kWidth>&
       if (first + i >= 0 && first + i < task.vocab) sums.logits += s.at[i];
     }
   }
-  if (task.extras) observe_extras(task, first, s, t, sums);
+  if (task.needs_tops()) observe_extras(task, first, s, t, sums);
 }
 
 KD_DEVICE void keep_larger(float& top, int& at, float other, int other_at) {
@@ -139,18 +141,19 @@ KD_DEVICE void keep_larger(float& top, int& at, float other, int other_at) {
 
 // Every lane's sums as one, the same in every lane: first the references, so that each lane's sums
 // are rescaled once, then the sums, in a fixed order.
-template <class Functor>
+template <class Functor, bool kFull = true>
 KD_DEVICE void warp_reduce(const Task& task, Sums& s) {
   const References top{warp_max(s.student_reference), warp_max(s.teacher_reference),
                        warp_max(s.label_reference)};
-  rebase<Functor>(s, top);
+  rebase<Functor, kFull>(s, top);
   s.student = warp_sum(s.student);
   s.teacher = warp_sum(s.teacher);
   if (needs_label_exponential(task)) s.label = warp_sum(s.label);
   if constexpr (has_closed_form<Functor>) s.gap = warp_sum(s.gap);
+  if constexpr (!kFull) return;
   s.label_logit = warp_max(s.label_logit);
   if (task.label_smoothing != 0.0f) s.logits = warp_sum(s.logits);
-  if (!task.extras) return;
+  if (!task.needs_tops()) return;
   s.student_moment = warp_sum(s.student_moment);
   s.teacher_moment = warp_sum(s.teacher_moment);
 #pragma unroll

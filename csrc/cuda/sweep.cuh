@@ -118,8 +118,7 @@ struct Sweep {
 KD_DEVICE float label_logit(const Task& task, int64_t row, int label) {
   if (label < 0) return -INFINITY;
   const Side& side = task.student;
-  const char* at =
-      task.row_of(side, row) + label * side.column_stride * size_of(side.dtype);
+  const char* at = task.row_of(side, row) + label * side.column_stride * size_of(side.dtype);
   const float x = load_one(at, side.dtype);
   return is_plain(side) ? x : transform(side, x);
 }

@@ -31,9 +31,9 @@ struct Task {
   int64_t outer, inner;
   int vocab;
 
-  const int64_t* labels;
+  const int64_t* labels;  // [rows], or null
   int64_t ignore_index;
-  const float* row_weights;
+  const float* row_weights;  // [rows], or null
   const float* grad_output;
   int64_t grad_output_stride;
   const float* denominator;  // on the device; null = scale is known already
@@ -45,6 +45,7 @@ struct Task {
   LabelSum label_sum;
   float label_factor;  // as Side::factor, at T = 1
   bool extras;
+  float inverse_temperature;
 
   float* losses;      // [rows] for reduction "none", or null
   float* statistics;  // [10, rows], or null
@@ -53,11 +54,15 @@ struct Task {
   int64_t gradient_columns;
 
   KD_INLINE int64_t rows() const { return outer * inner; }
+  // A single entry has probability 1 whatever its logit: the factors are 0 then, so that every
+  // exponent is exactly 0, and the logit itself is kept for the log-sum-exps.
+  KD_INLINE bool is_single() const { return vocab == 1; }
+  KD_INLINE bool needs_tops() const { return extras || is_single(); }
   KD_INLINE const char* row_of(const Side& side, int64_t row) const {
     // The general case costs a division of 64 bits.
-    const int64_t offset = outer == 1 ? row * side.inner_stride
-                                      : row / inner * side.outer_stride +
-                                            row % inner * side.inner_stride;
+    const int64_t offset = outer == 1
+                               ? row * side.inner_stride
+                               : row / inner * side.outer_stride + row % inner * side.inner_stride;
     return side.data + offset * size_of(side.dtype);
   }
   KD_INLINE char* gradient_row(int64_t row) const {
@@ -70,9 +75,9 @@ struct Task {
 struct alignas(16) Sums {
   float student_reference, teacher_reference, label_reference;
   float student, teacher, label;
-  float gap;                              // sum of w (u_t - u_s): see observe_vector
-  float student_moment, teacher_moment;   // sums of e u, for the entropies
-  float logits;                           // sum of the student's logits, for label smoothing
+  float gap;                             // sum of w (u_t - u_s): see observe_vector
+  float student_moment, teacher_moment;  // sums of e u, for the entropies
+  float logits;                          // sum of the student's logits, for label smoothing
   float student_top, teacher_top;
   int student_at, teacher_at;
   float label_logit;
@@ -89,8 +94,8 @@ enum Steps : int { observe_step = 1, evaluate_step = 2, differentiate_step = 4, 
 struct Split {
   int parts = 1;
   int steps = all_steps;
-  Sums* observed = nullptr;          // [rows, parts]
-  Evaluated* evaluated = nullptr;    // [rows, parts]
+  Sums* observed = nullptr;        // [rows, parts]
+  Evaluated* evaluated = nullptr;  // [rows, parts]
 };
 
 }  // namespace kd::cuda

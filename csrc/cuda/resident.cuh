@@ -1,0 +1,277 @@
+// The row-resident kernels: a cluster of blocks owns a row, each block's slice of student and
+// teacher lies in its shared memory, and global memory is read once. While one row is worked on the
+// next ones arrive in the other stages.
+#pragma once
+
+#include "cluster.cuh"
+#include "kernel.h"
+#include "policy.h"
+#include "sweep.cuh"
+
+namespace kd::cuda {
+
+constexpr int kResidentWarps = kResidentThreads / 32;
+
+struct ResidentScratch {
+  Barrier full[kMostStages];
+  int64_t next_row;  // the producer's; here, because the consumers need every register
+  // Double, so that the next exchange may begin while slow warps still read the last one's.
+  Sums sums[2][kMostClusterBlocks], warp_sums[2][kResidentWarps];
+  Evaluated evaluated[2][kMostClusterBlocks], warp_evaluated[2][kResidentWarps];
+};
+
+static_assert(sizeof(ResidentScratch) <= kResidentScratchBytes);
+
+// The sums of all threads of the cluster, the same bits in each.
+struct Exchange {
+  ResidentScratch& scratch;
+  int rank, cluster;
+  int turn = 0;
+
+  template <class Record, int kSlots, int kWarps, class Reduce>
+  KD_DEVICE Record reduce(Record mine, Record (&slots)[2][kSlots], Record (&warps)[2][kWarps],
+                          const Record& empty, const Reduce& reduce_warp) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_count = blockDim.x / 32;
+    reduce_warp(mine);
+    if (lane == 0) warps[turn][warp] = mine;
+    __syncthreads();
+    const auto sum_of = [&](const Record* from, int count) {
+      Record r = lane < count ? from[lane] : empty;
+      reduce_warp(r);
+      return r;
+    };
+    Record total;
+    if (cluster == 1) {
+      total = sum_of(warps[turn], warp_count);
+    } else {
+      if (warp == 0) {
+        const Record block = sum_of(warps[turn], warp_count);
+        if (lane < cluster) store_remote(&slots[turn][rank], lane, block);
+      }
+      cluster_barrier();
+      total = sum_of(slots[turn], cluster);
+    }
+    turn ^= 1;
+    return total;
+  }
+
+  template <class Functor, bool kFull>
+  KD_DEVICE Sums sum(const Task& task, const Sums& mine) {
+    return reduce(mine, scratch.sums, scratch.warp_sums, nothing(),
+                  [&](Sums& s) { warp_reduce<Functor, kFull>(task, s); });
+  }
+
+  KD_DEVICE Evaluated sum(const Evaluated& mine) {
+    return reduce(mine, scratch.evaluated, scratch.warp_evaluated, Evaluated{},
+                  [](Evaluated& e) { warp_reduce(e); });
+  }
+};
+
+// The bytes of a slice that a bulk copy may touch: whole pieces of 16 bytes inside the tensor.
+struct Clip {
+  const char *slice, *from, *to;
+
+  KD_DEVICE Clip(const Task& task, const Side& side, int64_t row, const Span& span) {
+    const int64_t size = size_of(side.dtype);
+    const char* start = task.row_of(side, row);
+    slice = start + span.first * size;
+    const char* past = start + span.past * size;
+    const auto address = [](const char* p) { return reinterpret_cast<uintptr_t>(p); };
+    from =
+        slice >= side.begin ? slice : slice + (address(side.begin) - address(slice) + 15) / 16 * 16;
+    to = past <= side.end ? past : past - (address(past) - address(side.end) + 15) / 16 * 16;
+    if (to < from) to = from;
+  }
+
+  KD_DEVICE unsigned bytes() const { return static_cast<unsigned>(to - from); }
+};
+
+// Rows on their way to shared memory. The first thread of each block is the producer: it walks the
+// rows ahead of everyone else and skips those that need no reading.
+struct Pipeline {
+  const Task& task;
+  const Stages& stages;
+  ResidentScratch& scratch;
+  char* memory;
+  int rank;
+  float scale;
+  int stage = 0;
+  unsigned parity = 0;
+
+  KD_DEVICE char* student_slice() const { return memory + stage * stages.bytes; }
+  KD_DEVICE char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
+
+  KD_DEVICE Span span(int64_t row) const {
+    return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank,
+                   stages.cluster);
+  }
+
+  // By the producer: the next row that counts, into a stage that is free.
+  KD_DEVICE void request(int free) {
+    int64_t row = scratch.next_row;
+    while (row < task.rows() &&
+           plan_row(task, read_inputs(task, row), scale).fate != Fate::counts) {
+      row += stages.clusters;
+    }
+    scratch.next_row = row + stages.clusters;
+    if (row >= task.rows()) return;
+    const Span columns = span(row);
+    const Clip student(task, task.student, row, columns);
+    const Clip teacher(task, task.teacher, row, columns);
+    char* to = memory + free * stages.bytes;
+    Barrier& full = scratch.full[free];
+    const uint64_t policy = cache_policy(Keep::no);
+    full.expect(student.bytes() + teacher.bytes());
+    if (student.bytes()) {
+      bulk_copy(to + (student.from - student.slice), student.from, student.bytes(), full, policy);
+    }
+    to += stages.teacher_offset;
+    if (teacher.bytes()) {
+      bulk_copy(to + (teacher.from - teacher.slice), teacher.from, teacher.bytes(), full, policy);
+    }
+  }
+
+  KD_DEVICE void wait() { scratch.full[stage].wait(parity); }
+
+  KD_DEVICE void advance() {
+    if (++stage < stages.count) return;
+    stage = 0;
+    parity ^= 1;
+  }
+
+  // Columns of the slice's first and last unit that lie outside the row become -inf; those inside
+  // which no bulk copy may fetch, at the tensor's two ends, are fetched here.
+  KD_DEVICE void mend(const Side& side, int64_t row, const Span& columns, char* slice) const {
+    const Clip clip(task, side, row, columns);
+    const int size = static_cast<int>(size_of(side.dtype));
+    const int count = columns.past - columns.first > 8 ? 16 : 8;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int column = i < 8 ? columns.first + i : columns.past - 16 + i;
+      const char* at = clip.slice + (column - columns.first) * size;
+      const bool inside = column >= 0 && column < task.vocab;
+      const bool fetched = at >= clip.from && at < clip.to;
+      if (inside && fetched) continue;
+      const float x = inside ? load_one(at, side.dtype) : -INFINITY;
+      store_one(slice + (column - columns.first) * size, side.dtype, x);
+    }
+    fence_bulk_copies();
+  }
+
+  // True in this block's every thread or none.
+  KD_DEVICE bool needs_mending(const Span& columns) const {
+    return columns.first < columns.past && (columns.first < 0 || columns.past > task.vocab);
+  }
+
+  KD_DEVICE void mend(int64_t row, const Span& columns) const {
+    if (!needs_mending(columns)) return;
+    mend(task.student, row, columns, student_slice());
+    mend(task.teacher, row, columns, teacher_slice());
+    __syncthreads();
+  }
+};
+
+// A slice of a row in shared memory, as Sweep reads it.
+template <int kWidth>
+struct SharedRow {
+  const char* slice;
+  int first_column;
+  DType dtype;
+
+  KD_DEVICE Vector<kWidth> load(int first) const {
+    const char* from = slice + (first - first_column) * static_cast<int>(size_of(dtype));
+    return widen<kWidth>(
+        dtype, [&](auto words) { return load_words<sizeof(words) / sizeof(unsigned)>(from); });
+  }
+};
+
+// Sets the barriers up and requests the first rows.
+KD_DEVICE Pipeline start_pipeline(const Task& task, const Stages& stages, ResidentScratch& scratch,
+                                  char* memory, float scale) {
+  Pipeline pipeline{task, stages, scratch, memory, cluster_rank(), scale};
+  if (threadIdx.x == 0) {
+    scratch.next_row = blockIdx.x / stages.cluster;
+    for (int i = 0; i < stages.count; ++i) scratch.full[i].initialise();
+    publish_barriers();
+    for (int i = 0; i < stages.count; ++i) pipeline.request(i);
+  }
+  __syncthreads();
+  return pipeline;
+}
+
+// Every row of this cluster; `work(row, plan, span)` does one that counts, which lies in the
+// pipeline's stage, and must have passed a barrier of the block after its last read of the stage.
+template <int kWidth, class Work>
+KD_DEVICE void for_each_row(const Task& task, Pipeline& pipeline, float scale, const Work& work) {
+  const int64_t step = pipeline.stages.clusters;
+  const int64_t first = blockIdx.x / pipeline.stages.cluster;
+  RowInputs ahead = read_inputs(task, first);
+  for (int64_t row = first; row < task.rows(); row += step) {
+    const RowPlan plan = plan_row(task, ahead, scale);
+    ahead = read_inputs(task, row + step);
+    const Span span = pipeline.span(row);
+    if (plan.fate != Fate::counts) {
+      dismiss_row<kWidth>(task, row, plan, span, pipeline.rank == 0);
+      continue;
+    }
+    pipeline.wait();
+    pipeline.mend(row, span);
+    work(row, plan, span);
+    pipeline.advance();
+  }
+}
+
+KD_DEVICE void write_outcome(const Task& task, int64_t row, const RowPlan& plan,
+                             const Totals& totals) {
+  if (totals.spoils_row(task) && totals.student_is_bad) {
+    write_constant(task, row, NAN);
+  } else {
+    write_statistics(task, row, plan, totals);
+  }
+}
+
+// Every divergence and option: the sweeps run over shared memory.
+template <class Functor>
+__global__ void __launch_bounds__(kResidentThreads, 1)
+    resident_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
+                    const __grid_constant__ Stages stages) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kWidth = 4;
+  extern __shared__ __align__(128) char memory[];
+  __shared__ ResidentScratch scratch;
+  const float scale = gradient_scale(task);
+  Pipeline pipeline = start_pipeline(task, stages, scratch, memory, scale);
+  if (stages.cluster > 1) cluster_barrier();  // peers run before anyone writes to them
+  Exchange exchange{scratch, pipeline.rank, stages.cluster};
+  for_each_row<kWidth>(
+      task, pipeline, scale, [&](int64_t row, const RowPlan& plan, const Span& span) {
+        using Row = SharedRow<kWidth>;
+        const Row student{pipeline.student_slice(), span.first, task.student.dtype};
+        const Row teacher{pipeline.teacher_slice(), span.first, task.teacher.dtype};
+        const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
+        const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
+        Sums sums = sweep.observe();
+        if (is_writer) sums.label_logit = label_logit(task, row, plan.label);
+        Totals totals(task, exchange.sum<Functor, true>(task, sums));
+        const bool spoiled = totals.spoils_row(task);
+        const bool closed = totals.close<Functor>();
+        if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
+          totals.take(exchange.sum(sweep.evaluate(totals)));
+        }
+        if (is_writer) write_outcome(task, row, plan, totals);
+        if (task.gradient) {
+          if (spoiled) {
+            fill_gradient<kWidth>(task, row, span, NAN);
+          } else {
+            sweep.differentiate(row, plan, totals);
+          }
+          if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) pipeline.request(pipeline.stage);
+      });
+  // A block's shared memory must outlive its peers' last stores to it.
+  if (stages.cluster > 1) cluster_barrier();
+#endif
+}
+
+}  // namespace kd::cuda
