@@ -15,25 +15,11 @@ KD_DEVICE int cluster_rank() {
   return rank;
 }
 
-// Everything that any thread of the cluster wrote before is visible to every thread after.
+// Once, at the start. Not between rows: the release makes it wait for every store to global memory
+// that is still under way (a MEMBAR of the device in the machine code), the gradient's among them.
 KD_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
-}
-
-// 16-byte words of `from` to the same place in another block's shared memory.
-template <class Record>
-KD_DEVICE void store_remote(Record* place, int rank, const Record& from) {
-  static_assert(sizeof(Record) % 8 == 0);
-  unsigned to;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
-  const unsigned* words = reinterpret_cast<const unsigned*>(&from);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Record) / 4); i += 2) {
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(to + 4 * i), "r"(words[i]),
-                 "r"(words[i + 1])
-                 : "memory");
-  }
 }
 
 struct Barrier {
@@ -52,10 +38,52 @@ struct Barrier {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(shared_address(&state)),
         "r"(parity)
         : "memory");
+  }
+};
+
+KD_DEVICE unsigned remote_address(const void* place, int rank) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(place)), "r"(rank));
+  return address;
+}
+
+// A message is 16-byte words that arrive at the same place of another block, and are counted by
+// that block's barrier.
+template <int kWords>
+struct alignas(16) Message {
+  unsigned at[kWords];
+
+  template <class Record>
+  static KD_DEVICE Message of(const Record& record) {
+    static_assert(sizeof(Record) <= sizeof(Message));
+    Message m{};
+    memcpy(m.at, &record, sizeof(Record));
+    return m;
+  }
+
+  template <class Record>
+  KD_DEVICE Record as() const {
+    Record record;
+    memcpy(&record, at, sizeof(Record));
+    return record;
+  }
+
+  KD_DEVICE void send(Message* place, Barrier& barrier, int rank) const {
+    const unsigned to = remote_address(place, rank), on = remote_address(&barrier.state, rank);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
+          "r"(at[i]), "r"(at[i + 1]), "r"(at[i + 2]), "r"(at[i + 3]), "r"(on)
+          : "memory");
+    }
   }
 };
 

@@ -60,18 +60,18 @@ struct Kept {
   Vector<Format::kWidth> student[kVectors], second[kVectors];
 };
 
+// A warp owns a run of columns, so that a thread's vectors are constant distances apart.
 template <class Format>
-KD_DEVICE int column_of(const Span& span, int vector) {
-  return span.first +
-         (vector * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * Format::kWidth;
+KD_DEVICE int first_column_of(const Span& span) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  return span.first + warp * 32 * kColumnsPerThread + lane * Format::kWidth;
 }
 
 template <class Format, class Step>
 KD_DEVICE void each_kept_vector(const Span& span, const Step& step) {
+  const int first = first_column_of<Format>(span);
 #pragma unroll
-  for (int k = 0; k < Kept<Format>::kVectors; ++k) {
-    step(k, column_of<Format>(span, k));
-  }
+  for (int k = 0; k < Kept<Format>::kVectors; ++k) step(k, first + k * 32 * Format::kWidth);
 }
 
 template <class Format>
@@ -188,51 +188,84 @@ KD_DEVICE void differentiate_kept(const Task& task, int64_t row, const RowPlan& 
   });
 }
 
+// Sums of which only these are used, as they travel.
+struct Brief {
+  float student_reference, teacher_reference;
+  float student, teacher, label, gap;
+
+  static KD_DEVICE Brief of(const Sums& s) {
+    return {s.student_reference, s.teacher_reference, s.student, s.teacher, s.label, s.gap};
+  }
+
+  template <int kPower>
+  KD_DEVICE Sums sums() const {
+    Sums s = nothing();
+    s.student_reference = student_reference;
+    s.teacher_reference = teacher_reference;
+    s.label_reference = kPower * student_reference;
+    s.student = student;
+    s.teacher = teacher;
+    s.label = label;
+    s.gap = gap;
+    return s;
+  }
+
+  template <class Functor, int kPower>
+  KD_DEVICE void reduce() {
+    const float top_student = warp_max(student_reference);
+    const References top{top_student, warp_max(teacher_reference), kPower * top_student};
+    Sums s = sums<kPower>();
+    rebase<Functor, false>(s, top);
+    *this = {top.student,       top.teacher, warp_sum(s.student), warp_sum(s.teacher),
+             kPower > 1 ? warp_sum(s.label) : 0.0f, warp_sum(s.gap)};
+  }
+};
+
 template <class Functor, class Format, int kPower>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = Format::kWidth;
+  constexpr int kWidth = Format::kWidth, kWords = 8;
   extern __shared__ __align__(128) char memory[];
-  __shared__ ResidentScratch scratch;
+  __shared__ ResidentScratch<kWords> scratch;
   const float scale = gradient_scale(task);
-  Pipeline pipeline = start_pipeline(task, stages, scratch, memory, scale);
-  if (stages.cluster > 1) cluster_barrier();  // peers run before anyone writes to them
-  Exchange exchange{scratch, pipeline.rank, stages.cluster};
-  for_each_row<kWidth>(
-      task, pipeline, scale, [&](int64_t row, const RowPlan& plan, const Span& span) {
-        const char *student = pipeline.student_slice(), *teacher = pipeline.teacher_slice();
-        const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
-        float logit = -INFINITY;
-        if (is_writer) logit = label_logit(task, row, plan.label);
-        Kept<Format> kept;
-        Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
-        Totals totals(task, exchange.sum<Functor, false>(task, mine));
-        totals.sums.label_logit = logit;
-        const bool spoiled = totals.spoils_row(task);
-        if (!totals.close<Functor>() && task.alpha != 0.0f && !spoiled) {
-          using Row = SharedRow<kWidth>;
-          const Row of_student{student, span.first, Format::kDType};
-          const Row of_teacher{teacher, span.first, Format::kDType};
-          const Sweep<Functor, kWidth, Row> sweep{task, functor, span, of_student, of_teacher};
-          totals.take(exchange.sum(sweep.evaluate(totals)));
-          // The rare sweep has the registers to itself, and the kept ones are filled again.
-          mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
-          __syncthreads();
-        }
-        // All threads have passed a barrier since they read the stage: it is free.
-        if (threadIdx.x == 0) pipeline.request(pipeline.stage);
-        if (task.gradient && !spoiled) {
-          differentiate_kept<Functor, Format, kPower>(task, row, plan, span, totals, mine, kept);
-        }
-        if (is_writer) write_outcome(task, row, plan, totals);
-        if (!task.gradient) return;
-        if (spoiled) fill_gradient<kWidth>(task, row, span, NAN);
-        if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
-      });
-  // A block's shared memory must outlive its peers' last stores to it.
-  if (stages.cluster > 1) cluster_barrier();
+  Pipeline<kWords> pipeline{task, stages, scratch, memory, cluster_rank(), scale};
+  Exchange<kWords> exchange{scratch, pipeline.rank, stages.cluster};
+  start(pipeline, exchange);
+  const auto work = [&](int64_t row, const RowPlan& plan, const Span& span) {
+    const char *student = pipeline.student_slice(), *teacher = pipeline.teacher_slice();
+    const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
+    float logit = -INFINITY;
+    if (is_writer) logit = label_logit(task, row, plan.label);
+    Kept<Format> kept;
+    Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
+    const Brief sum = exchange.reduce(Brief::of(mine), Brief::of(nothing()),
+                                      [](Brief& b) { b.reduce<Functor, kPower>(); });
+    Totals totals(task, sum.sums<kPower>());
+    totals.sums.label_logit = logit;
+    const bool spoiled = totals.spoils_row(task);
+    if (!totals.close<Functor>() && task.alpha != 0.0f && !spoiled) {
+      using Row = SharedRow<kWidth>;
+      const Row of_student{student, span.first, Format::kDType};
+      const Row of_teacher{teacher, span.first, Format::kDType};
+      const Sweep<Functor, kWidth, Row> sweep{task, functor, span, of_student, of_teacher};
+      totals.take(exchange.sum(sweep.evaluate(totals)));
+      // The rare sweep has the registers to itself, and the kept ones are filled again.
+      mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
+      __syncthreads();
+    }
+    // All threads have passed a barrier since they read the stage: it is free.
+    if (threadIdx.x == 0) pipeline.request(pipeline.stage);
+    if (task.gradient && !spoiled) {
+      differentiate_kept<Functor, Format, kPower>(task, row, plan, span, totals, mine, kept);
+    }
+    if (is_writer) write_outcome(task, row, plan, totals);
+    if (!task.gradient) return;
+    if (spoiled) fill_gradient<kWidth>(task, row, span, NAN);
+    if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
+  };
+  for_each_row<kWidth>(task, pipeline, scale, work);
 #endif
 }
 

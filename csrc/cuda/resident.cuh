@@ -12,58 +12,70 @@ namespace kd::cuda {
 
 constexpr int kResidentWarps = kResidentThreads / 32;
 
+template <int kWords>
 struct ResidentScratch {
+  // Double, so that the next exchange may begin while slow warps still read the last one's.
+  Message<kWords> blocks[2][kMostClusterBlocks], warps[2][kResidentWarps];
+  Barrier arrived[2];
   Barrier full[kMostStages];
   int64_t next_row;  // the producer's; here, because the consumers need every register
-  // Double, so that the next exchange may begin while slow warps still read the last one's.
-  Sums sums[2][kMostClusterBlocks], warp_sums[2][kResidentWarps];
-  Evaluated evaluated[2][kMostClusterBlocks], warp_evaluated[2][kResidentWarps];
 };
 
-static_assert(sizeof(ResidentScratch) <= kResidentScratchBytes);
+static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
 
-// The sums of all threads of the cluster, the same bits in each.
+// The sums of all threads of the cluster, the same bits in each. A block's sums travel to every
+// block of the cluster as a message, whose barrier counts their bytes. A block sends for the
+// exchange after next on the same barrier only when it has everybody's next message, and those are
+// sent by blocks that have done with this one: two of everything suffice.
+template <int kWords>
 struct Exchange {
-  ResidentScratch& scratch;
+  ResidentScratch<kWords>& scratch;
   int rank, cluster;
-  int turn = 0;
+  unsigned turn = 0;  // the last bit chooses the buffers, the one before is the barrier's parity
 
-  template <class Record, int kSlots, int kWarps, class Reduce>
-  KD_DEVICE Record reduce(Record mine, Record (&slots)[2][kSlots], Record (&warps)[2][kWarps],
-                          const Record& empty, const Reduce& reduce_warp) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_count = blockDim.x / 32;
-    reduce_warp(mine);
-    if (lane == 0) warps[turn][warp] = mine;
-    __syncthreads();
-    const auto sum_of = [&](const Record* from, int count) {
-      Record r = lane < count ? from[lane] : empty;
-      reduce_warp(r);
-      return r;
-    };
-    Record total;
-    if (cluster == 1) {
-      total = sum_of(warps[turn], warp_count);
-    } else {
-      if (warp == 0) {
-        const Record block = sum_of(warps[turn], warp_count);
-        if (lane < cluster) store_remote(&slots[turn][rank], lane, block);
-      }
-      cluster_barrier();
-      total = sum_of(slots[turn], cluster);
-    }
-    turn ^= 1;
-    return total;
+  KD_DEVICE void expect(int buffer) const {
+    scratch.arrived[buffer].expect(cluster * static_cast<unsigned>(sizeof(Message<kWords>)));
   }
 
-  template <class Functor, bool kFull>
-  KD_DEVICE Sums sum(const Task& task, const Sums& mine) {
-    return reduce(mine, scratch.sums, scratch.warp_sums, nothing(),
-                  [&](Sums& s) { warp_reduce<Functor, kFull>(task, s); });
+  // By one thread, before anybody sends.
+  KD_DEVICE void start() const {
+    for (int i = 0; i < 2; ++i) {
+      scratch.arrived[i].initialise();
+      if (cluster > 1) expect(i);
+    }
+  }
+
+  template <class Record, class Reduce>
+  KD_DEVICE Record sum_of(const Message<kWords>* from, int count, const Record& empty,
+                          const Reduce& reduce_warp) const {
+    const int lane = threadIdx.x % 32;
+    Record r = lane < count ? from[lane].template as<Record>() : empty;
+    reduce_warp(r);
+    return r;
+  }
+
+  template <class Record, class Reduce>
+  KD_DEVICE Record reduce(Record mine, const Record& empty, const Reduce& reduce_warp) {
+    using Letter = Message<kWords>;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = turn & 1;
+    reduce_warp(mine);
+    if (lane == 0) scratch.warps[buffer][warp] = Letter::of(mine);
+    __syncthreads();
+    const unsigned parity = turn++ >> 1 & 1;
+    if (cluster == 1) return sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_warp);
+    if (warp == 0) {
+      const Record block = sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_warp);
+      if (lane < cluster) {
+        Letter::of(block).send(&scratch.blocks[buffer][rank], scratch.arrived[buffer], lane);
+      }
+    }
+    scratch.arrived[buffer].wait(parity);
+    if (threadIdx.x == 0) expect(buffer);
+    return sum_of(scratch.blocks[buffer], cluster, empty, reduce_warp);
   }
 
   KD_DEVICE Evaluated sum(const Evaluated& mine) {
-    return reduce(mine, scratch.evaluated, scratch.warp_evaluated, Evaluated{},
-                  [](Evaluated& e) { warp_reduce(e); });
+    return reduce(mine, Evaluated{}, [](Evaluated& e) { warp_reduce(e); });
   }
 };
 
@@ -88,10 +100,11 @@ struct Clip {
 
 // Rows on their way to shared memory. The first thread of each block is the producer: it walks the
 // rows ahead of everyone else and skips those that need no reading.
+template <int kWords>
 struct Pipeline {
   const Task& task;
   const Stages& stages;
-  ResidentScratch& scratch;
+  ResidentScratch<kWords>& scratch;
   char* memory;
   int rank;
   float scale;
@@ -185,23 +198,26 @@ struct SharedRow {
 };
 
 // Sets the barriers up and requests the first rows.
-KD_DEVICE Pipeline start_pipeline(const Task& task, const Stages& stages, ResidentScratch& scratch,
-                                  char* memory, float scale) {
-  Pipeline pipeline{task, stages, scratch, memory, cluster_rank(), scale};
+template <int kWords>
+KD_DEVICE void start(Pipeline<kWords>& pipeline, const Exchange<kWords>& exchange) {
+  const Stages& stages = pipeline.stages;
   if (threadIdx.x == 0) {
-    scratch.next_row = blockIdx.x / stages.cluster;
-    for (int i = 0; i < stages.count; ++i) scratch.full[i].initialise();
+    pipeline.scratch.next_row = blockIdx.x / stages.cluster;
+    for (int i = 0; i < stages.count; ++i) pipeline.scratch.full[i].initialise();
+    exchange.start();
     publish_barriers();
     for (int i = 0; i < stages.count; ++i) pipeline.request(i);
   }
   __syncthreads();
-  return pipeline;
+  // Everybody's barriers exist before anybody sends.
+  if (stages.cluster > 1) cluster_barrier();
 }
 
 // Every row of this cluster; `work(row, plan, span)` does one that counts, which lies in the
 // pipeline's stage, and must have passed a barrier of the block after its last read of the stage.
-template <int kWidth, class Work>
-KD_DEVICE void for_each_row(const Task& task, Pipeline& pipeline, float scale, const Work& work) {
+template <int kWidth, int kWords, class Work>
+KD_DEVICE void for_each_row(const Task& task, Pipeline<kWords>& pipeline, float scale,
+                            const Work& work) {
   const int64_t step = pipeline.stages.clusters;
   const int64_t first = blockIdx.x / pipeline.stages.cluster;
   RowInputs ahead = read_inputs(task, first);
@@ -235,42 +251,41 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     resident_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = 4;
+  constexpr int kWidth = 4, kWords = sizeof(Sums) / 4;
   extern __shared__ __align__(128) char memory[];
-  __shared__ ResidentScratch scratch;
+  __shared__ ResidentScratch<kWords> scratch;
   const float scale = gradient_scale(task);
-  Pipeline pipeline = start_pipeline(task, stages, scratch, memory, scale);
-  if (stages.cluster > 1) cluster_barrier();  // peers run before anyone writes to them
-  Exchange exchange{scratch, pipeline.rank, stages.cluster};
-  for_each_row<kWidth>(
-      task, pipeline, scale, [&](int64_t row, const RowPlan& plan, const Span& span) {
-        using Row = SharedRow<kWidth>;
-        const Row student{pipeline.student_slice(), span.first, task.student.dtype};
-        const Row teacher{pipeline.teacher_slice(), span.first, task.teacher.dtype};
-        const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
-        const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
-        Sums sums = sweep.observe();
-        if (is_writer) sums.label_logit = label_logit(task, row, plan.label);
-        Totals totals(task, exchange.sum<Functor, true>(task, sums));
-        const bool spoiled = totals.spoils_row(task);
-        const bool closed = totals.close<Functor>();
-        if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
-          totals.take(exchange.sum(sweep.evaluate(totals)));
-        }
-        if (is_writer) write_outcome(task, row, plan, totals);
-        if (task.gradient) {
-          if (spoiled) {
-            fill_gradient<kWidth>(task, row, span, NAN);
-          } else {
-            sweep.differentiate(row, plan, totals);
-          }
-          if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) pipeline.request(pipeline.stage);
-      });
-  // A block's shared memory must outlive its peers' last stores to it.
-  if (stages.cluster > 1) cluster_barrier();
+  Pipeline<kWords> pipeline{task, stages, scratch, memory, cluster_rank(), scale};
+  Exchange<kWords> exchange{scratch, pipeline.rank, stages.cluster};
+  start(pipeline, exchange);
+  const auto work = [&](int64_t row, const RowPlan& plan, const Span& span) {
+    using Row = SharedRow<kWidth>;
+    const Row student{pipeline.student_slice(), span.first, task.student.dtype};
+    const Row teacher{pipeline.teacher_slice(), span.first, task.teacher.dtype};
+    const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
+    const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
+    Sums sums = sweep.observe();
+    if (is_writer) sums.label_logit = label_logit(task, row, plan.label);
+    Totals totals(task, exchange.reduce(sums, nothing(),
+                                        [&](Sums& s) { warp_reduce<Functor>(task, s); }));
+    const bool spoiled = totals.spoils_row(task);
+    const bool closed = totals.close<Functor>();
+    if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
+      totals.take(exchange.sum(sweep.evaluate(totals)));
+    }
+    if (is_writer) write_outcome(task, row, plan, totals);
+    if (task.gradient) {
+      if (spoiled) {
+        fill_gradient<kWidth>(task, row, span, NAN);
+      } else {
+        sweep.differentiate(row, plan, totals);
+      }
+      if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) pipeline.request(pipeline.stage);
+  };
+  for_each_row<kWidth>(task, pipeline, scale, work);
 #endif
 }
 
