@@ -34,7 +34,18 @@ struct Barrier {
         "r"(bytes)
         : "memory");
   }
+  // For this block's own bulk copies.
   KD_DEVICE void wait(unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+  }
+  // For what other blocks sent.
+  KD_DEVICE void wait_for_cluster(unsigned parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\n"

@@ -30,9 +30,14 @@ KD_DEVICE void add_weighed(float& sum, float weight, float x) {
       : "f"(weight), "f"(x));
 }
 
-KD_DEVICE float warp_sum(float x) {
+template <int kCount>
+struct Lanes {};
+
+// Over each group of kCount lanes, in a fixed order.
+template <int kCount>
+KD_DEVICE float warp_sum(float x, Lanes<kCount>) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
+  for (int step = kCount / 2; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
   return x;
 }
 

@@ -12,6 +12,7 @@ struct Stages {
   int count;
   int teacher_offset, bytes;  // of a stage
   int cluster, clusters;      // blocks of a cluster; clusters of the grid
+  int each;                   // units of 8 columns that a block has at most
 };
 
 // A kernel's address, and its functor as the bytes of the argument.

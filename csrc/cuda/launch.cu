@@ -161,6 +161,7 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
                     limits, blocks_per_processor);
   Split split;
   split.parts = policy.parts;
+  split.each = static_cast<int>(slice_columns(task.vocab, policy.parts) / 8);
   const dim3 grid(static_cast<unsigned>(policy.blocks), static_cast<unsigned>(policy.parts));
   if (policy.parts == 1) return launch_stream(kernel, grid, kStreamThreads, task, split, launch);
   char* memory = static_cast<char*>(launch.workspace) + kWorkspaceHead;
@@ -295,8 +296,12 @@ bool resident_rows(const Kernel& kernel, Task& task, const Launch& launch, int f
       continue;
     }
     const int64_t clusters = active < task.rows() ? active : task.rows();
-    Stages stages{policy.stages, static_cast<int>(policy.slice_columns) * s_size, stage_bytes,
-                  policy.cluster, static_cast<int>(clusters)};
+    Stages stages{policy.stages,
+                  static_cast<int>(policy.slice_columns) * s_size,
+                  stage_bytes,
+                  policy.cluster,
+                  static_cast<int>(clusters),
+                  static_cast<int>(policy.slice_columns) / 8};
     cluster.config.gridDim.x = static_cast<unsigned>(clusters * policy.cluster);
     void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &stages};
     check(cudaLaunchKernelExC(&cluster.config, kernel.address, arguments), "cudaLaunchKernelExC",

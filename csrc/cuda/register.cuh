@@ -146,8 +146,7 @@ struct KeptFactors {
   float student, second, label;
 
   template <class Functor, int kPower>
-  static KD_DEVICE KeptFactors make(const Factors& f, const Totals& totals, const Sums& mine) {
-    const Sums& s = totals.sums;
+  static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const Sums& mine) {
     const float student_move = mine.student_reference - s.student_reference;
     const float teacher_move = mine.teacher_reference - s.teacher_reference;
     const float student_scale = power_of_two(student_move);
@@ -158,7 +157,7 @@ struct KeptFactors {
     } else {
       // q (log q/p - KL), in which the two log-sum-exps cancel.
       k.second = kLn2f * f.student * student_scale;
-      k.student = k.second * (s.gap / s.student - (teacher_move - student_move));
+      k.student = k.second * (__fdividef(s.gap, s.student) - (teacher_move - student_move));
     }
     k.label = f.label * label_power<kPower>(student_scale);
     if constexpr (kPower == 1) k.student += k.label;
@@ -168,10 +167,10 @@ struct KeptFactors {
 
 template <class Functor, class Format, int kPower>
 KD_DEVICE void differentiate_kept(const Task& task, int64_t row, const RowPlan& plan,
-                                  const Span& span, const Totals& totals, const Sums& mine,
+                                  const Span& span, const Sums& sums, const Sums& mine,
                                   const Kept<Format>& kept) {
-  const Factors factors(task, plan, totals);
-  const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, totals, mine);
+  const Factors factors(task, plan, sums);
+  const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
   const GradientRow<Format::kWidth> gradient(task, row, span);
   each_kept_vector<Format>(span, [&](int k, int column) {
     if (column >= span.past) return;
@@ -210,14 +209,18 @@ struct Brief {
     return s;
   }
 
-  template <class Functor, int kPower>
-  KD_DEVICE void reduce() {
+  template <class Functor, int kPower, class Group>
+  KD_DEVICE void reduce(Group lanes) {
     const float top_student = warp_max(student_reference);
     const References top{top_student, warp_max(teacher_reference), kPower * top_student};
     Sums s = sums<kPower>();
     rebase<Functor, false>(s, top);
-    *this = {top.student,       top.teacher, warp_sum(s.student), warp_sum(s.teacher),
-             kPower > 1 ? warp_sum(s.label) : 0.0f, warp_sum(s.gap)};
+    *this = {top.student,
+             top.teacher,
+             warp_sum(s.student, lanes),
+             warp_sum(s.teacher, lanes),
+             kPower > 1 ? warp_sum(s.label, lanes) : 0.0f,
+             warp_sum(s.gap, lanes)};
   }
 };
 
@@ -240,17 +243,20 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (is_writer) logit = label_logit(task, row, plan.label);
     Kept<Format> kept;
     Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
-    const Brief sum = exchange.reduce(Brief::of(mine), Brief::of(nothing()),
-                                      [](Brief& b) { b.reduce<Functor, kPower>(); });
-    Totals totals(task, sum.sums<kPower>());
-    totals.sums.label_logit = logit;
-    const bool spoiled = totals.spoils_row(task);
-    if (!totals.close<Functor>() && task.alpha != 0.0f && !spoiled) {
+    const Brief brief =
+        exchange.reduce(Brief::of(mine), Brief::of(nothing()),
+                        [](Brief& b, auto lanes) { b.reduce<Functor, kPower>(lanes); });
+    const Sums sums = with_label_sum(task, brief.sums<kPower>());
+    const Soundness soundness(sums);
+    const bool spoiled = soundness.spoils_row(task);
+    Evaluated anew{};
+    const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
+    if (cancelled) {
       using Row = SharedRow<kWidth>;
       const Row of_student{student, span.first, Format::kDType};
       const Row of_teacher{teacher, span.first, Format::kDType};
-      const Sweep<Functor, kWidth, Row> sweep{task, functor, span, of_student, of_teacher};
-      totals.take(exchange.sum(sweep.evaluate(totals)));
+      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, span, of_student, of_teacher};
+      anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
       // The rare sweep has the registers to itself, and the kept ones are filled again.
       mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
       __syncthreads();
@@ -258,9 +264,15 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     // All threads have passed a barrier since they read the stage: it is free.
     if (threadIdx.x == 0) pipeline.request(pipeline.stage);
     if (task.gradient && !spoiled) {
-      differentiate_kept<Functor, Format, kPower>(task, row, plan, span, totals, mine, kept);
+      differentiate_kept<Functor, Format, kPower>(task, row, plan, span, sums, mine, kept);
     }
-    if (is_writer) write_outcome(task, row, plan, totals);
+    if (is_writer) {
+      Totals totals(task, sums);
+      totals.sums.label_logit = logit;
+      totals.close<Functor>();
+      if (cancelled) totals.take(anew);
+      write_outcome(task, row, plan, totals);
+    }
     if (!task.gradient) return;
     if (spoiled) fill_gradient<kWidth>(task, row, span, NAN);
     if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);

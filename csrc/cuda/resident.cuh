@@ -47,35 +47,36 @@ struct Exchange {
 
   template <class Record, class Reduce>
   KD_DEVICE Record sum_of(const Message<kWords>* from, int count, const Record& empty,
-                          const Reduce& reduce_warp) const {
-    const int lane = threadIdx.x % 32;
-    Record r = lane < count ? from[lane].template as<Record>() : empty;
-    reduce_warp(r);
+                          const Reduce& reduce_lanes) const {
+    // Both halves of the warp sum the same slots: one step of the butterfly less.
+    const int slot = threadIdx.x % 16;
+    Record r = slot < count ? from[slot].template as<Record>() : empty;
+    reduce_lanes(r, Lanes<16>{});
     return r;
   }
 
   template <class Record, class Reduce>
-  KD_DEVICE Record reduce(Record mine, const Record& empty, const Reduce& reduce_warp) {
+  KD_DEVICE Record reduce(Record mine, const Record& empty, const Reduce& reduce_lanes) {
     using Letter = Message<kWords>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = turn & 1;
-    reduce_warp(mine);
+    reduce_lanes(mine, Lanes<32>{});
     if (lane == 0) scratch.warps[buffer][warp] = Letter::of(mine);
     __syncthreads();
     const unsigned parity = turn++ >> 1 & 1;
-    if (cluster == 1) return sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_warp);
+    if (cluster == 1) return sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
     if (warp == 0) {
-      const Record block = sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_warp);
+      const Record block = sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
       if (lane < cluster) {
         Letter::of(block).send(&scratch.blocks[buffer][rank], scratch.arrived[buffer], lane);
       }
     }
-    scratch.arrived[buffer].wait(parity);
+    scratch.arrived[buffer].wait_for_cluster(parity);
     if (threadIdx.x == 0) expect(buffer);
-    return sum_of(scratch.blocks[buffer], cluster, empty, reduce_warp);
+    return sum_of(scratch.blocks[buffer], cluster, empty, reduce_lanes);
   }
 
   KD_DEVICE Evaluated sum(const Evaluated& mine) {
-    return reduce(mine, Evaluated{}, [](Evaluated& e) { warp_reduce(e); });
+    return reduce(mine, Evaluated{}, [](Evaluated& e, auto lanes) { warp_reduce(e, lanes); });
   }
 };
 
@@ -116,7 +117,7 @@ struct Pipeline {
 
   KD_DEVICE Span span(int64_t row) const {
     return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank,
-                   stages.cluster);
+                   stages.each);
   }
 
   // By the producer: the next row that counts, into a stage that is free.
@@ -266,8 +267,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
     Sums sums = sweep.observe();
     if (is_writer) sums.label_logit = label_logit(task, row, plan.label);
-    Totals totals(task, exchange.reduce(sums, nothing(),
-                                        [&](Sums& s) { warp_reduce<Functor>(task, s); }));
+    Totals totals(task, exchange.reduce(sums, nothing(), [&](Sums& s, auto lanes) {
+      warp_reduce<Functor>(task, s, lanes);
+    }));
     const bool spoiled = totals.spoils_row(task);
     const bool closed = totals.close<Functor>();
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {

@@ -88,11 +88,12 @@ struct Span {
   int first, past;  // columns of this part; may stick out of the row by less than a unit
 };
 
-KD_DEVICE Span span_of(const char* row, DType dtype, int vocab, int part, int parts) {
+// `each` is the most units of a part: with it, as the launcher worked it out, no part costs a
+// division.
+KD_DEVICE Span span_of(const char* row, DType dtype, int vocab, int part, int each) {
   const int before = columns_before_alignment(row, dtype);
   const int origin = before ? before - 8 : 0;
   const int units = (vocab - origin + 7) / 8;
-  const int each = (units + parts - 1) / parts;
   const int first = min(part * each, units), past = min(first + each, units);
   return {origin, origin + 8 * first, origin + 8 * past};
 }
@@ -102,12 +103,15 @@ template <int kWidth>
 struct GradientRow {
   char* row;
   DType dtype;
-  bool aligned;
+  int first_whole,
+      whole;  // vectors that begin in [first_whole, first_whole + whole) are stored whole
 
   KD_DEVICE GradientRow(const Task& task, int64_t index, const Span& span)
       : row(task.gradient_row(index)), dtype(task.student.dtype) {
     const int size = static_cast<int>(size_of(dtype));
-    aligned = is_aligned(row + span.first * size, kWidth * size);
+    const bool aligned = is_aligned(row + span.first * size, kWidth * size);
+    first_whole = max(span.first, 0);
+    whole = aligned ? task.vocab - kWidth + 1 - first_whole : 0;
   }
 
   KD_DEVICE void store(const Task& task, int first, const Vector<kWidth>& x) const {
@@ -124,7 +128,7 @@ struct GradientRow {
   KD_DEVICE void store(int vocab, int first, const Vector<kWidth>& x, DType as) const {
     const int size = static_cast<int>(size_of(as));
     char* to = row + static_cast<int64_t>(first) * size;
-    if (aligned && first >= 0 && first + kWidth <= vocab) {
+    if (first >= first_whole && first - first_whole < whole) {
       store_vector(to, as, x);
       return;
     }
@@ -157,39 +161,70 @@ KD_DEVICE void clear_beyond_vocabulary(const Task& task, int64_t row) {
 
 KD_DEVICE bool is_bad(float sum) { return !(sum > 0.0f && sum < INFINITY); }
 
+// A KL in bits from its closed form.
+template <class Functor>
+KD_DEVICE float weigher(const Sums& s) {
+  return is_forward_kl<Functor> ? s.teacher : s.student;
+}
+
+template <class Functor>
+KD_DEVICE float closed_bits(float gap, float excess) {
+  return is_forward_kl<Functor> ? gap + excess : -gap - excess;
+}
+
+KD_DEVICE bool is_cancelled(float bits, float gap) {
+  return bits != 0.0f && fabsf(bits) < kCancelled * (1.0f + fabsf(gap));
+}
+
+// The same decision from approximate logarithms, which all threads of a cluster take alike.
+template <class Functor>
+KD_DEVICE bool seems_cancelled(const Sums& s) {
+  const float gap = __fdividef(s.gap, weigher<Functor>(s));
+  return is_cancelled(closed_bits<Functor>(gap, __log2f(s.student) - __log2f(s.teacher)), gap);
+}
+
+struct Soundness {
+  bool student_is_bad, teacher_is_bad;
+
+  KD_DEVICE explicit Soundness(const Sums& s)
+      : student_is_bad(is_bad(s.student) || s.student_reference == INFINITY),
+        teacher_is_bad(is_bad(s.teacher) || s.teacher_reference == INFINITY) {}
+  KD_DEVICE bool spoils_row(const Task& task) const {
+    return student_is_bad || (teacher_is_bad && task.alpha != 0.0f);
+  }
+};
+
+// The sums at T = 1 are the student's where T is 1.
+KD_DEVICE Sums with_label_sum(const Task& task, Sums s) {
+  if (task.label_sum == LabelSum::student) {
+    s.label = s.student;
+    s.label_reference = s.student_reference;
+  }
+  return s;
+}
+
 // What all sums of a row lead to. Logarithms are to base 2, relative to the references.
-struct Totals {
+struct Totals : Soundness {
   Sums sums;
   float student_log, teacher_log;
   float kd;     // nats, without T^2
   float slope;  // the sum of all entries' slopes, nats
-  bool student_is_bad, teacher_is_bad;
 
-  KD_DEVICE explicit Totals(const Task& task, const Sums& s) : sums(s), kd(0.0f), slope(0.0f) {
-    student_is_bad = is_bad(s.student) || s.student_reference == INFINITY;
-    teacher_is_bad = is_bad(s.teacher) || s.teacher_reference == INFINITY;
+  KD_DEVICE Totals(const Task& task, const Sums& s)
+      : Soundness(s), sums(with_label_sum(task, s)), kd(0.0f), slope(0.0f) {
     student_log = log2f(s.student);
     teacher_log = log2f(s.teacher);
-    if (task.label_sum == LabelSum::student) {
-      sums.label = s.student;
-      sums.label_reference = s.student_reference;
-    }
-  }
-
-  KD_DEVICE bool spoils_row(const Task& task) const {
-    return student_is_bad || (teacher_is_bad && task.alpha != 0.0f);
   }
 
   // The closed form; false if a sum over the entries has to take its place.
   template <class Functor>
   KD_DEVICE bool close() {
     if constexpr (!has_closed_form<Functor>) return false;
-    const float excess = student_log - teacher_log;
-    const float gap = sums.gap / (is_forward_kl<Functor> ? sums.teacher : sums.student);
-    const float bits = is_forward_kl<Functor> ? gap + excess : -gap - excess;
+    const float gap = sums.gap / weigher<Functor>(sums);
+    const float bits = closed_bits<Functor>(gap, student_log - teacher_log);
     kd = kLn2f * bits;
     slope = is_forward_kl<Functor> ? 0.0f : kd;
-    return bits == 0.0f || !(fabsf(bits) < kCancelled * (1.0f + fabsf(gap)));
+    return !is_cancelled(bits, gap);
   }
 
   KD_DEVICE void take(const Evaluated& e) {
@@ -281,17 +316,17 @@ struct Factors {
   float student, teacher, label, constant, label_pull;
   float kd;
 
-  KD_DEVICE Factors(const Task& task, const RowPlan& plan, const Totals& totals) {
-    const Sums& s = totals.sums;
+  KD_DEVICE Factors(const Task& task, const RowPlan& plan, const Sums& s) {
     const float ce = plan.label < 0 ? 0.0f : plan.share * task.ce_weight;
     float pull = ce;
     if (task.z_loss != 0.0f) {
       pull += plan.share * 2.0f * task.z_loss * label_lse(task, s);
     }
     kd = plan.share * task.kd_slope;
-    student = kd / s.student;
-    teacher = kd / s.teacher;
-    label = pull == 0.0f ? 0.0f : pull / s.label;
+    // Sums lie between 1/2 and 2^31, where this division by a reciprocal errs by 2 ulp.
+    student = __fdividef(kd, s.student);
+    teacher = __fdividef(kd, s.teacher);
+    label = pull == 0.0f ? 0.0f : __fdividef(pull, s.label);
     constant = -ce * task.label_smoothing / static_cast<float>(task.vocab);
     label_pull = ce * (1.0f - task.label_smoothing);
   }

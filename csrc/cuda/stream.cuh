@@ -20,27 +20,27 @@ template <class Functor>
 KD_DEVICE Sums sum_of_slots(const Task& task, const Sums* slots, int count) {
   const int lane = threadIdx.x % 32;
   Sums s = lane < count ? slots[lane] : nothing();
-  warp_reduce<Functor>(task, s);
+  warp_reduce<Functor>(task, s, Lanes<32>{});
   return s;
 }
 
 KD_DEVICE Evaluated sum_of_slots(const Evaluated* slots, int count) {
   const int lane = threadIdx.x % 32;
   Evaluated e = lane < count ? slots[lane] : Evaluated{};
-  warp_reduce(e);
+  warp_reduce(e, Lanes<32>{});
   return e;
 }
 
 template <class Functor>
 KD_DEVICE Sums block_reduce(const Task& task, Sums s, StreamScratch& scratch) {
-  warp_reduce<Functor>(task, s);
+  warp_reduce<Functor>(task, s, Lanes<32>{});
   if (threadIdx.x % 32 == 0) scratch.sums[threadIdx.x / 32] = s;
   __syncthreads();
   return sum_of_slots<Functor>(task, scratch.sums, blockDim.x / 32);
 }
 
 KD_DEVICE Evaluated block_reduce(Evaluated e, StreamScratch& scratch) {
-  warp_reduce(e);
+  warp_reduce(e, Lanes<32>{});
   if (threadIdx.x % 32 == 0) scratch.evaluated[threadIdx.x / 32] = e;
   __syncthreads();
   return sum_of_slots(scratch.evaluated, blockDim.x / 32);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   for (int64_t row = blockIdx.x; row < task.rows(); row += gridDim.x) {
     const RowPlan plan = plan_row(task, read_inputs(task, row), scale);
     const char* start = task.row_of(task.student, row);
-    const Span span = span_of(start, task.student.dtype, task.vocab, blockIdx.y, split.parts);
+    const Span span = span_of(start, task.student.dtype, task.vocab, blockIdx.y, split.each);
     if (plan.fate != Fate::counts) {
       if (split.steps & differentiate_step) {
         dismiss_row<kWidth>(task, row, plan, span, blockIdx.y == 0);

@@ -139,25 +139,25 @@ KD_DEVICE void keep_larger(float& top, int& at, float other, int other_at) {
   if (other > top || (other == top && other_at < at)) top = other, at = other_at;
 }
 
-// Every lane's sums as one, the same in every lane: first the references, so that each lane's sums
-// are rescaled once, then the sums, in a fixed order.
-template <class Functor, bool kFull = true>
-KD_DEVICE void warp_reduce(const Task& task, Sums& s) {
+// The sums of each group of kCount lanes, which must not differ in their largest references, as
+// one, the same in every lane: first the references, so that each lane's sums are rescaled once,
+// then the sums, in a fixed order.
+template <class Functor, int kCount>
+KD_DEVICE void warp_reduce(const Task& task, Sums& s, Lanes<kCount> lanes) {
   const References top{warp_max(s.student_reference), warp_max(s.teacher_reference),
                        warp_max(s.label_reference)};
-  rebase<Functor, kFull>(s, top);
-  s.student = warp_sum(s.student);
-  s.teacher = warp_sum(s.teacher);
-  if (needs_label_exponential(task)) s.label = warp_sum(s.label);
-  if constexpr (has_closed_form<Functor>) s.gap = warp_sum(s.gap);
-  if constexpr (!kFull) return;
+  rebase<Functor, true>(s, top);
+  s.student = warp_sum(s.student, lanes);
+  s.teacher = warp_sum(s.teacher, lanes);
+  if (needs_label_exponential(task)) s.label = warp_sum(s.label, lanes);
+  if constexpr (has_closed_form<Functor>) s.gap = warp_sum(s.gap, lanes);
   s.label_logit = warp_max(s.label_logit);
-  if (task.label_smoothing != 0.0f) s.logits = warp_sum(s.logits);
+  if (task.label_smoothing != 0.0f) s.logits = warp_sum(s.logits, lanes);
   if (!task.needs_tops()) return;
-  s.student_moment = warp_sum(s.student_moment);
-  s.teacher_moment = warp_sum(s.teacher_moment);
+  s.student_moment = warp_sum(s.student_moment, lanes);
+  s.teacher_moment = warp_sum(s.teacher_moment, lanes);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
+  for (int step = kCount / 2; step > 0; step /= 2) {
     keep_larger(s.student_top, s.student_at, __shfl_xor_sync(kWholeWarp, s.student_top, step),
                 __shfl_xor_sync(kWholeWarp, s.student_at, step));
     keep_larger(s.teacher_top, s.teacher_at, __shfl_xor_sync(kWholeWarp, s.teacher_top, step),
@@ -165,9 +165,10 @@ KD_DEVICE void warp_reduce(const Task& task, Sums& s) {
   }
 }
 
-KD_DEVICE void warp_reduce(Evaluated& e) {
-  e.value = warp_sum(e.value);
-  e.slope = warp_sum(e.slope);
+template <int kCount>
+KD_DEVICE void warp_reduce(Evaluated& e, Lanes<kCount> lanes) {
+  e.value = warp_sum(e.value, lanes);
+  e.slope = warp_sum(e.slope, lanes);
 }
 
 }  // namespace kd::cuda

@@ -52,8 +52,8 @@ KD_DEVICE void transform_vector(const Side& side, int first, int vocab, Vector<k
   }
 }
 
-// Row is GlobalRow or SharedRow.
-template <class Functor, int kWidth, class Row>
+// Row is GlobalRow or SharedRow. kPlain: it is known that no logit is transformed.
+template <class Functor, int kWidth, class Row, bool kPlain = false>
 struct Sweep {
   const Task& task;
   const Functor& functor;
@@ -71,7 +71,7 @@ struct Sweep {
 
   KD_DEVICE Vector<kWidth> transformed(const Row& row, const Side& side, int first) const {
     Vector<kWidth> x = row.load(first);
-    transform_vector(side, first, task.vocab, x);
+    if constexpr (!kPlain) transform_vector(side, first, task.vocab, x);
     return x;
   }
 
@@ -96,7 +96,7 @@ struct Sweep {
   }
 
   KD_DEVICE void differentiate(int64_t row, const RowPlan& plan, const Totals& totals) const {
-    const Factors factors(task, plan, totals);
+    const Factors factors(task, plan, totals.sums);
     const GradientRow<kWidth> gradient(task, row, span);
     each_vector([&](int first) {
       Vector<kWidth> s = student.load(first);

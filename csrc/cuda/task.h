@@ -93,6 +93,7 @@ enum Steps : int { observe_step = 1, evaluate_step = 2, differentiate_step = 4, 
 
 struct Split {
   int parts = 1;
+  int each = 0;  // units of 8 columns that a part has at most
   int steps = all_steps;
   Sums* observed = nullptr;        // [rows, parts]
   Evaluated* evaluated = nullptr;  // [rows, parts]
