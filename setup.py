@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Contraction is off because a*b - c*d must be exactly zero for equal operands (a student that equals
-# its teacher); the kernels ask for a fused multiply-add where they want one.
+# Contraction is off because a*b - c*d must be exactly zero for equal operands (a student that
+# equals its teacher); the kernels ask for a fused multiply-add where they want one.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 COMMON_FLAGS += ["-fno-trapping-math", "-ffp-contract=off", "-Wall", "-Wextra", "-DNDEBUG"]
 
@@ -51,7 +51,7 @@ CUDA_FLAGS += ["-DNDEBUG", "-diag-suppress=177"]
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file, the ninja rule that compiles it, and the flags it needs beyond the rule's."""
+    """One source file, the ninja rule that compiles it, and the flags it needs besides."""
 
     source: Path
     rule: str
@@ -155,7 +155,10 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         if self.why_not():
-            print(f"kdkernels: installing without the native kernels: {self.why_not()}", file=sys.stderr)
+            print(
+                f"kdkernels: installing without the native kernels: {self.why_not()}",
+                file=sys.stderr,
+            )
             self.extensions = []
         super().run()
 
@@ -193,14 +196,25 @@ class NinjaBuild(build_ext):
         command = compiler()
         openmp = can_compile(command, "#include <omp.h>\nint main() {}\n", "-fopenmp")
         if not openmp:
-            print("kdkernels: no OpenMP (-fopenmp fails): the native kernels run on one thread", file=sys.stderr)
+            print(
+                "kdkernels: no OpenMP (-fopenmp fails): the native kernels run on one thread",
+                file=sys.stderr,
+            )
         headers = [SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"]]
-        flags = [*COMMON_FLAGS, *(f"-I{path}" for path in headers), *(["-fopenmp"] if openmp else [])]
+        flags = [
+            *COMMON_FLAGS,
+            *(f"-I{path}" for path in headers),
+            *(["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"]),
+        ]
         flags += ["-DKDKERNELS_X86"] if IS_X86 else []
         cuda_rule, cuda_link = self.cuda_rule()
         flags += ["-DKDKERNELS_CUDA"] if cuda_rule else []
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-        link = ["-shared", *(["-fopenmp"] if openmp else []), *shlex.split(os.environ.get("LDFLAGS", ""))]
+        link = [
+            "-shared",
+            *(["-fopenmp"] if openmp else []),
+            *shlex.split(os.environ.get("LDFLAGS", "")),
+        ]
         link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,-s"]
 
         lines = ["ninja_required_version = 1.5", f"cxx = {shlex.join(command)}", "rule cxx"]
@@ -209,7 +223,9 @@ class NinjaBuild(build_ext):
         lines += [f"  command = $cxx $in {shlex.join([*link, *cuda_link])} -o $out"]
         objects = []
         for unit in units():
-            objects.append(folder / (unit.source.relative_to(SOURCES).as_posix().replace("/", "_") + ".o"))
+            objects.append(
+                folder / (unit.source.relative_to(SOURCES).as_posix().replace("/", "_") + ".o")
+            )
             lines += [f"build {escape(objects[-1])}: {unit.rule} {escape(unit.source)}"]
             lines += [f"  flags = {shlex.join(unit.flags)}"]
         lines += [f"build {escape(target)}: link {' '.join(map(escape, objects))}"]

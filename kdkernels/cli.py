@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .distill import Experiment
 
 BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _EPILOG = """examples:
   kdkernels info
@@ -38,7 +39,14 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run_command(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("\nkdkernels: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["distill"]:  # its options are dataclasses that need transformers
         return distill(arguments[1:])
     parser = _Parser(
@@ -140,14 +148,21 @@ def distill(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[Any, ...]:
-    """Options of ``distill`` -> (model, data, run, distillation) arguments; ValueError if bad."""
+    """Options of ``distill`` -> the arguments of ``prepare``; ValueError if one is bad."""
     from transformers import HfArgumentParser
 
     from .distill import DataArguments, ModelArguments, RunArguments
     from .trainer import DistillationArguments
 
     class Parser(_Parser, HfArgumentParser):
-        pass
+        chosen: dict[str, Any]
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            """Also keeps the options that differ from their defaults."""
+            found, unknown = super().parse_known_args(args, namespace)
+            options = vars(found).items()
+            self.chosen = {name: v for name, v in options if v != self.get_default(name)}
+            return found, unknown
 
     kinds: list[Any] = [ModelArguments, DataArguments, RunArguments, DistillationArguments]
     parser = Parser(
@@ -167,7 +182,7 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     )
     if unknown:
         raise ValueError(_unknown("option", unknown[0], [f"--{name}" for name in fields]))
-    return tuple(parsed)
+    return (*parsed, parser.chosen)
 
 
 def yaml_options(path: Path, fields: dict[str, dataclasses.Field[Any]]) -> list[str]:
@@ -222,7 +237,11 @@ def _headline(experiment: Experiment) -> str:
     teacher, student = (
         parameter_count(model) / 1e6 for model in (experiment.teacher, experiment.student)
     )
+    half = experiment.teacher.dtype in (torch.bfloat16, torch.float16)
+    slow = half and experiment.args.device.type == "cpu" and experiment.args.teacher_device is None
+    note = "\nnote: half precision is slow on many CPUs; consider --teacher_dtype float32"
     return (
         f"teacher {teacher:.1f} M, student {student:.1f} M parameters; "
         f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
+        + (note if slow else "")
     )

@@ -7,7 +7,6 @@ line) before anything is written or trained. :func:`run` trains and reports.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import models, report
@@ -144,6 +143,7 @@ class Experiment:
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
+    configuration: dict[str, Any]  #: the options that were given, for the record
 
     @property
     def output(self) -> Path:
@@ -163,6 +163,7 @@ def prepare(
     data_args: DataArguments,
     run_args: RunArguments,
     args: DistillationArguments,
+    configuration: dict[str, Any],
 ) -> Experiment:
     """Check and load; ValueError (one line) on bad input. Writes nothing."""
     check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
@@ -186,7 +187,15 @@ def prepare(
     student_model = build_student(model_args, student, teacher_model, args.seed)
     _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
     return Experiment(
-        model_args, data_args, run_args, args, teacher_model, student_model, tokenizer, corpus
+        model_args,
+        data_args,
+        run_args,
+        args,
+        teacher=teacher_model,
+        student=student_model,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        configuration=configuration,
     )
 
 
@@ -306,7 +315,11 @@ def make_trainer(
     **changes: Any,
 ) -> DistillationTrainer:
     """A trainer of ``model`` with the run's arguments, ``changes`` applied to them."""
-    args = dataclasses.replace(experiment.args, **changes)
+    # Not dataclasses.replace: a second __post_init__ resets accelerate's process state, and a
+    # process of several would train alone from then on.
+    args = copy.copy(experiment.args)
+    for name, value in changes.items():
+        setattr(args, name, value)
     trainer = DistillationTrainer(
         model,
         args,
@@ -316,8 +329,10 @@ def make_trainer(
         data_collator=default_data_collator,  # nothing to pad, and not every tokenizer can
         processing_class=experiment.tokenizer,
     )
+    # Either prints dictionaries among the results; the curves are in results.json.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(title))
     return trainer
 
@@ -343,19 +358,22 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
 
 @torch.no_grad()
 def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
-    """Tokens per second of the model's forward alone: the median of ``repeats`` batches."""
+    """Tokens per second of the model's forward alone: the median of ``repeats`` batches.
+
+    The evaluation just before it has warmed everything up.
+    """
     device = next(model.parameters()).device
     size = experiment.args.per_device_eval_batch_size
     batch: Tensor = experiment.corpus.validation.blocks[:size].to(device)
     model.eval()
     seconds = []
-    for _ in range(repeats + 1):  # the first warms up
+    for _ in range(repeats):
         started = time.perf_counter()
         model(input_ids=batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return batch.numel() / sorted(seconds[1:])[repeats // 2]
+    return batch.numel() / sorted(seconds)[repeats // 2]
 
 
 def train(

@@ -17,9 +17,10 @@ underflow contribute 0 and not NaN.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,20 @@ import torch
 from torch import Tensor
 
 _REGISTRY: dict[str, type[Divergence]] = {}
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Autograd, also inside an op that torch runs below autograd (a compiled graph, opcheck).
+
+    There enabling gradients alone records nothing, and every gradient would be 0.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Divergence:
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """d value / d log_q, elementwise; by default autograd of :meth:`value`."""
-        with torch.enable_grad():
+        with differentiable():
             leaf = log_q.detach().requires_grad_()
             value = self.value(log_p.detach(), leaf)
             if not value.requires_grad:
@@ -97,21 +112,33 @@ def _weighted_log_ratio(weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     return (weight * ratio).masked_fill(none, 0.0)
 
 
-def _log_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(beta * p + (1 - beta) * q) for 0 < beta < 1, in log space; -inf where both are -inf.
+def _weighted(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor with 0 * anything = 0, in the value and in autograd's gradient."""
+    return (weight * factor.masked_fill(weight == 0, 0.0)).masked_fill(weight == 0, 0.0)
 
-    Where the two are equal the result is that very number, so that a divergence of a distribution
-    from itself is exactly 0.
+
+def _power(log: Tensor, exponent: float) -> Tensor:
+    """exp(log) ** exponent with x ** 0 = 1, for x = 0 as well."""
+    return torch.exp(exponent * log) if exponent else torch.ones_like(log)
+
+
+def _logs_over_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(log(p / m), log(q / m)) for m = beta * p + (1 - beta) * q and 0 < beta < 1; 0 where both
+    are -inf.
+
+    From log(q / p) and not from log m, which would round away what is left where p and q are close:
+    both are exactly 0 where p = q.
     """
     dead = _is_dead(log_p, log_q)
-    a = log_p.masked_fill(dead, 0.0)
-    b = log_q.masked_fill(dead, 0.0)
-    p_is_larger = a >= b
-    # log m = larger + log1p(weight of the smaller * (exp(smaller - larger) - 1)).
-    grow_b = torch.log1p((1 - beta) * torch.expm1(torch.where(p_is_larger, b - a, 0.0)))
-    grow_a = torch.log1p(beta * torch.expm1(torch.where(p_is_larger, 0.0, a - b)))
-    mixture = torch.where(p_is_larger, a + grow_b, b + grow_a)
-    return mixture.masked_fill(dead, -math.inf)
+    gap = log_q.masked_fill(dead, 0.0) - log_p.masked_fill(dead, 0.0)
+    p_is_larger = gap <= 0
+    # m = larger * (1 + weight of the smaller * (smaller / larger - 1)).
+    p_over_m = -torch.log1p((1 - beta) * torch.expm1(gap.clamp(max=0)))
+    q_over_m = -torch.log1p(beta * torch.expm1((-gap).clamp(max=0)))
+    return (
+        torch.where(p_is_larger, p_over_m, q_over_m - gap),
+        torch.where(p_is_larger, gap + p_over_m, q_over_m),
+    )
 
 
 def _check_beta(name: str, beta: float, low_open: bool, high_open: bool) -> None:
@@ -177,16 +204,16 @@ class JSD(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return self.canonical().value(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return self.beta * _weighted_log_ratio(log_p.exp(), log_p, log_m) + (
-            1 - self.beta
-        ) * _weighted_log_ratio(log_q.exp(), log_q, log_m)
+        p_over_m, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return self.beta * _weighted(log_p.exp(), p_over_m) + (1 - self.beta) * _weighted(
+            log_q.exp(), q_over_m
+        )
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return (1 - self.beta) * _weighted_log_ratio(log_q.exp(), log_q, log_m)
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return (1 - self.beta) * _weighted(log_q.exp(), q_over_m)
 
 
 @dataclass(frozen=True)
@@ -229,14 +256,14 @@ class SkewForwardKL(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 0:
             return self.canonical().value(log_p, log_q)
-        return _weighted_log_ratio(log_p.exp(), log_p, _log_mixture(self.beta, log_p, log_q))
+        p_over_m, _ = _logs_over_mixture(self.beta, log_p, log_q)
+        return _weighted(log_p.exp(), p_over_m)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 0:
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        share = (1 - self.beta) * torch.exp(log_q - log_m)
-        return (-log_p.exp() * share).masked_fill(_is_dead(log_p, log_q), 0.0)
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return -log_p.exp() * (1 - self.beta) * torch.exp(q_over_m)
 
 
 @dataclass(frozen=True)
@@ -261,18 +288,17 @@ class SkewReverseKL(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 1:
             return self.canonical().value(log_p, log_q)
-        return _weighted_log_ratio(log_q.exp(), log_q, _log_mixture(self.beta, log_p, log_q))
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return _weighted(log_q.exp(), q_over_m)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 1:
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
+        p_over_m, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
         q = log_q.exp()
         # q (1 - share) with share = (1 - beta) q / m the student's part of the mixture; 1 - share
         # is the teacher's part, formed without cancellation.
-        teacher_share = self.beta * torch.exp(log_p - log_m)
-        slope = _weighted_log_ratio(q, log_q, log_m) + q * teacher_share
-        return slope.masked_fill(_is_dead(log_p, log_q), 0.0)
+        return _weighted(q, q_over_m) + q * (self.beta * torch.exp(p_over_m))
 
 
 @dataclass(frozen=True)
@@ -310,9 +336,12 @@ class AlphaBeta(Divergence):
         below = (log_q - log_p).clamp(max=0.0)
         above = (log_p - log_q).clamp(max=0.0)
         total = self.alpha + self.beta
-        from_p = torch.exp(total * log_p) * self._shape(self.alpha, self.beta, below)
-        from_q = torch.exp(total * log_q) * self._shape(self.beta, self.alpha, above)
-        return torch.where(log_p >= log_q, from_p, from_q).masked_fill(dead, 0.0)
+        from_p = _weighted(_power(log_p, total), self._shape(self.alpha, self.beta, below))
+        from_q = _weighted(_power(log_q, total), self._shape(self.beta, self.alpha, above))
+        value = torch.where(log_p >= log_q, from_p, from_q)
+        # No entry is negative: inf - inf, which exponents of opposite sign can give, is +inf.
+        unknown = value.isnan() & ~(log_p.isnan() | log_q.isnan())
+        return value.masked_fill(unknown, math.inf).masked_fill(dead, 0.0)
 
     @staticmethod
     def _shape(own: float, other: float, ratio: Tensor) -> Tensor:
@@ -322,8 +351,8 @@ class AlphaBeta(Divergence):
             return ratio**2 / 2
         if own == 0:
             power = other * ratio
-            product = (power * torch.exp(power)).masked_fill(power == -math.inf, 0.0)
-            return (product - torch.expm1(power)) / other**2
+            finite = power.masked_fill(power == -math.inf, 0.0)  # there x e^x is 0, too
+            return (finite * torch.exp(finite) - torch.expm1(power)) / other**2
         if other == 0:
             return (torch.expm1(own * ratio) - own * ratio) / own**2
         if total == 0:
@@ -335,16 +364,16 @@ class AlphaBeta(Divergence):
         dead = _is_dead(log_p, log_q)
         log_p, log_q = log_p.masked_fill(dead, 0.0), log_q.masked_fill(dead, 0.0)
         ratio = log_p - log_q
-        grow = torch.expm1(self.alpha * ratio) / self.alpha if self.alpha else ratio
-        # q^(a+b) (e^(a ratio) - 1) with q underflowing: the product is p^a q^b - q^(a+b), which is
-        # finite where the factors are 0 and inf.
-        total = self.alpha + self.beta
-        power = torch.exp(total * log_q)
-        slope = -power * grow
-        if self.alpha:
-            direct = torch.exp(self.alpha * log_p + self.beta * log_q) - power
-            slope = torch.where(ratio.abs() * abs(self.alpha) > 1, -direct / self.alpha, slope)
-        return slope.masked_fill(dead, 0.0)
+        power = _power(log_q, self.alpha + self.beta)
+        if not self.alpha:
+            return -_weighted(power, ratio)
+        # -q^(a+b) (e^(a ratio) - 1) / a, and where its factors are 0 and inf the two powers, whose
+        # difference does not cancel there.
+        slope = -power * torch.expm1(self.alpha * ratio) / self.alpha
+        crossed = torch.exp(self.alpha * log_p + (self.beta * log_q if self.beta else 0.0))
+        direct = (power - crossed) / self.alpha
+        use_direct = (ratio.abs() * abs(self.alpha) > 1) & ~direct.isnan()
+        return torch.where(use_direct, direct, slope).masked_fill(dead, 0.0)
 
 
 def names() -> tuple[str, ...]:

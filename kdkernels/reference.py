@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .divergences import differentiable
 from .problem import STATISTICS, Problem, counted_rows, row_scale
 
 
@@ -54,7 +55,9 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     if options.alpha != 0 or extras:
         kd = problem.divergence.value(log_p, log_q).sum(-1)
         # A row that has no distribution has no divergence, even where 0 * NaN was skipped.
-        kd = torch.where(log_p.isnan().any(-1) | log_q.isnan().any(-1), math.nan, kd)
+        # A factor and not a choice, which would give that row a gradient of 0.
+        broken = log_p.isnan().any(-1) | log_q.isnan().any(-1)
+        kd = kd * torch.where(broken, math.nan, 1.0)
         out["kd"] = kd * options.kd_scale
     if labels is not None and (options.alpha != 1 or extras):
         out["ce"] = F.cross_entropy(
@@ -96,7 +99,7 @@ def forward(
         weight = torch.tensor(weight, dtype=torch.float64, device=problem.student.device)
     weight = weight.double().expand(problem.rows)
     alive = weight != 0
-    with torch.enable_grad():
+    with differentiable():
         leaf = problem.student.detach().double().requires_grad_()
         student = leaf.reshape(-1, leaf.shape[-1])[:, : problem.vocab]
         student = torch.where(alive[:, None], student, 0.0)
@@ -118,4 +121,4 @@ def forward(
         if name == "loss" and token_weights is not None:
             row = row * token_weights.reshape(-1)
         statistics[index] = torch.where(alive, row, 0.0)
-    return loss.detach(), statistics.reshape(-1, *shape), gradient
+    return loss.detach(), statistics.reshape(len(STATISTICS), *shape), gradient

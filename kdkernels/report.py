@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +59,6 @@ LEGEND = (
 )
 
 
-def configuration(experiment: Experiment) -> dict[str, Any]:
-    """Every option of the run that is not at its default."""
-    chosen: dict[str, Any] = {}
-    defaults = type(experiment.args)(output_dir=experiment.args.output_dir).to_dict()
-    chosen |= {k: v for k, v in experiment.args.to_dict().items() if v != defaults.get(k)}
-    for arguments in (experiment.model_args, experiment.data_args, experiment.run_args):
-        chosen |= {k: v for k, v in asdict(arguments).items() if v is not None}
-    return chosen
-
-
 def results(
     experiment: Experiment,
     rows: list[dict[str, Any]],
@@ -82,7 +71,7 @@ def results(
     return {
         "rows": rows,
         "seconds": seconds,
-        "configuration": configuration(experiment),
+        "configuration": experiment.configuration,
         "data": {
             "train_tokens": corpus.train.tokens,
             "validation_tokens": corpus.validation.tokens,

@@ -419,7 +419,13 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The base class's loop; losses and shares are means over all predicted tokens."""
         self._evaluated = Sums()
+        mark = "_is_accelerate_prepared"
+        marked = hasattr(self.model, mark)
         output = super().evaluation_loop(*args, **kwargs)
+        if not marked:
+            # An evaluation before any training marks the model as prepared, and training would
+            # then leave it without DistributedDataParallel: every process would train alone.
+            vars(self.model).pop(mark, None)
         prefix = kwargs.get("metric_key_prefix", "eval")
         sums = self._evaluated.take(self, "sum")
         tokens = sums.pop("tokens", 0.0)

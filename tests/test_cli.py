@@ -92,6 +92,17 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
 
 
+def test_a_run_on_local_files_asks_no_network(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    monkeypatch.setattr("socket.socket.connect", connect)
+    assert cli.main(options(assets, tmp_path / "out", baseline="false", max_steps=1)) == 0
+
+
 def test_the_results_are_those_of_the_saved_student(assets: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert cli.main(options(assets, output, baseline="false")) == 0
@@ -114,6 +125,16 @@ def test_both_students_see_the_same_batches(assets: Path, tmp_path: Path) -> Non
     curves = json.loads((tmp_path / "out" / "results.json").read_text())["curves"]
     series = [[e["ce_loss"] for e in log if "ce_loss" in e] for log in curves.values()]
     assert len(series) == 2 and len(series[0]) == 4 and series[0] == series[1]
+
+
+def test_two_processes_give_the_table_of_one(assets: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main(options(assets, one, per_device_train_batch_size=4)) == 0
+    tiny_models.two_processes("-m", "kdkernels", *options(assets, two))
+    single, both = (json.loads((f / "results.json").read_text())["rows"] for f in (one, two))
+    for a, b in zip(single, both, strict=True):
+        for key in ("loss", "divergence", "agreement"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["name"], key)
 
 
 def test_yaml_and_overrides(assets: Path, tmp_path: Path) -> None:

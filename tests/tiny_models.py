@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,26 @@ class MaskedBlocks(TokenBlocks):
 def dataset(examples: int, length: int = 12, seed: int = 5) -> MaskedBlocks:
     generator = torch.Generator().manual_seed(seed)
     return MaskedBlocks(torch.randint(2, VOCAB, (examples, length), generator=generator))
+
+
+def two_processes(*command: str) -> None:
+    """Run a script or ``-m module`` under `accelerate launch` with two CPU processes over gloo.
+
+    Without MPI, `accelerate launch --cpu` starts one process; with --multi_gpu it starts as many as
+    it is told to, and ``use_cpu`` makes them talk over gloo.
+    """
+    tests = Path(__file__).parent
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--num_processes=2", "--num_machines=1", "--main_process_port=0"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
+    done = subprocess.run(
+        [*launcher, *command],
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def trainer(output: Path, teacher: Any = "default", **arguments: Any) -> DistillationTrainer:

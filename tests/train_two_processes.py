@@ -10,6 +10,7 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     trainer = tiny_models.trainer(output, per_device_train_batch_size=2)
     assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
+    trainer.evaluate()  # must not keep the model from being wrapped for training
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
