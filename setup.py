@@ -46,7 +46,7 @@ UNIT_FLAGS["cpu/avx512.cpp"] += ["-mprefer-vector-width=512"]
 DEFAULT_CUDA_ARCHS = ("80", "90", "100", "120")
 # Contraction is off for the same reason as above.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-CUDA_FLAGS += ["-DNDEBUG", "-diag-suppress=177"]
+CUDA_FLAGS += ["-DNDEBUG", "-diag-suppress=177", "-Xfatbin=-compress-all"]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ KD_INLINE float maximum(float a, float b) { return a > b ? a : b; }
 KD_INLINE float minimum(float a, float b) { return a < b ? a : b; }
 KD_INLINE float absolute(float a) { return fabsf(a); }
 KD_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+KD_INLINE float multiply_subtract(float a, float b, float c) { return fmaf(a, b, -c); }
 KD_INLINE bool is_nan(float a) { return a != a; }
 
 KD_INLINE uint32_t bits_of(float a) {
@@ -64,48 +65,49 @@ KD_INLINE float float_of(uint32_t bits) {
   return a;
 }
 
-// exp and expm1 for a in [-inf, 0], as in cpu/lanes.inc: 2^n (1 + r tail(r)). Adding 1.5 * 2^23
-// rounds to an integer and leaves it in the low bits of the sum.
-KD_INLINE Growth<float> decay(float a) {
-  constexpr float magic = 12582912.0f;
-  const float y = maximum(-126.0f, a * static_cast<float>(kLog2E));
-  const float shifted = y + magic;
-  const float r = y - (shifted - magic);
+// 2^n (1 + r tail(r)), with n in the low bits of `shifted`; these four as in cpu/lanes.inc.
+KD_INLINE Growth<float> assemble(float shifted, float r) {
   float tail = multiply_add(0.00015453163f, r, 0.0013390863f);
   tail = multiply_add(tail, r, 0.009618083f);
   tail = multiply_add(tail, r, 0.05550357f);
   tail = multiply_add(tail, r, 0.2402265f);
   tail = multiply_add(tail, r, 0.6931472f) * r;
   const float scale = float_of((bits_of(shifted) << 23) + 0x3f800000u);
-  const float e = multiply_add(scale, tail, scale);
-  return {y > -126.0f ? e : 0.0f, multiply_add(scale, tail, scale - 1.0f)};
+  return {multiply_add(scale, tail, scale), multiply_add(scale, tail, scale - 1.0f)};
 }
 
-// The same for every a: +inf beyond the range of float.
+KD_INLINE float bounded(float a) { return minimum(a, 126.0f); }
+
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
+KD_INLINE Growth<float> decay(float a) {
+  constexpr float magic = 12582912.0f;
+  const float shifted = magic - a;
+  return assemble(shifted, (magic - shifted) - a);
+}
+
 KD_INLINE Growth<float> grow(float a) {
-  const bool overflows = a > 88.3f;
-  const Growth<float> g = decay(minimum(88.3f, a));
-  return {overflows ? INFINITY : g.exp, overflows ? INFINITY : g.expm1};
+  constexpr float magic = 12582912.0f;
+  const bool overflows = a > 127.4f, vanishes = a < -126.0f;
+  const float y = maximum(-126.0f, minimum(127.4f, a));
+  const float shifted = y + magic;
+  const Growth<float> g = assemble(shifted, y - (shifted - magic));
+  const float power = vanishes ? 0.0f : g.power;
+  return {overflows ? INFINITY : power, overflows ? INFINITY : g.less_one};
 }
 
-// Cephes' logf for normal u in (0, 1], whose argument near 1 is u - 1 as given.
-KD_INLINE float log_of_share(float u, float u_minus_one) {
-  const uint32_t b = bits_of(u);
-  const int32_t exponent = static_cast<int32_t>(b - 0x3f3504f3u) >> 23;
-  const float mantissa = float_of(b - (static_cast<uint32_t>(exponent) << 23));
-  const float f = exponent == 0 ? u_minus_one : mantissa - 1.0f;
-  const float n = static_cast<float>(exponent), f2 = f * f;
-  float p = multiply_add(7.0376836292e-2f, f, -1.1514610310e-1f);
-  p = multiply_add(p, f, 1.1676998740e-1f);
-  p = multiply_add(p, f, -1.2420140846e-1f);
-  p = multiply_add(p, f, 1.4249322787e-1f);
-  p = multiply_add(p, f, -1.6668057665e-1f);
-  p = multiply_add(p, f, 2.0000714765e-1f);
-  p = multiply_add(p, f, -2.4999993993e-1f);
-  p = multiply_add(p, f, 3.3333331174e-1f);
-  const float curve = f2 * multiply_add(f, p, -0.5f);
-  const float tail = multiply_add(n, -2.12194440e-4f, curve);
-  return multiply_add(n, 0.693359375f, f + tail);
+KD_INLINE float log2_of_share(float u, float u_minus_one) {
+  const uint32_t exponent = (bits_of(u) - 0x3f3504f3u) & 0xff800000u;
+  const float f = exponent == 0 ? u_minus_one : float_of(bits_of(u) - exponent) - 1.0f;
+  const float n = static_cast<float>(static_cast<int32_t>(exponent));
+  float p = multiply_add(0.125837058f, f, -0.207269818f);
+  p = multiply_add(p, f, 0.215715617f);
+  p = multiply_add(p, f, -0.238944814f);
+  p = multiply_add(p, f, 0.287916243f);
+  p = multiply_add(p, f, -0.360703677f);
+  p = multiply_add(p, f, 0.480910629f);
+  p = multiply_add(p, f, -0.721347332f);
+  p = multiply_add(p, f, 1.44269502f);
+  return multiply_add(n, 0x1p-23f, f * p);
 }
 
 }  // namespace kd

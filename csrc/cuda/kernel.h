@@ -30,6 +30,16 @@ Kernel make_kernel(const void* address, const Functor& functor) {
   return kernel;
 }
 
+// One kernel serves exponents of either sign: the functor that expects positive ones saves a few
+// instructions of many.
+template <class Functor>
+Functor general(const Functor& functor) {
+  return functor;
+}
+inline AlphaBeta<false> general(const AlphaBeta<true>& f) { return {f.a, f.b}; }
+inline AlphaOnly<false> general(const AlphaOnly<true>& f) { return AlphaOnly<false>(f.a); }
+inline BetaOnly<false> general(const BetaOnly<true>& f) { return BetaOnly<false>(f.b); }
+
 // By divergence and width of a vector (4, or 8 where both formats have two bytes).
 Kernel stream_kernel_of(const ForwardKl&, int width);
 Kernel stream_kernel_of(const ReverseKl&, int width);
@@ -37,9 +47,9 @@ Kernel stream_kernel_of(const Jsd&, int width);
 Kernel stream_kernel_of(const Tvd&, int width);
 Kernel stream_kernel_of(const SkewForwardKl&, int width);
 Kernel stream_kernel_of(const SkewReverseKl&, int width);
-Kernel stream_kernel_of(const AlphaBeta&, int width);
-Kernel stream_kernel_of(const AlphaOnly&, int width);
-Kernel stream_kernel_of(const BetaOnly&, int width);
+Kernel stream_kernel_of(const AlphaBeta<false>&, int width);
+Kernel stream_kernel_of(const AlphaOnly<false>&, int width);
+Kernel stream_kernel_of(const BetaOnly<false>&, int width);
 Kernel stream_kernel_of(const AlphaOpposite&, int width);
 Kernel stream_kernel_of(const LogRatio&, int width);
 
@@ -49,9 +59,9 @@ Kernel resident_kernel_of(const Jsd&);
 Kernel resident_kernel_of(const Tvd&);
 Kernel resident_kernel_of(const SkewForwardKl&);
 Kernel resident_kernel_of(const SkewReverseKl&);
-Kernel resident_kernel_of(const AlphaBeta&);
-Kernel resident_kernel_of(const AlphaOnly&);
-Kernel resident_kernel_of(const BetaOnly&);
+Kernel resident_kernel_of(const AlphaBeta<false>&);
+Kernel resident_kernel_of(const AlphaOnly<false>&);
+Kernel resident_kernel_of(const BetaOnly<false>&);
 Kernel resident_kernel_of(const AlphaOpposite&);
 Kernel resident_kernel_of(const LogRatio&);
 

@@ -126,7 +126,6 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.label_factor = task.label_sum == LabelSum::separate
                           ? static_cast<float>(kLog2E)
                           : static_cast<float>(p.temperature) * task.student.factor;
-  if (task.is_single()) task.student.factor = task.teacher.factor = task.label_factor = 0.0f;
   task.inverse_temperature = static_cast<float>(1.0 / p.temperature);
   task.extras = p.extras;
   task.losses = p.reduce ? nullptr : static_cast<float*>(p.loss);
@@ -149,7 +148,7 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   const DeviceLimits& limits = limits_of(launch.device);
   const bool narrow = size_of(task.student.dtype) == 2 && size_of(task.teacher.dtype) == 2;
   const Kernel kernel = visit(problem.divergence, [&](const auto& functor) {
-    return stream_kernel_of(functor, narrow ? 8 : 4);
+    return stream_kernel_of(general(functor), narrow ? 8 : 4);
   });
   int blocks_per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel.address,
@@ -344,8 +343,9 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
       if (resident_rows(kernel, task, launch, forced.cluster)) return;
       reason = "the row does not fit";
     } else if (forced.allows("shared")) {
-      const Kernel kernel = visit(problem.divergence,
-                                  [](const auto& functor) { return resident_kernel_of(functor); });
+      const Kernel kernel = visit(problem.divergence, [](const auto& functor) {
+        return resident_kernel_of(general(functor));
+      });
       if (resident_rows(kernel, task, launch, forced.cluster)) return;
       reason = "the row does not fit";
     } else {

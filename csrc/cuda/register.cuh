@@ -224,8 +224,14 @@ struct Brief {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kRegisterThreads = kResidentThreadsOfSm120;
+#else
+constexpr int kRegisterThreads = kResidentThreads;
+#endif
+
 template <class Functor, class Format, int kPower>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kRegisterThreads, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900

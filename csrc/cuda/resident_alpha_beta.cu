@@ -3,16 +3,16 @@
 
 namespace kd::cuda {
 
-Kernel resident_kernel_of(const AlphaBeta& functor) {
-  return make_kernel((const void*)resident_kernel<AlphaBeta>, functor);
+Kernel resident_kernel_of(const AlphaBeta<false>& functor) {
+  return make_kernel((const void*)resident_kernel<AlphaBeta<false>>, functor);
 }
 
-Kernel resident_kernel_of(const AlphaOnly& functor) {
-  return make_kernel((const void*)resident_kernel<AlphaOnly>, functor);
+Kernel resident_kernel_of(const AlphaOnly<false>& functor) {
+  return make_kernel((const void*)resident_kernel<AlphaOnly<false>>, functor);
 }
 
-Kernel resident_kernel_of(const BetaOnly& functor) {
-  return make_kernel((const void*)resident_kernel<BetaOnly>, functor);
+Kernel resident_kernel_of(const BetaOnly<false>& functor) {
+  return make_kernel((const void*)resident_kernel<BetaOnly<false>>, functor);
 }
 
 Kernel resident_kernel_of(const AlphaOpposite& functor) {

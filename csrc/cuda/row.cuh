@@ -57,18 +57,23 @@ KD_DEVICE float gradient_scale(const Task& task) {
 }
 
 // scale first, then the soft cap: z = cap tanh(scale x / cap), and dz/dx.
+KD_DEVICE Growth<float> twofold_decay(float u) {
+  return decay(bounded(2.0f * static_cast<float>(kLog2E) * fabsf(u)));
+}
+
 KD_DEVICE float transform(const Side& side, float x) {
   const float scaled = x * side.scale;
   if (side.softcap == 0.0f) return scaled;
   const float u = scaled / side.softcap;
-  const float shortfall = decay(-2.0f * fabsf(u)).expm1;
+  const float shortfall = twofold_decay(u).less_one;
   const float magnitude = side.softcap * (-shortfall / (2.0f + shortfall));
-  return u < 0.0f ? -magnitude : magnitude;
+  // `bounded` drops a NaN.
+  return is_nan(u) ? u : u < 0.0f ? -magnitude : magnitude;
 }
 
 KD_DEVICE float derivative(const Side& side, float x) {
   if (side.softcap == 0.0f) return side.scale;
-  const float e = decay(-2.0f * fabsf(x * side.scale / side.softcap)).exp;
+  const float e = twofold_decay(x * side.scale / side.softcap).power;
   const float whole = 1.0f + e;
   return side.scale * (4.0f * e / (whole * whole));
 }
@@ -333,15 +338,16 @@ struct Factors {
 };
 
 // The vocabulary entries of a vector as a divergence sees them.
+template <class Functor>
 KD_DEVICE Entry<float> make_entry(const Task& task, const Totals& totals, float s, float t) {
   const float u_s = fmaf(s, task.student.factor, -totals.sums.student_reference);
   const float u_t = fmaf(t, task.teacher.factor, -totals.sums.teacher_reference);
-  const float delta = (u_s - u_t) - (totals.student_log - totals.teacher_log);
+  const float log_q = u_s - totals.student_log, log_p = u_t - totals.teacher_log;
   Entry<float> e;
-  e.q = power_of_two(u_s - totals.student_log);
-  e.p = power_of_two(u_t - totals.teacher_log);
-  e.delta = is_nan(delta) ? 0.0f : delta * kLn2f;
-  e.log_larger = maximum(u_s - totals.student_log, u_t - totals.teacher_log) * kLn2f;
+  e.q = power_of_two(log_q);
+  e.p = power_of_two(log_p);
+  e.delta = (u_s - u_t) - (totals.student_log - totals.teacher_log);
+  if constexpr (Functor::kUsesLog) e.log_larger = maximum(log_p, log_q);
   return e;
 }
 
@@ -350,7 +356,7 @@ KD_DEVICE void evaluate_vector(const Functor& functor, const Task& task, const T
                                const Vector<kWidth>& s, const Vector<kWidth>& t, Evaluated& sum) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const Term<float> term = functor(make_entry(task, totals, s.at[i], t.at[i]));
+    const Term<float> term = functor(make_entry<Functor>(task, totals, s.at[i], t.at[i]));
     sum.value += term.value;
     sum.slope += term.slope;
   }
@@ -381,7 +387,7 @@ KD_DEVICE Vector<kWidth> differentiate_vector(const Functor& functor, const Task
         // Two rounded products: equal operands must cancel to exactly 0.
         g = factors.student * e_s - factors.teacher * e_t;
       } else {
-        const Entry<float> e = make_entry(task, totals, s.at[i], t.at[i]);
+        const Entry<float> e = make_entry<Functor>(task, totals, s.at[i], t.at[i]);
         g = factors.kd * (functor(e).slope - e.q * totals.slope);
       }
     }

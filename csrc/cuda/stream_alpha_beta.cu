@@ -3,16 +3,16 @@
 
 namespace kd::cuda {
 
-Kernel stream_kernel_of(const AlphaBeta& functor, int) {
-  return make_kernel((const void*)stream_kernel<AlphaBeta, 4>, functor);
+Kernel stream_kernel_of(const AlphaBeta<false>& functor, int) {
+  return make_kernel((const void*)stream_kernel<AlphaBeta<false>, 4>, functor);
 }
 
-Kernel stream_kernel_of(const AlphaOnly& functor, int) {
-  return make_kernel((const void*)stream_kernel<AlphaOnly, 4>, functor);
+Kernel stream_kernel_of(const AlphaOnly<false>& functor, int) {
+  return make_kernel((const void*)stream_kernel<AlphaOnly<false>, 4>, functor);
 }
 
-Kernel stream_kernel_of(const BetaOnly& functor, int) {
-  return make_kernel((const void*)stream_kernel<BetaOnly, 4>, functor);
+Kernel stream_kernel_of(const BetaOnly<false>& functor, int) {
+  return make_kernel((const void*)stream_kernel<BetaOnly<false>, 4>, functor);
 }
 
 Kernel stream_kernel_of(const AlphaOpposite& functor, int) {

@@ -93,6 +93,7 @@ KD_DEVICE void observe_extras(const Task& task, int first, const Vector<kWidth>&
     const float u_t = fmaf(t.at[i], task.teacher.factor, -sums.teacher_reference);
     add_weighed(sums.student_moment, power_of_two(u_s), u_s);
     add_weighed(sums.teacher_moment, power_of_two(u_t), u_t);
+    if (task.is_single()) continue;
     // A thread's columns ascend, so the first of equal logits stays.
     if (s.at[i] > sums.student_top) sums.student_top = s.at[i], sums.student_at = first + i;
     if (t.at[i] > sums.teacher_top) sums.teacher_top = t.at[i], sums.teacher_at = first + i;
@@ -132,7 +133,7 @@ KD_DEVICE void observe_vector(const Task& task, int first, const Vector<kWidth>&
       if (first + i >= 0 && first + i < task.vocab) sums.logits += s.at[i];
     }
   }
-  if (task.needs_tops()) observe_extras(task, first, s, t, sums);
+  if (task.extras) observe_extras(task, first, s, t, sums);
 }
 
 KD_DEVICE void keep_larger(float& top, int& at, float other, int other_at) {
@@ -153,7 +154,7 @@ KD_DEVICE void warp_reduce(const Task& task, Sums& s, Lanes<kCount> lanes) {
   if constexpr (has_closed_form<Functor>) s.gap = warp_sum(s.gap, lanes);
   s.label_logit = warp_max(s.label_logit);
   if (task.label_smoothing != 0.0f) s.logits = warp_sum(s.logits, lanes);
-  if (!task.needs_tops()) return;
+  if (!task.extras && !task.is_single()) return;
   s.student_moment = warp_sum(s.student_moment, lanes);
   s.teacher_moment = warp_sum(s.teacher_moment, lanes);
 #pragma unroll

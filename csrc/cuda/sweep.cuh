@@ -52,7 +52,21 @@ KD_DEVICE void transform_vector(const Side& side, int first, int vocab, Vector<k
   }
 }
 
-// Row is GlobalRow or SharedRow. kPlain: it is known that no logit is transformed.
+// The only entry of a row as 0, or NaN if it is not finite; `kept` is the entry.
+template <int kWidth>
+KD_DEVICE Vector<kWidth> center_single(int first, int vocab, const Vector<kWidth>& x, float& kept) {
+  Vector<kWidth> y;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool is_entry = first + i >= 0 && first + i < vocab;
+    kept = is_entry ? x.at[i] : kept;
+    y.at[i] = is_entry ? x.at[i] - x.at[i] : x.at[i];
+  }
+  return y;
+}
+
+// Row is GlobalRow or SharedRow. kPlain: it is known that no logit is transformed, and more
+// than one.
 template <class Functor, int kWidth, class Row, bool kPlain = false>
 struct Sweep {
   const Task& task;
@@ -75,11 +89,19 @@ struct Sweep {
     return x;
   }
 
+  KD_DEVICE void center(int first, Vector<kWidth>& x, float& kept) const {
+    if constexpr (!kPlain) {
+      if (task.is_single()) x = center_single(first, task.vocab, x, kept);
+    }
+  }
+
   KD_DEVICE Sums observe() const {
     Sums sums = nothing();
     each_vector([&](int first) {
-      const Vector<kWidth> s = transformed(student, task.student, first);
-      const Vector<kWidth> t = transformed(teacher, task.teacher, first);
+      Vector<kWidth> s = transformed(student, task.student, first);
+      Vector<kWidth> t = transformed(teacher, task.teacher, first);
+      center(first, s, sums.student_top);
+      center(first, t, sums.teacher_top);
       observe_vector<Functor>(task, first, s, t, sums);
     });
     return sums;
@@ -88,8 +110,11 @@ struct Sweep {
   KD_DEVICE Evaluated evaluate(const Totals& totals) const {
     Evaluated sum{};
     each_vector([&](int first) {
-      const Vector<kWidth> s = transformed(student, task.student, first);
-      const Vector<kWidth> t = transformed(teacher, task.teacher, first);
+      Vector<kWidth> s = transformed(student, task.student, first);
+      Vector<kWidth> t = transformed(teacher, task.teacher, first);
+      float unused = 0.0f;
+      center(first, s, unused);
+      center(first, t, unused);
       evaluate_vector(functor, task, totals, s, t, sum);
     });
     return sum;
@@ -100,9 +125,12 @@ struct Sweep {
     const GradientRow<kWidth> gradient(task, row, span);
     each_vector([&](int first) {
       Vector<kWidth> s = student.load(first);
-      const Vector<kWidth> t = transformed(teacher, task.teacher, first);
+      Vector<kWidth> t = transformed(teacher, task.teacher, first);
       const Vector<kWidth> raw = s;
       transform_vector(task.student, first, task.vocab, s);
+      float unused = 0.0f;
+      center(first, s, unused);
+      center(first, t, unused);
       Vector<kWidth> g = differentiate_vector(functor, task, totals, factors, s, t);
       if (plan.label >= 0) pull_label(plan.label, first, factors.label_pull, g);
       if (!is_plain(task.student)) {
@@ -119,6 +147,7 @@ KD_DEVICE float label_logit(const Task& task, int64_t row, int label) {
   if (label < 0) return -INFINITY;
   const Side& side = task.student;
   const char* at = task.row_of(side, row) + label * side.column_stride * size_of(side.dtype);
+  if (task.is_single()) return 0.0f;
   const float x = load_one(at, side.dtype);
   return is_plain(side) ? x : transform(side, x);
 }

@@ -54,10 +54,9 @@ struct Task {
   int64_t gradient_columns;
 
   KD_INLINE int64_t rows() const { return outer * inner; }
-  // A single entry has probability 1 whatever its logit: the factors are 0 then, so that every
-  // exponent is exactly 0, and the logit itself is kept for the log-sum-exps.
+  // A single entry has probability 1 whatever its logit: it is replaced by 0, so that every
+  // exponent is exactly 0, and kept for the log-sum-exps as the row's top.
   KD_INLINE bool is_single() const { return vocab == 1; }
-  KD_INLINE bool needs_tops() const { return extras || is_single(); }
   KD_INLINE const char* row_of(const Side& side, int64_t row) const {
     // The general case costs a division of 64 bits.
     const int64_t offset = outer == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @functools.cache
 def why_not() -> str | None:
     """Why nothing can be simulated here, or None."""
-    import shutil
-
     if not (os.environ.get("NVCC") or os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
         return "nvcc was not found"
     if not (_folder() / "__init__.py").exists():
@@ -70,13 +69,14 @@ def native() -> Any:
     return module
 
 
-class _Recorder:
+class Recorder:
     """Stands in for the native module: registers what the backend hands over, keeps the counts."""
 
     def __init__(self, seed: int) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.launches: list[Any] = []
         self.seed = seed
+        self.label_error: Tensor | None = None
 
     def note(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None and tensor.numel():
@@ -98,7 +98,7 @@ class _Recorder:
 
 
 @contextmanager
-def simulated(seed: int = 0, device_limits: dict[str, int] | None = None) -> Iterator[_Recorder]:
+def simulated(seed: int = 0) -> Iterator[Recorder]:
     """Within it the CUDA backend takes CPU tensors; yields the launches with their counts.
 
     Every error that ptxsim reports (out of bounds, race, ...) raises.
@@ -107,7 +107,7 @@ def simulated(seed: int = 0, device_limits: dict[str, int] | None = None) -> Ite
 
     from kdkernels.backends import BACKENDS, cuda
 
-    recorder = _Recorder(seed)
+    recorder = Recorder(seed)
     error = torch.zeros(1, dtype=torch.int32)
     backend = BACKENDS["cuda"]
     patch = pytest.MonkeyPatch()
@@ -124,7 +124,7 @@ def simulated(seed: int = 0, device_limits: dict[str, int] | None = None) -> Ite
     def launch(on: Tensor, workspace: Tensor | None) -> tuple[int, int, int, int]:
         return 0, 0, noted_pointer(workspace), noted_pointer(error)
 
-    recorder.label_error = error  # type: ignore[attr-defined]
+    recorder.label_error = error
     patch.setattr(cuda, "_native", recorder, raising=False)
     patch.setattr(cuda, "_DIVERGENCES", frozenset(native().divergence_names()))
     patch.setattr(cuda, "_pointer", noted_pointer)
