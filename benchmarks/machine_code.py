@@ -9,9 +9,13 @@ two sweeps: the blocks that evaluate exponentials of loaded logits, and those wi
 from __future__ import annotations
 
 import heapq
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 COLUMNS_PER_THREAD = 32  # kColumnsPerThread in csrc/cuda/policy.h
 
@@ -29,6 +33,24 @@ class Block:
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, line)) for line in self.code)
+
+
+def nvcc_command(arch: str) -> list[str]:
+    """nvcc for one architecture, with the flags of setup.py, printing ptxas's report."""
+    compiler = os.environ.get("NVCC") or shutil.which("nvcc") or "nvcc"
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-DNDEBUG", f'-DKDKERNELS_CUDA_ARCHS="{arch}"']
+    return [compiler, *flags, f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+
+
+def find_cuobjdump() -> str | None:
+    """The CUDA toolkit's, or the one in Triton's wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.exists() else None
 
 
 def disassemble(cuobjdump: str, cubin: str) -> dict[str, list[tuple[int, str]]]:

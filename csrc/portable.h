@@ -66,34 +66,48 @@ KD_INLINE float float_of(uint32_t bits) {
   return a;
 }
 
-// 2^n (1 + r tail(r)), with n in the low bits of `shifted`; these four as in cpu/lanes.inc.
-KD_INLINE Growth<float> assemble(float shifted, float r) {
+// 2^n (1 + r tail(r)), with n in the low bits of `shifted`; this and the rest as in cpu/lanes.inc.
+KD_INLINE void assemble(float shifted, float r, float& power, float& less_one) {
   float tail = multiply_add(0.00015453163f, r, 0.0013390863f);
   tail = multiply_add(tail, r, 0.009618083f);
   tail = multiply_add(tail, r, 0.05550357f);
   tail = multiply_add(tail, r, 0.2402265f);
   tail = multiply_add(tail, r, 0.6931472f) * r;
-  const float scale = float_of((bits_of(shifted) << 23) + 0x3f800000u);
-  return {multiply_add(scale, tail, scale), multiply_add(scale, tail, scale - 1.0f)};
+  const float scale = float_of(bits_of(shifted) << 23);
+  power = multiply_add(scale, tail, scale);
+  less_one = multiply_add(scale, tail, scale - 1.0f);
 }
+
+// Adding 1.5 * 2^23 + 127 rounds to an integer and leaves it in the low bits of the sum, biased as
+// an exponent.
+constexpr float kIntegerMagic = 12582912.0f + 127.0f;
 
 KD_INLINE float bounded(float a) { return minimum(a, 126.0f); }
 
-// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
-KD_INLINE Growth<float> decay(float a) {
-  constexpr float magic = 12582912.0f;
-  const float shifted = magic - a;
-  return assemble(shifted, (magic - shifted) - a);
+KD_INLINE void decay(float a, float& power, float& less_one) {
+  const float shifted = kIntegerMagic - a;
+  assemble(shifted, (kIntegerMagic - shifted) - a, power, less_one);
 }
 
-KD_INLINE Growth<float> grow(float a) {
-  constexpr float magic = 12582912.0f;
+KD_INLINE void grow(float a, float& power, float& less_one) {
   const bool overflows = a > 127.4f, vanishes = a < -126.0f;
   const float y = maximum(-126.0f, minimum(127.4f, a));
-  const float shifted = y + magic;
-  const Growth<float> g = assemble(shifted, y - (shifted - magic));
-  const float power = vanishes ? 0.0f : g.power;
-  return {overflows ? INFINITY : power, overflows ? INFINITY : g.less_one};
+  const float shifted = y + kIntegerMagic;
+  assemble(shifted, y - (shifted - kIntegerMagic), power, less_one);
+  power = overflows ? INFINITY : vanishes ? 0.0f : power;
+  less_one = overflows ? INFINITY : less_one;
+}
+
+KD_INLINE float log2_of_half_share(float f) {
+  float p = multiply_add(0.00406070193f, f, 0.00955679361f);
+  p = multiply_add(p, f, 0.0141752595f);
+  p = multiply_add(p, f, 0.00458818814f);
+  p = multiply_add(p, f, 0.0121552739f);
+  p = multiply_add(p, f, -0.0218933579f);
+  p = multiply_add(p, f, 0.0601785257f);
+  p = multiply_add(p, f, -0.1803343f);
+  p = multiply_add(p, f, 0.721347511f);
+  return f * p;
 }
 
 KD_INLINE float log2_of_share(float u, float u_minus_one) {

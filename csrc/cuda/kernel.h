@@ -44,6 +44,7 @@ inline BetaOnly<false> general(const BetaOnly<true>& f) { return BetaOnly<false>
 Kernel stream_kernel_of(const ForwardKl&, int width);
 Kernel stream_kernel_of(const ReverseKl&, int width);
 Kernel stream_kernel_of(const Jsd&, int width);
+Kernel stream_kernel_of(const EvenJsd&, int width);
 Kernel stream_kernel_of(const Tvd&, int width);
 Kernel stream_kernel_of(const SkewForwardKl&, int width);
 Kernel stream_kernel_of(const SkewReverseKl&, int width);
@@ -56,6 +57,7 @@ Kernel stream_kernel_of(const LogRatio&, int width);
 Kernel resident_kernel_of(const ForwardKl&);
 Kernel resident_kernel_of(const ReverseKl&);
 Kernel resident_kernel_of(const Jsd&);
+Kernel resident_kernel_of(const EvenJsd&);
 Kernel resident_kernel_of(const Tvd&);
 Kernel resident_kernel_of(const SkewForwardKl&);
 Kernel resident_kernel_of(const SkewReverseKl&);

@@ -119,6 +119,9 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.ce_weight = static_cast<float>(p.ce_weight());
   task.kd_scale = static_cast<float>(p.kd_scale());
   task.kd_slope = static_cast<float>(p.alpha * p.kd_scale() / p.temperature);
+  const Term<double> unit = visit(p.divergence, [](const auto& functor) { return functor.unit(); });
+  task.value_unit = static_cast<float>(unit.value);
+  task.slope_unit = static_cast<float>(unit.slope);
   task.label_smoothing = p.labels ? static_cast<float>(p.label_smoothing) : 0.0f;
   task.z_loss = static_cast<float>(p.z_loss);
   task.label_sum = label_sum_of(p);

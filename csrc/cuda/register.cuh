@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kRegisterThreads, 1)
       Totals totals(task, sums);
       totals.sums.label_logit = logit;
       totals.close<Functor>();
-      if (cancelled) totals.take(anew);
+      if (cancelled) totals.take(task, anew);
       write_outcome(task, row, plan, totals);
     }
     if (!task.gradient) return;

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const bool spoiled = totals.spoils_row(task);
     const bool closed = totals.close<Functor>();
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
-      totals.take(exchange.sum(sweep.evaluate(totals)));
+      totals.take(task, exchange.sum(sweep.evaluate(totals)));
     }
     if (is_writer) write_outcome(task, row, plan, totals);
     if (task.gradient) {

@@ -7,6 +7,10 @@ Kernel resident_kernel_of(const Jsd& functor) {
   return make_kernel((const void*)resident_kernel<Jsd>, functor);
 }
 
+Kernel resident_kernel_of(const EvenJsd& functor) {
+  return make_kernel((const void*)resident_kernel<EvenJsd>, functor);
+}
+
 Kernel resident_kernel_of(const Tvd& functor) {
   return make_kernel((const void*)resident_kernel<Tvd>, functor);
 }

@@ -57,15 +57,16 @@ KD_DEVICE float gradient_scale(const Task& task) {
 }
 
 // scale first, then the soft cap: z = cap tanh(scale x / cap), and dz/dx.
-KD_DEVICE Growth<float> twofold_decay(float u) {
-  return decay(bounded(2.0f * static_cast<float>(kLog2E) * fabsf(u)));
+KD_DEVICE void twofold_decay(float u, float& power, float& shortfall) {
+  decay(bounded(2.0f * static_cast<float>(kLog2E) * fabsf(u)), power, shortfall);
 }
 
 KD_DEVICE float transform(const Side& side, float x) {
   const float scaled = x * side.scale;
   if (side.softcap == 0.0f) return scaled;
   const float u = scaled / side.softcap;
-  const float shortfall = twofold_decay(u).less_one;
+  float power, shortfall;
+  twofold_decay(u, power, shortfall);
   const float magnitude = side.softcap * (-shortfall / (2.0f + shortfall));
   // `bounded` drops a NaN.
   return is_nan(u) ? u : u < 0.0f ? -magnitude : magnitude;
@@ -73,7 +74,8 @@ KD_DEVICE float transform(const Side& side, float x) {
 
 KD_DEVICE float derivative(const Side& side, float x) {
   if (side.softcap == 0.0f) return side.scale;
-  const float e = twofold_decay(x * side.scale / side.softcap).power;
+  float e, shortfall;
+  twofold_decay(x * side.scale / side.softcap, e, shortfall);
   const float whole = 1.0f + e;
   return side.scale * (4.0f * e / (whole * whole));
 }
@@ -213,7 +215,7 @@ struct Totals : Soundness {
   Sums sums;
   float student_log, teacher_log;
   float kd;     // nats, without T^2
-  float slope;  // the sum of all entries' slopes, nats
+  float slope;  // the sum of all entries' slopes
 
   KD_DEVICE Totals(const Task& task, const Sums& s)
       : Soundness(s), sums(with_label_sum(task, s)), kd(0.0f), slope(0.0f) {
@@ -232,8 +234,9 @@ struct Totals : Soundness {
     return !is_cancelled(bits, gap);
   }
 
-  KD_DEVICE void take(const Evaluated& e) {
-    kd = e.value;
+  // The slope stays in the functor's unit, as the slopes are that it is taken from.
+  KD_DEVICE void take(const Task& task, const Evaluated& e) {
+    kd = e.value * task.value_unit;
     slope = e.slope;
   }
 };
@@ -316,10 +319,10 @@ KD_DEVICE void write_constant(const Task& task, int64_t row, float value) {
 
 // The gradient in a transformed logit is
 //   student e_s - teacher e_t + label e_label + constant   for forward KL,
-//   kd (slope - student e_s slope_sum) + label e_label + constant   otherwise.
+//   slope (slope_v - q_v slope_sum) + label e_label + constant   otherwise.
 struct Factors {
   float student, teacher, label, constant, label_pull;
-  float kd;
+  float slope;
 
   KD_DEVICE Factors(const Task& task, const RowPlan& plan, const Sums& s) {
     const float ce = plan.label < 0 ? 0.0f : plan.share * task.ce_weight;
@@ -327,7 +330,8 @@ struct Factors {
     if (task.z_loss != 0.0f) {
       pull += plan.share * 2.0f * task.z_loss * label_lse(task, s);
     }
-    kd = plan.share * task.kd_slope;
+    const float kd = plan.share * task.kd_slope;
+    slope = kd * task.slope_unit;
     // Sums lie between 1/2 and 2^31, where this division by a reciprocal errs by 2 ulp.
     student = __fdividef(kd, s.student);
     teacher = __fdividef(kd, s.teacher);
@@ -388,7 +392,7 @@ KD_DEVICE Vector<kWidth> differentiate_vector(const Functor& functor, const Task
         g = factors.student * e_s - factors.teacher * e_t;
       } else {
         const Entry<float> e = make_entry<Functor>(task, totals, s.at[i], t.at[i]);
-        g = factors.kd * (functor(e).slope - e.q * totals.slope);
+        g = factors.slope * (functor(e).slope - e.q * totals.slope);
       }
     }
     if (factors.label != 0.0f) {

@@ -82,9 +82,9 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
         if (is_first_thread) split.evaluated[slot] = e;
         return;
       }
-      totals.take(e);
+      totals.take(task, e);
     } else {
-      totals.take(sum_of_slots(split.evaluated + row * split.parts, split.parts));
+      totals.take(task, sum_of_slots(split.evaluated + row * split.parts, split.parts));
     }
   }
   if (!(split.steps & differentiate_step)) return;

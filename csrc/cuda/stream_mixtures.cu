@@ -8,6 +8,10 @@ Kernel stream_kernel_of(const Jsd& functor, int) {
   return make_kernel((const void*)stream_kernel<Jsd, 4>, functor);
 }
 
+Kernel stream_kernel_of(const EvenJsd& functor, int) {
+  return make_kernel((const void*)stream_kernel<EvenJsd, 4>, functor);
+}
+
 Kernel stream_kernel_of(const Tvd& functor, int) {
   return make_kernel((const void*)stream_kernel<Tvd, 4>, functor);
 }

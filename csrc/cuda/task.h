@@ -40,7 +40,8 @@ struct Task {
   float scale;               // 1 / denominator
 
   float alpha, ce_weight, kd_scale;
-  float kd_slope;  // alpha kd_scale / T
+  float kd_slope;                // alpha kd_scale / T
+  float value_unit, slope_unit;  // of the functor's terms
   float label_smoothing, z_loss;
   LabelSum label_sum;
   float label_factor;  // as Side::factor, at T = 1
