@@ -114,7 +114,9 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.grad_output = static_cast<const float*>(p.grad_output);
   task.grad_output_stride = p.grad_output_stride;
   task.denominator = launch.num_items;
-  task.scale = static_cast<float>(1.0 / (p.denominator != 0.0 ? p.denominator : p.rows()));
+  // Of no rows the mean is 0.
+  const double rows = p.rows() > 0 ? static_cast<double>(p.rows()) : 1.0;
+  task.scale = static_cast<float>(1.0 / (p.denominator != 0.0 ? p.denominator : rows));
   task.alpha = static_cast<float>(p.alpha);
   task.ce_weight = static_cast<float>(p.ce_weight());
   task.kd_scale = static_cast<float>(p.kd_scale());
