@@ -20,6 +20,8 @@ struct Entry {
   X log_larger;  // the larger of log2 p and log2 q; only for functors that say kUsesLog
 };
 
+// In units of the functor's own, unit(): a constant factor is cheaper once a row than once an
+// entry.
 template <class X>
 struct Term {
   X value;
@@ -38,46 +40,41 @@ struct Relative {
   X ratio;      // smaller / larger
   X shortfall;  // ratio - 1
   X larger;
+
+  KD_INLINE explicit Relative(const Entry<X>& e)
+      : distance(bounded(absolute(e.delta))), larger(maximum(e.p, e.q)) {
+    decay(distance, ratio, shortfall);
+  }
+  // q - p
+  KD_INLINE X excess(const Entry<X>& e) const {
+    const X gap = larger * shortfall;
+    return select(e.delta > X(0.0), -gap, gap);
+  }
 };
 
+// The mixture m = beta p + (1 - beta) q in log space, relative to the larger of p and q. One flat
+// object: GCC 12 copies nested ones through memory.
 template <class X>
-KD_INLINE Relative<X> relative(const Entry<X>& e) {
-  const X distance = bounded(absolute(e.delta));
-  const Growth<X> g = decay(distance);
-  return {distance, g.power, g.less_one, maximum(e.p, e.q)};
-}
-
-// q - p
-template <class X>
-KD_INLINE X excess_of(const Entry<X>& e, const Relative<X>& r) {
-  const X gap = r.larger * r.shortfall;
-  return select(e.delta > X(0.0), -gap, gap);
-}
-
-// The mixture m = beta p + (1 - beta) q in log space, relative to the larger of p and q.
-template <class X>
-struct Mixture {
-  Relative<X> r;
+struct Mixture : Relative<X> {
   X part;       // what the smaller of the two adds to the share
   X share;      // m / larger, in (0, 1]
   X log_share;  // log2 of it
+
+  KD_INLINE Mixture(const Entry<X>& e, double beta) : Relative<X>(e) {
+    const auto student_larger = e.delta > X(0.0);
+    const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
+    const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
+    part = of_smaller * this->ratio;
+    // The floor keeps 0 * log 0 at 0 when beta = 0 leaves nothing but a vanished q in the mixture.
+    share = maximum(part + of_larger, X(1e-37));
+    log_share = log2_of_share(share, of_smaller * this->shortfall);
+  }
 };
 
+// log2(m / q)
 template <class X>
-KD_INLINE Mixture<X> mix(const Entry<X>& e, double beta) {
-  const Relative<X> r = relative(e);
-  const auto student_larger = e.delta > X(0.0);
-  const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
-  const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
-  const X part = of_smaller * r.ratio;
-  const X share = part + of_larger;
-  return {r, part, share, log2_of_share(share, of_smaller * r.shortfall)};
-}
-
-// log2(q / m)
-template <class X>
-KD_INLINE X student_over_mixture(const Entry<X>& e, const Mixture<X>& m) {
-  return -select(e.delta > X(0.0), X(0.0), m.r.distance) - m.log_share;
+KD_INLINE X mixture_over_student(X delta, X distance, X log_share) {
+  return select(delta > X(0.0), X(0.0), distance) + log_share;
 }
 
 // 0 * inf is 0: an entry with weight 0 contributes nothing, however infinite its factor.
@@ -85,6 +82,10 @@ template <class X>
 KD_INLINE X weigh(X weight, X factor) {
   return select(weight == X(0.0), X(0.0), weight * factor);
 }
+
+struct InUnitsOfOne {
+  KD_INLINE Term<double> unit() const { return {1.0, 1.0}; }
+};
 
 // Divergences whose textbook summand is what they compute.
 struct Uncentred {
@@ -95,30 +96,30 @@ struct Uncentred {
 };
 
 // KL(p || q) = sum p (log p - log q)
-struct ForwardKl {
+struct ForwardKl : InUnitsOfOne {
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X excess = excess_of(e, relative(e));
+    const X excess = Relative<X>(e).excess(e);
     return {excess - weigh(e.p, X(kLn2) * e.delta), excess};
   }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {excess_of(e, relative(e)), e.q};
+    return {Relative<X>(e).excess(e), e.q};
   }
 };
 
 // KL(q || p) = sum q (log q - log p)
-struct ReverseKl {
+struct ReverseKl : InUnitsOfOne {
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X pull = weigh(e.q, X(kLn2) * e.delta);
-    return {pull - excess_of(e, relative(e)), pull};
+    return {pull - Relative<X>(e).excess(e), pull};
   }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {-excess_of(e, relative(e)), -e.q};
+    return {-Relative<X>(e).excess(e), -e.q};
   }
 };
 
@@ -129,11 +130,24 @@ struct Jsd : Uncentred {
   KD_INLINE explicit Jsd(double given) : beta(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m = mix(e, beta);
-    const X surprise = multiply_add(m.share, m.log_share, m.part * m.r.distance);
-    return {X(-kLn2) * m.r.larger * surprise,
-            X(kLn2 * (1.0 - beta)) * e.q * student_over_mixture(e, m)};
+    const Mixture<X> m(e, beta);
+    const X surprise = multiply_add(m.share, m.log_share, m.part * m.distance);
+    return {m.larger * surprise, e.q * mixture_over_student(e.delta, m.distance, m.log_share)};
   }
+  KD_INLINE Term<double> unit() const { return {-kLn2, -kLn2 * (1.0 - beta)}; }
+};
+
+// The same at beta = 1/2, where the share is at least 1/2.
+struct EvenJsd : Uncentred {
+  static constexpr bool kUsesLog = false;
+  template <class X>
+  KD_INLINE Term<X> operator()(const Entry<X>& e) const {
+    const Relative<X> r(e);
+    const X log_share = log2_of_half_share(r.shortfall);
+    const X surprise = multiply_add(X(1.0) + r.ratio, log_share, r.ratio * r.distance);
+    return {r.larger * surprise, e.q * mixture_over_student(e.delta, r.distance, log_share)};
+  }
+  KD_INLINE Term<double> unit() const { return {-0.5 * kLn2, -0.5 * kLn2}; }
 };
 
 // sum |p - q| / 2; the slope is 0 where they agree
@@ -142,9 +156,10 @@ struct Tvd : Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X difference = e.q - e.p;
-    const X pull = select(difference < X(0.0), X(-0.5) * e.q, X(0.5) * e.q);
-    return {X(0.5) * absolute(difference), select(difference == X(0.0), X(0.0), pull)};
+    const X pull = select(difference < X(0.0), -e.q, e.q);
+    return {absolute(difference), select(difference == X(0.0), X(0.0), pull)};
   }
+  KD_INLINE Term<double> unit() const { return {0.5, 0.5}; }
 };
 
 // KL(p || m), m = beta p + (1 - beta) q, 0 < beta < 1
@@ -153,17 +168,17 @@ struct SkewForwardKl {
   double beta;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m = mix(e, beta);
+    const Mixture<X> m(e, beta);
     const auto student_larger = e.delta > X(0.0);
-    const X excess = excess_of(e, m.r);
-    const X log_m_over_p = m.log_share + select(student_larger, m.r.distance, X(0.0));
-    const X q_over_m = select(student_larger, X(1.0), m.r.ratio) / m.share;
-    return {X(1.0 - beta) * excess - X(kLn2) * e.p * log_m_over_p,
-            X((1.0 - beta) * (1.0 - beta)) * excess * q_over_m};
+    const X excess = m.excess(e);
+    const X log_m_over_p = m.log_share + select(student_larger, m.distance, X(0.0));
+    const X q_over_m = select(student_larger, X(1.0), m.ratio) / m.share;
+    return {X(1.0 - beta) * excess - X(kLn2) * e.p * log_m_over_p, excess * q_over_m};
   }
+  KD_INLINE Term<double> unit() const { return {1.0, (1.0 - beta) * (1.0 - beta)}; }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {X(1.0 - beta) * excess_of(e, relative(e)), X(1.0 - beta) * e.q};
+    return {X(1.0 - beta) * Relative<X>(e).excess(e), X(1.0 - beta) * e.q};
   }
 };
 
@@ -173,44 +188,63 @@ struct SkewReverseKl {
   double beta;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m = mix(e, beta);
-    const X excess = X(beta) * excess_of(e, m.r);
-    const X q_over_m = select(e.delta > X(0.0), X(1.0), m.r.ratio) / m.share;
-    const X pull = X(kLn2) * e.q * student_over_mixture(e, m);
-    return {pull - excess, pull - X(1.0 - beta) * excess * q_over_m};
+    const Mixture<X> m(e, beta);
+    const X excess = X(beta * kLog2E) * m.excess(e);
+    const X q_over_m = select(e.delta > X(0.0), X(1.0), m.ratio) / m.share;
+    const X push = e.q * mixture_over_student(e.delta, m.distance, m.log_share);
+    return {push + excess, multiply_add(X(1.0 - beta) * excess, q_over_m, push)};
   }
+  KD_INLINE Term<double> unit() const { return {-kLn2, -kLn2}; }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {-X(beta) * excess_of(e, relative(e)), -X(beta) * e.q};
+    return {-X(beta) * Relative<X>(e).excess(e), -X(beta) * e.q};
   }
 };
 
 // The family of alpha-beta divergences needs no centring, its summands are of Bregman's kind. A
 // summand is never negative, so inf - inf, which exponents of opposite sign can give, stands for
 // +inf; entries that agree (or are absent from both) give exactly 0.
-template <class X>
+// With kFalls nothing becomes infinite.
+template <bool kFalls, class X>
 KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope) {
   const auto differ = absolute(e.delta) > X(0.0);
-  const X settled = select(is_nan(value), X(INFINITY), value);
+  const X settled = kFalls ? value : select(is_nan(value), X(INFINITY), value);
   return {select(differ, settled, X(0.0)), select(differ, slope, X(0.0))};
 }
 
-// 2^(exponent x) for a logarithm x <= 0, and for -x >= 0: with a positive exponent, kFalls, neither
-// can overflow.
+// 2^x and 2^x - 1; kFalls: x is not above 0 but by rounding.
+template <bool kFalls, class X>
+KD_INLINE void raise(X x, X& power, X& less_one) {
+  if (kFalls) {
+    decay(bounded(-x), power, less_one);
+  } else {
+    grow(x, power, less_one);
+  }
+}
+
 template <bool kFalls, class X>
 KD_INLINE X power_of(double exponent, X x) {
-  return kFalls ? decay(bounded(X(-exponent) * x)).power : grow(X(exponent) * x).power;
+  X power, less_one;
+  raise<kFalls>(X(exponent) * x, power, less_one);
+  return power;
 }
 
 template <bool kFalls, class X>
-KD_INLINE Growth<X> falling(X exponent, X distance) {
-  return kFalls ? decay(bounded(exponent * distance)) : grow(-exponent * distance);
+KD_INLINE X less_one_of(X x) {
+  X power, less_one;
+  raise<kFalls>(x, power, less_one);
+  return less_one;
 }
 
-// distance * power in nats, where the power falls to 0 as the distance grows to infinity.
+// distance * power, where the power falls to 0 as the distance grows to infinity.
 template <bool kFalls, class X>
 KD_INLINE X fading(X power, X distance) {
-  return kFalls ? power * X(kLn2) * bounded(distance) : weigh(power, X(kLn2) * distance);
+  return kFalls ? power * bounded(distance) : weigh(power, distance);
+}
+
+template <bool kFalls, class X>
+KD_INLINE X scaled(X scale, X factor) {
+  return kFalls ? scale * factor : weigh(scale, factor);
 }
 
 // -1/(ab) [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] with a, b and a + b not zero; kFalls: both
@@ -227,12 +261,13 @@ struct AlphaBeta : Uncentred {
     const X distance = absolute(e.delta);
     const X scale = power_of<kFalls>(s, e.log_larger);
     const X cross = select(student_larger, X(a), X(b));
-    const X crossed = weigh(scale, falling<kFalls>(cross, distance).less_one);
-    const X smaller = weigh(scale, falling<kFalls>(X(s), distance).less_one);
-    const X value = X(-1.0 / (a * b)) * (crossed - cross * X(1.0 / s) * smaller);
-    const X slope = X(1.0 / a) * select(student_larger, -crossed, smaller - crossed);
-    return settle(e, value, slope);
+    const X crossed = less_one_of<kFalls>(-cross * distance);
+    const X smaller = less_one_of<kFalls>(X(-s) * distance);
+    const X value = crossed - cross * X(1.0 / s) * smaller;
+    const X slope = select(student_larger, X(0.0), smaller) - crossed;
+    return settle<kFalls>(e, scaled<kFalls>(scale, value), scaled<kFalls>(scale, slope));
   }
+  KD_INLINE Term<double> unit() const { return {-1.0 / (a * b), 1.0 / a}; }
 };
 
 // b = 0: (1/a^2) [p^a ln(p^a/q^a) - p^a + q^a]; kFalls: a is positive
@@ -246,15 +281,14 @@ struct AlphaOnly : Uncentred {
     const auto student_larger = e.delta > X(0.0);
     const X distance = X(a) * absolute(e.delta);
     const X scale = power_of<kFalls>(a, e.log_larger);
-    const Growth<X> g = falling<kFalls>(X(1.0), distance);
-    const X teacher_larger_value = X(kLn2) * distance + g.less_one;
-    const X student_larger_value = -fading<kFalls>(g.power, distance) - g.less_one;
-    const X value =
-        weigh(scale, select(student_larger, student_larger_value, teacher_larger_value));
-    const X shortfall = weigh(scale, g.less_one);
-    return settle(e, X(1.0 / (a * a)) * value,
-                  X(1.0 / a) * select(student_larger, -shortfall, shortfall));
+    X power, less_one;
+    raise<kFalls>(-distance, power, less_one);
+    const X shortfall = select(student_larger, -less_one, less_one);
+    const X pull = select(student_larger, -fading<kFalls>(power, distance), distance);
+    return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
+                         scaled<kFalls>(scale, shortfall));
   }
+  KD_INLINE Term<double> unit() const { return {1.0 / (a * a), 1.0 / a}; }
 };
 
 // a = 0: (1/b^2) [q^b ln(q^b/p^b) - q^b + p^b]; kFalls: b is positive
@@ -268,12 +302,14 @@ struct BetaOnly : Uncentred {
     const auto student_larger = e.delta > X(0.0);
     const X distance = X(b) * absolute(e.delta);
     const X scale = power_of<kFalls>(b, e.log_larger);
-    const Growth<X> g = falling<kFalls>(X(1.0), distance);
-    const X pull = select(student_larger, X(kLn2) * distance, -fading<kFalls>(g.power, distance));
-    const X value = weigh(scale, pull + select(student_larger, g.less_one, -g.less_one));
-    const X slope = weigh(scale, pull);
-    return settle(e, X(1.0 / (b * b)) * value, X(1.0 / b) * slope);
+    X power, less_one;
+    raise<kFalls>(-distance, power, less_one);
+    const X pull = select(student_larger, distance, -fading<kFalls>(power, distance));
+    const X shortfall = select(student_larger, less_one, -less_one);
+    return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
+                         weigh(scale, pull));
   }
+  KD_INLINE Term<double> unit() const { return {1.0 / (b * b), kLn2 / b}; }
 };
 
 // a = -b, not zero: (1/a^2) [ln(q^a/p^a) + (q^a/p^a)^-1 - 1]
@@ -283,10 +319,10 @@ struct AlphaOpposite : Uncentred {
   KD_INLINE explicit AlphaOpposite(double given) : a(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X distance = X(a * kLn2) * e.delta;
-    const X shortfall = grow(X(-a) * e.delta).less_one;
-    return settle(e, X(1.0 / (a * a)) * (distance + shortfall), X(-1.0 / a) * shortfall);
+    const X shortfall = less_one_of<false>(X(-a) * e.delta);
+    return settle<false>(e, multiply_add(X(a * kLn2), e.delta, shortfall), shortfall);
   }
+  KD_INLINE Term<double> unit() const { return {1.0 / (a * a), -1.0 / a}; }
 };
 
 // a = b = 0: (ln p - ln q)^2 / 2
@@ -294,9 +330,9 @@ struct LogRatio : Uncentred {
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X delta = X(kLn2) * e.delta;
-    return settle(e, X(0.5) * delta * delta, delta);
+    return settle<false>(e, e.delta * e.delta, e.delta);
   }
+  KD_INLINE Term<double> unit() const { return {0.5 * kLn2 * kLn2, kLn2}; }
 };
 
 }  // namespace kd

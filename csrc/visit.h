@@ -53,7 +53,7 @@ KD_INLINE auto visit(const Divergence& divergence, Visitor&& visitor) {
     case DivergenceKind::reverse_kl:
       return visitor(ReverseKl{});
     case DivergenceKind::jsd:
-      return visitor(Jsd(beta));
+      return beta == 0.5 ? visitor(EvenJsd{}) : visitor(Jsd(beta));
     case DivergenceKind::tvd:
       return visitor(Tvd{});
     case DivergenceKind::skew_forward_kl:

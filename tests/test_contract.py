@@ -991,7 +991,10 @@ def test_row30_fork_after_use_does_not_hang(backend: str) -> None:
 
 
 def test_row30_fork_after_use_is_no_worse_than_eager_with_all_threads(backend: str) -> None:
+    """Eager torch hangs there; what is made of its operators hangs with it."""
     only_cpu_tensors(backend)
+    if backend in ("torch", "reference"):
+        pytest.skip("made of eager operators")
     out = run_python(
         """
         import os, signal, sys, time, torch, kdkernels
@@ -1008,7 +1011,7 @@ def test_row30_fork_after_use_is_no_worse_than_eager_with_all_threads(backend: s
             if child == 0:
                 call()
                 os._exit(0)
-            end = time.time() + 20
+            end = time.time() + 15
             while time.time() < end:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
@@ -1019,12 +1022,11 @@ def test_row30_fork_after_use_is_no_worse_than_eager_with_all_threads(backend: s
             return False
 
         eager(), ours()
-        print(survives(eager), survives(ours))
+        print(survives(ours) or not survives(eager))
         """,
         backend,
     )
-    eager, ours = out.split()
-    assert ours == "True" or eager == "False", "hangs after fork where eager does not"
+    assert out == "True\n", "hangs after fork where eager does not"
 
 
 def test_row31_a_rank_with_nothing_to_learn_takes_part(backend: str, tmp_path: Path) -> None:

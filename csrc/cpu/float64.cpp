@@ -54,14 +54,15 @@ double log_probability(double z, double temperature, const LogSumExp& lse) {
 
 void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatistics& statistics) {
   visit(problem.divergence, [&](auto functor) {
+    const Term<double> unit = functor.unit();
     for (int64_t v = 0; v < problem.vocab; ++v) {
       const double log_p = log_probability(at.teacher[v], problem.temperature, sums.teacher);
       const double log_q = log_probability(at.student[v], problem.temperature, sums.student);
       const Entry<double> e = make_entry(log_p, log_q);
       const Term<double> term = functor(e);
-      sums.value += term.value;
-      sums.slope += term.slope;
-      at.slope[v] = term.slope;
+      sums.value += term.value * unit.value;
+      sums.slope += term.slope * unit.slope;
+      at.slope[v] = term.slope * unit.slope;
       statistics.student_entropy -= weigh(e.q, log_q);
       statistics.teacher_entropy -= weigh(e.p, log_p);
     }
