@@ -106,7 +106,8 @@ def make_problem(
 def compile_rows(problem: Problem, mode: str, target: str) -> list[offline.Compiled]:
     """The launches of the row kernel for a problem: ``forward``, ``loss`` or ``recompute``."""
     gpu = offline.TARGETS[target]
-    device = policy.H100._replace(kind=gpu.backend, warp=gpu.warp_size)
+    architecture = gpu.arch if gpu.backend == "cuda" else 0
+    device = policy.H100._replace(kind=gpu.backend, architecture=architecture, warp=gpu.warp_size)
     with offline.compiling(gpu) as launches:
         if mode == "recompute":
             statistics = torch.empty(17, problem.rows, device="meta")

@@ -156,7 +156,7 @@ class Launch:
             nvidia=self.device.kind == "cuda",
             divergence=options.divergence,
             case=_case(problem),
-            power=int(options.temperature) if options.temperature in (1, 2, 3, 4) else 0,
+            power=_power(problem),
             extras=extras,
             with_kd=with_kd,
             kd_in_loss=kd_in_loss,
@@ -281,7 +281,8 @@ class Launch:
             observed = replace(observed, evaluate=False, collect_sums=True)
         # The student's memory may be the gradient's: then a row must be finished before any slice
         # of it is differentiated, since finishing reads the label's logit.
-        in_place = gradient is not None and gradient.data_ptr() == self.student.data_ptr()
+        own = self.student.data_ptr()  # 0 for a tensor without memory
+        in_place = gradient is not None and own != 0 and gradient.data_ptr() == own
         if variant.finish and (in_place or not variant.differentiate):
             programs = min(rows, self.device.processors * launch.residents)
             finish = replace(observed, split=1, differentiate=False, truncated=False)
@@ -292,11 +293,18 @@ class Launch:
 
 
 def _heaviness(problem: Problem) -> int:
-    """How many reasons there are for more registers per element."""
+    """The index of ``policy.TILES``: how much a thread has to hold per element."""
     options = problem.options
     swept = options.divergence in functors.SWEPT
     capped = options.student_softcap != 0 or options.teacher_softcap != 0
-    return swept + capped + (options.divergence == "alpha_beta")
+    reasons = swept + capped + (options.divergence == "alpha_beta")
+    return 1 + reasons if reasons else int(_power(problem) == 0)
+
+
+def _power(problem: Problem) -> int:
+    """T where exp(z) is cheaply a power of exp(z / T), else 0."""
+    temperature = problem.options.temperature
+    return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
 def _case(problem: Problem) -> str:

@@ -62,8 +62,9 @@ class LaunchPolicy:
 NUM_WARPS = 8
 #: A mixture of logarithms or a softcap hold more at once: 16 elements per thread would spill, 8
 #: need 77 registers (jsd, sm_90); the alpha-beta divergence, or both together, need 96 and more.
-#: (vectors, registers, residents) by how many of these a problem has.
-TILES = ((2, 64, 4), (1, 80, 3), (1, 128, 2))
+#: A third exponential (T other than 1, 2, 3, 4) spills two registers of 64 on sm_100 and sm_120.
+#: (vectors, registers, residents) by heaviness: plain, third exponential, one of the above, more.
+TILES = ((2, 64, 4), (2, 80, 3), (1, 80, 3), (1, 128, 2))
 #: Share of the cache that rows in flight may fill, so that their second reading finds them there.
 #: An estimate: an H100's or A100's L2 is two halves, and either may keep a copy.
 CACHE_SHARE = 0.4
@@ -85,6 +86,8 @@ def choose(
         sweeps: times that a launch reads a row; the second and later ones should find it in cache.
         heaviness: an index of TILES.
     """
+    if device.architecture // 10 == 10:
+        heaviness = max(heaviness, 1)  # 64 registers spill there for float32 and for T = 2
     vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
     if device.kind == "interpreter":
         # Its time goes by operations, not by elements: few tiles, but more than one.
