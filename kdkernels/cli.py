@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from . import tune
 from ._version import __version__
 from .dispatch import available_backends
 
@@ -67,6 +68,9 @@ def _run_command(arguments: list[str]) -> int:
         "info", help="versions, processor, and which backends can run"
     )
     info_parser.set_defaults(command=lambda _: info())
+    tune_parser = commands.add_parser("tune", help="measure the Triton kernels on this GPU")
+    tune.add_arguments(tune_parser)
+    tune_parser.set_defaults(command=tune.run)
     namespace = parser.parse_args(arguments)
     return int(namespace.command(namespace))
 
