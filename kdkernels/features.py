@@ -231,5 +231,6 @@ class FeatureProjections(nn.Module):
         name = f"{pair[0]}-{pair[1]}"
         if name not in self.maps:
             return hidden
+        weight = self.maps[name].get_parameter("weight")
         with full_precision(hidden):
-            return self.maps[name](hidden.to(self.maps[name].weight.dtype))
+            return functional.linear(hidden.to(weight.dtype), weight)

@@ -141,10 +141,10 @@ def from_config(source: ModelSource, dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
+def decoder_layers(model: PreTrainedModel, option: str = "student_layers") -> tuple[nn.Module, str]:
     """The module that owns the list of transformer layers, and the list's attribute name.
 
-    ValueError if the model has no list of exactly ``num_hidden_layers`` modules.
+    ValueError, naming ``option``, if no list has exactly ``num_hidden_layers`` modules.
     """
     count = model.config.num_hidden_layers
     for module in model.modules():
@@ -152,7 +152,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, name
     raise ValueError(
-        f"student_layers: {type(model).__name__} has no list of {count} layers to choose from"
+        f"{option}: {type(model).__name__} has no list of {count} layers to choose from"
     )
 
 
@@ -231,3 +231,20 @@ def choose_layers(
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+#: Names under which architectures keep the probability of dropping attention in their config.
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+def attention_dropout(model: PreTrainedModel) -> tuple[str, float]:
+    """The config's name and value of the attention dropout; ("", 0.0) if it has none."""
+    for name in ATTENTION_DROPOUTS:
+        if getattr(model.config, name, None):
+            return name, float(getattr(model.config, name))
+    return "", 0.0
+
+
+def describe(model: PreTrainedModel) -> str:
+    """``'bert' (BertForMaskedLM)``, for messages."""
+    return f"{model.config.model_type!r} ({type(model).__name__})"

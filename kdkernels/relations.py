@@ -78,8 +78,8 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = No
     with full_precision(student):
         ours, theirs, counted = _inputs(student, teacher, mask)
         pairs = _pairs(counted, diagonal=False)
-        distances = [_relative_distances(x, pairs) for x in (ours, theirs)]
-        return masked_mean(functional.smooth_l1_loss(*distances, reduction="none"), pairs)
+        a, b = (_relative_distances(x, pairs) for x in (ours, theirs))
+        return masked_mean(functional.smooth_l1_loss(a, b, reduction="none"), pairs)
 
 
 def _relative_distances(vectors: Tensor, pairs: Tensor) -> Tensor:
@@ -109,11 +109,14 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
         ours, theirs, counted = _inputs(student, teacher, mask)
         different = _pairs(counted, diagonal=False)
         triplets = different.unsqueeze(-1) & different.unsqueeze(-2) & different.unsqueeze(-3)
-        cosines = []
-        for x in (ours, theirs):
-            rays = unit(x.unsqueeze(-3) - x.unsqueeze(-2))  # [..., vertex, end, D]
-            cosines.append(rays @ rays.transpose(-2, -1))  # [..., vertex, end, other end]
-        return masked_mean(functional.smooth_l1_loss(*cosines, reduction="none"), triplets)
+        a, b = (_cosines(x) for x in (ours, theirs))
+        return masked_mean(functional.smooth_l1_loss(a, b, reduction="none"), triplets)
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """[..., N, N, N]: vertex, one end, other end."""
+    rays = unit(vectors.unsqueeze(-3) - vectors.unsqueeze(-2))  # [..., vertex, end, D]
+    return rays @ rays.transpose(-2, -1)
 
 
 def gram_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -170,8 +173,11 @@ def self_attention_relation_loss(
             raise ValueError(f"heads: {heads} does not divide the {name}'s width {width}")
     with full_precision(student):
         ours, theirs, counted = _inputs(student, teacher, mask)
-        scores = []
-        for x in (ours, theirs):
-            split = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, S, D / heads]
-            scores.append(split @ split.transpose(-2, -1) / math.sqrt(split.shape[-1]))
-        return row_kl(scores[0], scores[1], counted, num_items, backend)
+        a, b = (_relation_scores(x, heads) for x in (ours, theirs))
+        return row_kl(a, b, counted, num_items, backend)
+
+
+def _relation_scores(vectors: Tensor, heads: int) -> Tensor:
+    """Scaled dot products [B, heads, S, S] of vectors [B, S, D] with themselves."""
+    split = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split @ split.transpose(-2, -1) / math.sqrt(split.shape[-1])

@@ -8,12 +8,16 @@ stays out of the optimizer and of the checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -23,18 +27,24 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import divergences
+from . import divergences, schedules
+from .capture import Features, Needs, Recorder
 from .dispatch import available_backends
 from .functional import KDLossOutput, fused_kd_loss
 from .models import refuse_unless_causal, tokenizer_difference, vocab_size
+from .terms import EXAMPLE_TERMS, Counts, DistillationTerms, TermArguments
 
 VOCAB_POLICIES = ("error", "truncate")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+#: In a checkpoint: what the terms have learnt (projections, log variances, factors).
+TERMS_FILE = "distillation_terms.safetensors"
+_TERMS_NAME = "kdkernels_terms"
+
 
 @dataclass
-class DistillationArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` plus the options of the distillation loss.
+class DistillationArguments(TermArguments, TrainingArguments):
+    """``transformers.TrainingArguments`` plus the options of the distillation loss and its terms.
 
     ``label_smoothing_factor`` of the base class is the smoothing of the label term. A bad value
     raises ValueError that names the option, the value and what is allowed.
@@ -102,6 +112,17 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_terms()
+        # Evaluations are comparable along a run: they use what the schedules end with.
+        if self.alpha_schedule is not None:
+            ends = self.alpha_over_time()
+            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
+            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
+            self.alpha = ends.end
+        if self.temperature_schedule is not None:
+            ends = self.temperature_over_time()
+            self._check_number("temperature_schedule", ends.lowest, ends.lowest > 0, "> 0")
+            self.temperature = ends.end
         self._check_number("temperature", self.temperature, self.temperature > 0, "> 0")
         self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
         self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
@@ -136,6 +157,16 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
         if backends[name]:
             raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
+
+    def alpha_over_time(self) -> schedules.Schedule:
+        """``alpha_schedule``, or the constant ``alpha``."""
+        given = self.alpha if self.alpha_schedule is None else self.alpha_schedule
+        return schedules.parse("alpha_schedule", given)
+
+    def temperature_over_time(self) -> schedules.Schedule:
+        """``temperature_schedule``, or the constant ``temperature``."""
+        given = self.temperature if self.temperature_schedule is None else self.temperature_schedule
+        return schedules.parse("temperature_schedule", given)
 
     def resolved_divergence(self) -> divergences.Divergence:
         """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
@@ -223,10 +254,14 @@ class DistillationTrainer(Trainer):
             raise TypeError(f"args: {type(args).__name__} is not a DistillationArguments")
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: not used here; the loss is fused_kd_loss")
-        if teacher is None and args.alpha > 0:
+        self._weights = args.resolved_terms()
+        beside_response = [name for name in self._weights if name != "response"]
+        if teacher is None and args.alpha_over_time().highest > 0:
             raise ValueError(
                 f"teacher: None, but alpha = {args.alpha} needs one (alpha=0 does not)"
             )
+        if teacher is None and beside_response:
+            raise ValueError(f"teacher: None, but terms: {', '.join(beside_response)} need one")
         super().__init__(model=model, args=args, **trainer_kwargs)
         # Both make the base class count the predicted tokens of an update, for any architecture:
         # the labels are shifted inside the loss, whatever the model's own loss would do.
@@ -237,10 +272,16 @@ class DistillationTrainer(Trainer):
         self._logged = Sums()
         self._log_first_step = 0
         self._evaluated = Sums()
+        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
+        self._update: Counts | None = None
+        self._starts_update = True
         refuse_unless_causal(self.model.config, "model")
+        self.terms: DistillationTerms | None = None
         if teacher is not None:
             self._check_teacher(teacher, teacher_processing_class)
             self._place_teacher(teacher)
+            if beside_response:
+                self.terms = DistillationTerms(args, self.model, teacher)
 
     def _check_teacher(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
@@ -271,19 +312,38 @@ class DistillationTrainer(Trainer):
         elif getattr(teacher, "hf_device_map", None) is None:
             module.to(self.args.device)
         takes_cache = "use_cache" in inspect.signature(teacher.forward).parameters
+        self._no_recorder = Recorder(teacher, Needs(), "teacher")
         self._teacher_kwargs = {"use_cache": False} if takes_cache else {}
 
     # ---- the loss ------------------------------------------------------------------------------
 
-    def teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Logits [B, S, V] of the teacher on the student's device; None when it is not needed."""
-        if self.teacher is None or self.args.alpha == 0:
+    @property
+    def progress(self) -> float:
+        """0 at the first update of the run, 1 at the last; what schedules are a function of."""
+        return self.state.global_step / max(1, self.state.max_steps - 1)
+
+    @property
+    def _response_has_teacher(self) -> bool:
+        return self.teacher is not None and self._alpha.highest > 0
+
+    def student_features(self, model: nn.Module, inputs: dict[str, Any]) -> Features:
+        """One forward of the student, with what the terms compare."""
+        return (
+            Features(model(**inputs))
+            if self.terms is None
+            else self.terms.student.run(model, inputs)
+        )
+
+    def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
+        """One forward of the teacher, on the student's device; None when it is not needed."""
+        if self.teacher is None or not (self._response_has_teacher or self.terms):
             return None
         device = next(self.teacher.parameters()).device
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        recorder = self._no_recorder if self.terms is None else self.terms.teacher
         with torch.no_grad():
-            logits = self.teacher(**moved, **self._teacher_kwargs).logits
-        return logits.to(self.args.device)
+            features = recorder.run(self.teacher, moved, **self._teacher_kwargs)
+        return features.to(self.args.device)
 
     def distillation_loss(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, **options: Any
@@ -292,23 +352,19 @@ class DistillationTrainer(Trainer):
         args = self.args
         settings: dict[str, Any] = {
             "temperature": args.temperature,
-            "alpha": args.alpha if teacher_logits is not None else 0.0,
+            "alpha": args.alpha,
             "divergence": self._divergence,
             "temperature_squared": args.temperature_squared,
             "label_smoothing": args.label_smoothing_factor,
             "z_loss": args.z_loss,
             "vocab_policy": args.vocab_policy,
             "backend": args.loss_backend,
-        }
+        } | options
         # With alpha = 0 the teacher term is multiplied by 0; the student stands in for the teacher.
-        teacher_logits = student_logits.detach() if teacher_logits is None else teacher_logits
+        if teacher_logits is None:
+            teacher_logits, settings["alpha"] = student_logits.detach(), 0.0
         output = fused_kd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            shift=True,
-            return_outputs=True,
-            **settings | options,
+            student_logits, teacher_logits, labels, shift=True, return_outputs=True, **settings
         )
         assert isinstance(output, KDLossOutput)
         return output
@@ -322,19 +378,64 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of one micro-batch over ``num_items_in_batch`` tokens (None: its own tokens)."""
         labels, inputs = self._take_labels(inputs)
-        outputs = model(**inputs)
-        teacher_logits = self.teacher_logits(inputs)
-        num_items = num_items_in_batch
-        parts = self.distillation_loss(outputs.logits, teacher_logits, labels, num_items=num_items)
+        student = self.student_features(model, inputs)
+        teacher = self.teacher_features(inputs)
+        num_items, progress = num_items_in_batch, self.progress
+        parts = self.distillation_loss(
+            _logits(student),
+            _logits(teacher) if teacher is not None and self._response_has_teacher else None,
+            labels,
+            num_items=num_items,
+            alpha=self._alpha.at(progress),
+            temperature=self._temperature.at(progress),
+        )
         # DistributedDataParallel averages gradients over processes; the denominator already counts
         # the tokens of all of them.
         scale = 1
         if self.args.average_tokens_across_devices and num_items is not None:
             scale = self.accelerator.num_processes // self.get_tp_size()
+        loss, values = parts.loss * self._weights["response"].at(progress), {}
+        if self.terms is not None and teacher is not None:
+            mask = _token_mask(inputs)
+            own = Counts.of(mask)
+            counts = own if num_items is None or self._update is None else self._update
+            values = self.terms(student, teacher, mask, counts)
+            loss = self._combined(model, parts.loss, values, own.examples / counts.examples)
         if model.training:
-            self._observe_step(parts, labels, num_items, scale)
-        loss = parts.loss * scale
-        return (loss, outputs) if return_outputs else loss
+            self._observe_step(parts, labels, num_items, scale, values)
+        loss = loss * scale
+        return (loss, student.outputs) if return_outputs else loss
+
+    def _combined(
+        self, model: nn.Module, response: Tensor, values: dict[str, Tensor], share: Tensor
+    ) -> Tensor:
+        """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
+        assert self.terms is not None
+        named = {"response": response} | values
+        due = self._starts_update and self.state.global_step % self.args.balance_steps == 0
+        if self.args.balance == "gradient_norm" and model.training and due:
+            trained = [p for p in self._student_parameters() if p.requires_grad]
+            norms = self.terms.gradient_norms(named, trained)
+            self.terms.rebalance(self.accelerator.reduce(norms, reduction="mean"))
+        self._starts_update = False
+        return self.terms.total(named, self.progress, share)
+
+    def _student_parameters(self) -> list[nn.Parameter]:
+        own = {id(parameter) for parameter in self.terms.parameters()} if self.terms else set()
+        return [p for p in self.model.parameters() if id(p) not in own]
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> Tensor | int | None:
+        """The base class's number of predicted tokens; also counts what the terms divide by."""
+        self._starts_update = True
+        if self.terms is not None:
+            counts = [Counts.of(_token_mask(batch)) for batch in batch_samples]
+            total = torch.stack([torch.stack(c) for c in counts]).sum(0).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._update = Counts(*total.unbind())
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     @staticmethod
     def _take_labels(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -356,14 +457,20 @@ class DistillationTrainer(Trainer):
         tokens = labels[..., 1:].ne(-100).sum()
         assert parts.ce_loss is not None and parts.accuracy is not None  # there are labels
         named = {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
-        if self.teacher is not None and self.args.alpha > 0:
+        if self._response_has_teacher:
             named |= {"kd_loss": parts.kd_loss, "agreement": parts.agreement * tokens}
         return named
 
     def _observe_step(
-        self, parts: KDLossOutput, labels: Tensor, num_items: Tensor | int | None, scale: int
+        self,
+        parts: KDLossOutput,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        scale: int,
+        values: dict[str, Tensor],
     ) -> None:
         named = self._parts(parts, labels)
+        named |= {f"{name}_loss": value.detach() for name, value in values.items()}
         denominator = torch.as_tensor(
             labels[..., 1:].ne(-100).sum() if num_items is None else num_items
         ).clamp(min=1)
@@ -380,7 +487,15 @@ class DistillationTrainer(Trainer):
             steps = max(1, self.state.global_step - self._log_first_step)
             parts = self._logged.take(self, "mean")
             logs |= {name: value / steps for name, value in parts.items()}
+            logs |= self._scheduled()
         super().log(logs, start_time)
+
+    def _scheduled(self) -> dict[str, float]:
+        """What changes during training: its values at the update just made."""
+        progress = max(0, self.state.global_step - 1) / max(1, self.state.max_steps - 1)
+        settings = {"alpha": self._alpha, "temperature": self._temperature}
+        changing = {n: s.at(progress) for n, s in settings.items() if s.kind != "constant"}
+        return changing if self.terms is None else changing | self.terms.state_to_log(progress)
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -393,28 +508,39 @@ class DistillationTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Adds one batch to the token-weighted sums, from which the losses are computed."""
         labels, inputs = self._take_labels(self._prepare_inputs(inputs))
-        counted = self._without_surplus(labels)
+        real = self._real_examples(len(labels), labels.device)
+        counted = labels.masked_fill(~real[:, None], -100)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-            sums = self.distillation_loss(
-                logits, self.teacher_logits(inputs), counted, num_items=1, label_smoothing=0.0
+            student, teacher = self.student_features(model, inputs), self.teacher_features(inputs)
+            logits = _logits(student)
+            taught = (
+                _logits(teacher) if teacher is not None and self._response_has_teacher else None
             )
+            sums = self.distillation_loss(logits, taught, counted, num_items=1, label_smoothing=0.0)
+            if self.terms is not None and teacher is not None:
+                self._evaluate_terms(student, teacher, _token_mask(inputs) & real[:, None])
         tokens = counted[..., 1:].ne(-100).sum()
         self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **self._parts(sums, counted))
         return (None, None, None) if prediction_loss_only else (None, logits, labels)
 
-    def _without_surplus(self, labels: Tensor) -> Tensor:
-        """Labels with -100 in the examples that only fill up the last batch of all processes."""
+    def _evaluate_terms(self, student: Features, teacher: Features, mask: Tensor) -> None:
+        assert self.terms is not None
+        one = torch.ones((), device=mask.device)
+        values = self.terms(student, teacher, mask, Counts(one, one))
+        counts = Counts.of(mask)._asdict()
+        self._evaluated.add(**counts, **{f"{name}_loss": value for name, value in values.items()})
+
+    def _real_examples(self, count: int, device: torch.device) -> Tensor:
+        """Bool [count]: False for examples that only fill up the last batch of all processes."""
         state = self.accelerator.gradient_state
         if (
             self.accelerator.num_processes == 1
             or not state.end_of_dataloader
             or state.remainder < 1
         ):
-            return labels
-        first = self.accelerator.process_index * len(labels)
-        real = torch.arange(first, first + len(labels), device=labels.device) < state.remainder
-        return labels.masked_fill(~real[:, None], -100)
+            return torch.ones(count, dtype=torch.bool, device=device)
+        first = self.accelerator.process_index * count
+        return torch.arange(first, first + count, device=device) < state.remainder
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The base class's loop; losses and shares are means over all predicted tokens."""
@@ -427,14 +553,109 @@ class DistillationTrainer(Trainer):
             # then leave it without DistributedDataParallel: every process would train alone.
             vars(self.model).pop(mark, None)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        sums = self._evaluated.take(self, "sum")
-        tokens = sums.pop("tokens", 0.0)
-        means = {name: value / max(tokens, 1.0) for name, value in sums.items()}
-        if "ce_loss" in means:
-            means["perplexity"] = _exp(means["ce_loss"])
+        means = self._means(self._evaluated.take(self, "sum"))
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Every sum over its own denominator; ``loss`` is of all terms, at end weights."""
+        counts = {name: sums.pop(name, 0.0) for name in ("tokens", "positions", "examples")}
+        denominators = {name: max(count, 1.0) for name, count in counts.items()}
+        weights = self._weights
+        kinds = {f"{n}_loss": "examples" if n in EXAMPLE_TERMS else "positions" for n in weights}
+        means = {n: value / denominators[kinds.get(n, "tokens")] for n, value in sums.items()}
+        if "loss" in means:
+            means["loss"] *= weights["response"].end
+            beside = [name for name in weights if f"{name}_loss" in means]
+            means["loss"] += sum(weights[name].end * means[f"{name}_loss"] for name in beside)
+        if "ce_loss" in means:
+            means["perplexity"] = _exp(means["ce_loss"])
+        return means
+
+    # ---- what the terms learn ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _attached_terms(self, attached: bool) -> Iterator[None]:
+        """The terms' parameters as a part of the student, for the optimizer and DDP, or not.
+
+        They are attached while training only, and taken off to save or load the student.
+        """
+        modules = self.model._modules
+        before = modules.get(_TERMS_NAME)
+        if self.terms is not None and attached:
+            modules[_TERMS_NAME] = self.terms
+        else:
+            modules.pop(_TERMS_NAME, None)
+        try:
+            yield
+        finally:
+            modules.pop(_TERMS_NAME, None)
+            if before is not None:
+                modules[_TERMS_NAME] = before
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.terms is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        # DistributedDataParallel takes parameters that its own forward does not use for unused.
+        # Their gradients are averaged in training_step; they start equal in every process, since
+        # the base class's constructor seeds right before they are made.
+        names = [f"{_TERMS_NAME}.{name}" for name in self.terms.state_dict()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.model, names
+        )
+        with self._attached_terms(True):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        several = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients
+        if self.terms is not None and several:
+            for parameter in self.terms.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The student alone, and what the terms have learnt in a file of its own."""
+        if state_dict is not None:
+            prefix = f"{_TERMS_NAME}."
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        with self._attached_terms(False):
+            super()._save(output_dir, state_dict)
+        if self.terms is not None and self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            save_file(self.terms.state_dict(), folder / TERMS_FILE)
+
+    def _load_terms(self, folder: str) -> None:
+        if self.terms is not None and (Path(folder) / TERMS_FILE).exists():
+            self.terms.load_state_dict(load_file(Path(folder) / TERMS_FILE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with self._attached_terms(False):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_terms(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._attached_terms(False):
+            super()._load_best_model()
+        self._load_terms(str(self.state.best_model_checkpoint))
+
+
+def _logits(features: Features) -> Tensor:
+    assert features.logits is not None
+    return features.logits
+
+
+def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Bool [B, S]: the tokens of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    tokens = inputs["input_ids"]
+    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
 
 
 def _exp(value: float) -> float:
