@@ -135,7 +135,7 @@ class NinjaBuild(build_ext):
         flags = [
             *COMMON_FLAGS,
             *(f"-I{path}" for path in headers),
-            *(["-fopenmp"] if openmp else []),
+            *(["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"]),
         ]
         flags += ["-DKDKERNELS_X86"] if IS_X86 else []
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))

@@ -88,7 +88,8 @@ def _retained(run: record.Run, chosen: list[Workload], args: argparse.Namespace)
 def _memory(
     run: record.Run, chosen: list[Workload], providers: list[Provider], args: argparse.Namespace
 ) -> None:
-    for workload in (w for w in chosen if w.name in MEMORY_WORKLOADS):
+    names = MEMORY_WORKLOADS[:1] if args.quick else MEMORY_WORKLOADS
+    for workload in (w for w in chosen if w.name in names):
         for provider in providers:
             if provider.family != "kernel" and provider.why_not(workload) is None:
                 found = memory.in_subprocess(provider.name, workload, args.device, args.threads)

@@ -78,6 +78,8 @@ def _prepared(
     for provider in providers:
         entry = entries[provider.name] = Entry(provider.name, provider.family)
         reason = provider.why_not(workload)
+        if workload.families is not None and provider.family not in workload.families:
+            reason = f"no {provider.family} in {workload.group}"
         if reason:
             entry.status, entry.reason = "skipped", reason
             continue

@@ -63,7 +63,7 @@ def _headline(run: Run) -> str:
     rounds = [r for contest in run.contests for r in contest.rounds]
     quiet = sum(len(summary.quiet_rounds(contest)) for contest in run.contests)
     loads = [r.load for r in rounds] or [0.0]
-    isa = machine.get("kernel_isa_forced") or next(iter(machine.get("kernel_isas") or []), "none")
+    forced = " (forced)" if machine.get("kernel_isa_forced") else ""
     rates = "; ".join(
         f"{b['name']} {b['threads']} thread(s) {b['median']:.1f} (best {b['best']:.1f})"
         for b in run.bandwidth
@@ -75,7 +75,7 @@ def _headline(run: Run) -> str:
         f"{machine['cores']} cores, {options['threads']} threads, device {machine['device']}, "
         f"huge pages `{machine['huge_pages']}`",
         f"- caches: {', '.join(machine['caches'])}",
-        f"- instruction set: kernel {isa}, torch {machine['torch_isa']}",
+        f"- instruction set: kernel {machine['kernel_isa']}{forced}, torch {machine['torch_isa']}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in versions.items() if _is_version(k, v))}; "
         f"commit {versions['commit'][:10]}{changed}",
         f"- {quiet} of {len(rounds)} rounds were quiet (others took <= "
@@ -107,8 +107,9 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _times(contest: Contest, rival: str | None, own: str = "fused") -> str:
-    found = summary.ratio(contest, rival, own) if rival else None
+def _times(contest: Contest, rival: str | None, clock: str = "wall_ns") -> str:
+    """How many times more than the fused call the rival takes."""
+    found = summary.ratio(contest, rival, "fused", clock) if rival else None
     return "-" if found is None else f"{found.median:.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
@@ -211,6 +212,7 @@ def _detail(run: Run, contest: Contest) -> str:
                 _number(summary.per_logit(run, contest, name)),
                 _number(summary.bandwidth_share(run, contest, name), ".0%"),
                 _times(contest, name),
+                _times(contest, name, "cpu_ns"),
                 _errors(contest, name),
             ]
         )
@@ -227,7 +229,8 @@ def _detail(run: Run, contest: Contest) -> str:
                 "CPU / threads",
                 "ns/logit",
                 "of copy bw",
-                "time / fused",
+                "wall / fused",
+                "CPU / fused",
                 "error loss / grad",
             ],
             rows,
@@ -271,7 +274,7 @@ def plot(run: Run, path: Path) -> bool:
         return False
     panels = 3 if other else 2
     figure, axes = pyplot.subplots(
-        panels, 1, figsize=(max(8.0, 1.15 * len(shown)), 4.2 * panels), layout="constrained"
+        panels, 1, figsize=(max(11.0, 1.15 * len(shown)), 4.2 * panels), layout="constrained"
     )
     _draw_speedups(axes[0], shown)
     _draw_costs(axes[1], run, shown, [_shape_label(c) for c in shown])

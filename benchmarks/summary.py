@@ -58,9 +58,9 @@ def samples(contest: Contest, provider: str, clock: str = "wall_ns") -> list[flo
     return [times[i] for i in used_rounds(contest)]
 
 
-def ratio(contest: Contest, slow: str, fast: str) -> Spread | None:
+def ratio(contest: Contest, slow: str, fast: str, clock: str = "wall_ns") -> Spread | None:
     """How many times faster ``fast`` is, taken round by round."""
-    pairs = zip(samples(contest, slow), samples(contest, fast), strict=False)
+    pairs = zip(samples(contest, slow, clock), samples(contest, fast, clock), strict=False)
     return spread([a / b for a, b in pairs])
 
 

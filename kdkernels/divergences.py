@@ -97,21 +97,28 @@ def _weighted_log_ratio(weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     return (weight * ratio).masked_fill(none, 0.0)
 
 
-def _log_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(beta * p + (1 - beta) * q) for 0 < beta < 1, in log space; -inf where both are -inf.
+def _weighted(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor with 0 * anything = 0, in the value and in autograd's gradient."""
+    return (weight * factor.masked_fill(weight == 0, 0.0)).masked_fill(weight == 0, 0.0)
 
-    Where the two are equal the result is that very number, so that a divergence of a distribution
-    from itself is exactly 0.
+
+def _logs_over_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(log(p / m), log(q / m)) for m = beta * p + (1 - beta) * q and 0 < beta < 1; 0 where both
+    are -inf.
+
+    From log(q / p) and not from log m, which would round away what is left where p and q are close:
+    both are exactly 0 where p = q.
     """
     dead = _is_dead(log_p, log_q)
-    a = log_p.masked_fill(dead, 0.0)
-    b = log_q.masked_fill(dead, 0.0)
-    p_is_larger = a >= b
-    # log m = larger + log1p(weight of the smaller * (exp(smaller - larger) - 1)).
-    grow_b = torch.log1p((1 - beta) * torch.expm1(torch.where(p_is_larger, b - a, 0.0)))
-    grow_a = torch.log1p(beta * torch.expm1(torch.where(p_is_larger, 0.0, a - b)))
-    mixture = torch.where(p_is_larger, a + grow_b, b + grow_a)
-    return mixture.masked_fill(dead, -math.inf)
+    gap = log_q.masked_fill(dead, 0.0) - log_p.masked_fill(dead, 0.0)
+    p_is_larger = gap <= 0
+    # m = larger * (1 + weight of the smaller * (smaller / larger - 1)).
+    p_over_m = -torch.log1p((1 - beta) * torch.expm1(gap.clamp(max=0)))
+    q_over_m = -torch.log1p(beta * torch.expm1((-gap).clamp(max=0)))
+    return (
+        torch.where(p_is_larger, p_over_m, q_over_m - gap),
+        torch.where(p_is_larger, gap + p_over_m, q_over_m),
+    )
 
 
 def _check_beta(name: str, beta: float, low_open: bool, high_open: bool) -> None:
@@ -177,16 +184,16 @@ class JSD(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return self.canonical().value(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return self.beta * _weighted_log_ratio(log_p.exp(), log_p, log_m) + (
-            1 - self.beta
-        ) * _weighted_log_ratio(log_q.exp(), log_q, log_m)
+        p_over_m, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return self.beta * _weighted(log_p.exp(), p_over_m) + (1 - self.beta) * _weighted(
+            log_q.exp(), q_over_m
+        )
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        return (1 - self.beta) * _weighted_log_ratio(log_q.exp(), log_q, log_m)
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return (1 - self.beta) * _weighted(log_q.exp(), q_over_m)
 
 
 @dataclass(frozen=True)
@@ -229,14 +236,14 @@ class SkewForwardKL(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 0:
             return self.canonical().value(log_p, log_q)
-        return _weighted_log_ratio(log_p.exp(), log_p, _log_mixture(self.beta, log_p, log_q))
+        p_over_m, _ = _logs_over_mixture(self.beta, log_p, log_q)
+        return _weighted(log_p.exp(), p_over_m)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 0:
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
-        share = (1 - self.beta) * torch.exp(log_q - log_m)
-        return (-log_p.exp() * share).masked_fill(_is_dead(log_p, log_q), 0.0)
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return -log_p.exp() * (1 - self.beta) * torch.exp(q_over_m)
 
 
 @dataclass(frozen=True)
@@ -261,18 +268,17 @@ class SkewReverseKL(Divergence):
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 1:
             return self.canonical().value(log_p, log_q)
-        return _weighted_log_ratio(log_q.exp(), log_q, _log_mixture(self.beta, log_p, log_q))
+        _, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
+        return _weighted(log_q.exp(), q_over_m)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta == 1:
             return self.canonical().slope(log_p, log_q)
-        log_m = _log_mixture(self.beta, log_p, log_q)
+        p_over_m, q_over_m = _logs_over_mixture(self.beta, log_p, log_q)
         q = log_q.exp()
         # q (1 - share) with share = (1 - beta) q / m the student's part of the mixture; 1 - share
         # is the teacher's part, formed without cancellation.
-        teacher_share = self.beta * torch.exp(log_p - log_m)
-        slope = _weighted_log_ratio(q, log_q, log_m) + q * teacher_share
-        return slope.masked_fill(_is_dead(log_p, log_q), 0.0)
+        return _weighted(q, q_over_m) + q * (self.beta * torch.exp(p_over_m))
 
 
 @dataclass(frozen=True)

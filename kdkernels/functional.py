@@ -156,6 +156,7 @@ def fused_kd_loss(
         gradient=gradient,
         backend=backend,
     )
+    _flag("return_outputs", return_outputs)
     problem = call.problem
     store = call.gradient == "forward" and student_logits.requires_grad and torch.is_grad_enabled()
     loss, statistics, _ = ops.kd_forward(
@@ -223,7 +224,7 @@ def prepare(
     _check_choices(gradient, label_smoothing, labels)
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
-    if shift:
+    if _flag("shift", shift):
         mask, weights = _shifted(student_logits, mask, weights, ignore_index)
     items = _item_tensor(num_items, student_logits, reduction)
     problem = Problem(student_logits, teacher_logits.detach(), mask, weights, items, options)
@@ -231,7 +232,7 @@ def prepare(
         stored = student_logits.dtype != torch.float16 and reduction != "none"
         gradient = "forward" if stored else "recompute"
     name = choose_backend(problem, backend)
-    return Call(problem, name, gradient, bool(shift), labels is not None)
+    return Call(problem, name, gradient, shift, labels is not None)
 
 
 def finish(
@@ -281,6 +282,10 @@ def _pair(name: str, given: Any, default: float) -> tuple[Any, Any]:
     pair = given if isinstance(given, (tuple, list)) else (given, given)
     if len(pair) != 2:
         raise ValueError(f"{name}: {given!r} is neither a number nor a pair (student, teacher)")
+    if any(isinstance(one, bool) for one in pair):
+        raise TypeError(f"{name}: expected numbers, got {given!r}")
+    if any(one is not None and one == 0 for one in pair):
+        raise ValueError(f"{name}: {given!r} contains a 0; None leaves the logits alone")
     student, teacher = (default if one is None else one for one in pair)
     return student, teacher
 
@@ -294,12 +299,18 @@ def _default_alpha(alpha: float | None, labels: Tensor | None) -> float:
 
 
 def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
-    if not isinstance(given, numbers.Real):
+    if not isinstance(given, numbers.Real) or isinstance(given, bool):
         raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
     number: Any = given
     if not (-math.inf < number < math.inf and ok(number)):  # traceable, unlike math.isfinite
         raise ValueError(f"{name}: {given!r} is not {allowed}")
     return float(number)
+
+
+def _flag(name: str, given: Any) -> bool:
+    if not isinstance(given, bool):  # "no" and "false" are true
+        raise TypeError(f"{name}: {given!r} is neither True nor False")
+    return given
 
 
 def _options(
@@ -318,7 +329,7 @@ def _options(
     """The scalars, checked."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
-    if not isinstance(ignore_index, numbers.Integral):
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if num_items is not None:
         num_items = _number("num_items", num_items, "a finite number > 0", lambda n: n > 0)
@@ -327,7 +338,7 @@ def _options(
     student_scale, teacher_scale, student_softcap, teacher_softcap = transforms
     return Options(
         temperature=temperature,
-        temperature_squared=bool(temperature_squared),
+        temperature_squared=_flag("temperature_squared", temperature_squared),
         alpha=_number("alpha", alpha, "finite", lambda a: True),
         divergence=resolved.name,
         parameters=resolved.parameters,
@@ -345,7 +356,8 @@ def _options(
     )
 
 
-_cached_options = functools.lru_cache(maxsize=512)(_options)
+# typed: True and 1 are different arguments.
+_cached_options = functools.lru_cache(maxsize=512, typed=True)(_options)
 
 
 def _checked(*arguments: Any) -> Options:

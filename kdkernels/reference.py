@@ -54,7 +54,9 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     if options.alpha != 0 or extras:
         kd = problem.divergence.value(log_p, log_q).sum(-1)
         # A row that has no distribution has no divergence, even where 0 * NaN was skipped.
-        kd = torch.where(log_p.isnan().any(-1) | log_q.isnan().any(-1), math.nan, kd)
+        # A factor and not a choice, which would give that row a gradient of 0.
+        broken = log_p.isnan().any(-1) | log_q.isnan().any(-1)
+        kd = kd * torch.where(broken, math.nan, 1.0)
         out["kd"] = kd * options.kd_scale
     if labels is not None and (options.alpha != 1 or extras):
         out["ce"] = F.cross_entropy(
@@ -118,4 +120,4 @@ def forward(
         if name == "loss" and token_weights is not None:
             row = row * token_weights.reshape(-1)
         statistics[index] = torch.where(alive, row, 0.0)
-    return loss.detach(), statistics.reshape(-1, *shape), gradient
+    return loss.detach(), statistics.reshape(len(STATISTICS), *shape), gradient

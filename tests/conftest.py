@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import cases
 import pytest
 import torch
 
-import cases
 from kdkernels.backends import BACKENDS
 
 

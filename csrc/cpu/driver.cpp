@@ -152,7 +152,7 @@ void run_rows(const Problem& problem, RowFunction function, double denominator, 
     return;
   }
   // Chunks that are taken as threads come free: a core lost to another process delays one chunk.
-  const int64_t chunk = rows / (threads * 16) > 0 ? rows / (threads * 16) : 1;
+  [[maybe_unused]] const int64_t chunk = rows / (threads * 16) > 0 ? rows / (threads * 16) : 1;
   bool exhausted = false;
 #pragma omp parallel num_threads(threads) reduction(|| : exhausted)
   {

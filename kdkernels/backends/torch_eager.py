@@ -188,7 +188,7 @@ def _run(
             grad_rows[(*at, slice(0, vocab))] = chunk.gradient(upstream[at])
     shape = problem.leading_shape
     loss = rows.reshape(shape) if problem.options.reduction == "none" else sum_rows(rows)
-    return Result(loss, statistics.reshape(-1, *shape), gradient)
+    return Result(loss, statistics.reshape(len(STATISTICS), *shape), gradient)
 
 
 def _tiles(grid: tuple[int, int], row_bytes: int) -> Iterator[tuple[slice, slice]]:

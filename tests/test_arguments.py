@@ -1,0 +1,292 @@
+"""Every bad argument gets an error that names it, its value and what is allowed; and KDLoss."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import cases
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import KDLoss, fused_kd_loss
+from kdkernels.divergences import JSD, AlphaBeta, SkewForwardKL, SkewReverseKL
+
+LABELS = torch.tensor([0, 1, 2])
+NUMBERS = ("temperature", "alpha", "label_smoothing", "z_loss", "logit_softcap", "logit_scale")
+
+
+def refuse(error: type[Exception], match: str, *tensors: Any, **options: Any) -> None:
+    if not tensors:
+        tensors = (*cases.pair((3, 8)), LABELS)
+    with pytest.raises(error, match=match):
+        fused_kd_loss(*tensors, **options)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf), ids=str)
+def test_numbers_must_be_finite(name: str, value: float) -> None:
+    refuse(ValueError, rf"{name}.*{value}", **{name: value})
+
+
+@pytest.mark.parametrize("name", (*NUMBERS, "beta", "num_items"))
+@pytest.mark.parametrize("value", ("2", [2.0, 1.0, 3.0], {}, 1j, object()), ids=repr)
+def test_numbers_must_be_numbers(name: str, value: Any) -> None:
+    refuse((TypeError, ValueError), name, **{name: value})
+
+
+@pytest.mark.parametrize("name", ("temperature", "alpha", "label_smoothing", "z_loss", "beta"))
+def test_a_tensor_is_not_a_number(name: str) -> None:
+    refuse(TypeError, rf"{name}.*Tensor", **{name: torch.tensor(0.5)})
+
+
+@pytest.mark.parametrize("name", ("temperature", "label_smoothing", "z_loss", "beta"))
+def test_none_is_not_a_number(name: str) -> None:
+    refuse(TypeError, rf"{name}.*NoneType", **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("label_smoothing", -0.1),
+        ("label_smoothing", 1.1),
+        ("z_loss", -1e-4),
+        ("num_items", 0),
+        ("num_items", -3),
+        ("num_items", math.inf),
+        ("logit_softcap", -1.0),
+        ("logit_softcap", 0.0),
+        ("logit_softcap", (30.0, 0)),
+        ("logit_softcap", (30.0, -2.0)),
+        ("logit_scale", 0.0),
+        ("logit_scale", (1.0, 0.0)),
+        ("logit_scale", (1.0, 2.0, 3.0)),
+        ("logit_softcap", (1.0,)),
+        ("reduction", "avg"),
+        ("reduction", None),
+        ("reduction", "batchmean"),
+        ("vocab_policy", "pad"),
+        ("vocab_policy", None),
+        ("gradient", "backward"),
+        ("gradient", True),
+        ("backend", "gpu"),
+        ("backend", ""),
+        ("divergence", "kl"),
+        ("divergence", ""),
+        ("divergence", "Forward_KL"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+    *_, shown = value if isinstance(value, tuple) else (value,)
+    refuse(ValueError, f"{name}.*{shown!r}", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", True),
+        ("alpha", True),
+        ("shift", 1),
+        ("shift", "yes"),
+        ("temperature_squared", "no"),
+        ("temperature_squared", None),
+        ("return_outputs", "yes"),
+        ("ignore_index", -100.0),
+        ("ignore_index", None),
+        ("ignore_index", True),
+        ("divergence", None),
+        ("divergence", 3),
+        ("divergence", JSD),
+        ("backend", 1),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_named(name: str, value: Any) -> None:
+    refuse((TypeError, ValueError), name, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta", "match"),
+    [
+        ("jsd", -0.1, r"beta: -0.1 .*\[0, 1\]"),
+        ("jsd", 1.5, r"beta: 1.5 .*\[0, 1\]"),
+        ("jsd", math.nan, "beta: nan"),
+        ("skew_forward_kl", 1.0, r"beta: 1.0 .*\[0, 1\)"),
+        ("skew_reverse_kl", 0.0, r"beta: 0.0 .*\(0, 1\]"),
+        ("forward_kl", 0.3, "beta: 0.3 .*'forward_kl' has no beta"),
+        ("tvd", 0.0, "beta: 0.0 .*'tvd' has no beta"),
+        ("alpha_beta", 0.2, r"beta: 0.2 .*AlphaBeta\(alpha, beta\)"),
+        (AlphaBeta(0.1, 0.2), 0.3, "beta: 0.3 .*object"),
+    ],
+    ids=str,
+)
+def test_beta_is_in_range_and_never_unread(divergence: Any, beta: float, match: str) -> None:
+    refuse(ValueError, match, divergence=divergence, beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (JSD, (-0.1,)),
+        (JSD, (math.nan,)),
+        (SkewForwardKL, (1.0,)),
+        (SkewReverseKL, (0.0,)),
+        (AlphaBeta, (math.inf, 0.0)),
+        (AlphaBeta, (0.1, math.nan)),
+    ],
+)
+def test_divergence_objects_check_their_parameters(cls: Any, arguments: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"(alpha|beta): "):
+        cls(*arguments)
+
+
+Z = torch.zeros(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "tensors"),
+    [
+        (TypeError, "student_logits: expected a tensor.*list", ([[1.0]], Z)),
+        (TypeError, "teacher_logits: expected a tensor.*NoneType", (Z, None)),
+        (TypeError, "student_logits: dtype torch.int64", (Z.long(), Z)),
+        (TypeError, "teacher_logits: dtype torch.bool", (Z, Z.bool())),
+        (TypeError, "student_logits: dtype torch.complex64", (Z.to(torch.complex64), Z)),
+        (TypeError, "student_logits: dtype torch.float8", (Z.to(torch.float8_e4m3fn), Z)),
+        (TypeError, "student_logits: layout torch.sparse", (Z.to_sparse(), Z)),
+        (ValueError, r"student_logits: shape \(\)", (torch.tensor(1.0), torch.tensor(1.0))),
+        (ValueError, r"student_logits: shape \(3, 0\)", (Z[:, :0], Z[:, :0])),
+        (ValueError, r"student_logits: shape \(0,\)", (Z[0, :0], Z[0, :0])),
+        (ValueError, r"teacher_logits: leading shape \(2,\).*\(3,\)", (Z, Z[:2])),
+        (ValueError, r"teacher_logits: leading shape \(1, 3\).*\(3,\)", (Z, Z[None])),
+        (ValueError, r"teacher_logits: leading shape \(1,\).*\(3,\)", (Z, Z[:1])),
+        (ValueError, "teacher_logits: vocabulary 7 differs.* 8; .*truncate", (Z, Z[:, :7])),
+        (ValueError, "teacher_logits: device meta differs.*cpu", (Z, Z.to("meta"))),
+        (TypeError, "labels: expected a tensor, got list", (Z, Z, [0, 1, 2])),
+        (TypeError, "labels: dtype torch.float32", (Z, Z, LABELS.float())),
+        (TypeError, "labels: dtype torch.bool", (Z, Z, LABELS.bool())),
+        (ValueError, r"labels: shape \(2,\).*\(3,\)", (Z, Z, LABELS[:2])),
+        (ValueError, r"labels: shape \(3, 1\).*\(3,\)", (Z, Z, LABELS[:, None])),
+        (ValueError, r"labels: shape \(3, 8\).*\(3,\)", (Z, Z, Z.long())),
+        (ValueError, r"labels: shape \(\).*\(3,\)", (Z, Z, LABELS[0])),
+        (ValueError, "labels: device meta", (Z, Z, LABELS.to("meta"))),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    error: type[Exception], match: str, tensors: tuple[Any, ...]
+) -> None:
+    refuse(error, match, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (TypeError, "token_weights: expected a tensor", {"token_weights": [1.0] * 3}),
+        (ValueError, r"token_weights: shape \(4,\)", {"token_weights": torch.ones(4)}),
+        (ValueError, "token_weights: device meta", {"token_weights": torch.ones(3, device="meta")}),
+        (TypeError, "token_weights: dtype torch.complex", {"token_weights": torch.ones(3) * 1j}),
+        (
+            ValueError,
+            "token_weights: requires grad",
+            {"token_weights": torch.ones(3, requires_grad=True)},
+        ),
+        (ValueError, r"num_items: shape \(2,\)", {"num_items": torch.ones(2)}),
+        (ValueError, "num_items", {"num_items": torch.ones(()) * 1j}),
+        (ValueError, "num_items: 3 .*'sum'", {"num_items": 3, "reduction": "sum"}),
+        (ValueError, "num_items: .*'none'", {"num_items": torch.ones(()), "reduction": "none"}),
+        (ValueError, r"shift: .*\(3, 8\)", {"shift": True}),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(
+    error: type[Exception], match: str, options: dict[str, Any]
+) -> None:
+    refuse(error, match, **options)
+
+
+def test_options_of_labels_without_labels_are_refused() -> None:
+    for alpha in (0.0, 0.5, 2.0):
+        refuse(ValueError, rf"alpha: {alpha} .*labels is None", Z, Z, alpha=alpha)
+    refuse(ValueError, "label_smoothing: 0.1 .*labels is None", Z, Z, label_smoothing=0.1)
+    fused_kd_loss(Z, Z, alpha=1)
+
+
+def test_unknown_keywords_and_positional_options_are_refused() -> None:
+    for options in ({"temprature": 2.0}, {"log_target": True}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            fused_kd_loss(Z, Z, **options)
+    with pytest.raises(TypeError):
+        fused_kd_loss(Z, Z, LABELS, 2.0)
+
+
+def test_nothing_is_computed_before_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdkernels.backends import BACKENDS
+
+    for one in BACKENDS.values():
+        monkeypatch.setattr(type(one), "forward", lambda *a, **k: pytest.fail("computed"))
+    refuse(ValueError, "temperature", temperature=-1)
+    refuse(ValueError, "num_items", num_items=3, reduction="sum")
+
+
+def test_a_backend_that_cannot_run_says_why_and_which_could() -> None:
+    meta = Z.to("meta")
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run .*cpu: .*torch"):
+        fused_kd_loss(meta, meta, backend="cpu")
+
+
+def test_available_backends_lists_every_backend_with_reasons() -> None:
+    found = kdkernels.available_backends()
+    assert {"cpu", "torch", "reference"} <= set(found)
+    assert found["torch"] == found["reference"] == []
+    assert all(isinstance(reason, str) for reasons in found.values() for reason in reasons)
+
+
+@pytest.mark.parametrize("kind", (int, float))
+def test_equal_numbers_of_other_types_are_the_same_options(kind: type) -> None:
+    numpy = pytest.importorskip("numpy")
+    student, teacher = cases.pair((3, 8))
+    expected = fused_kd_loss(student, teacher, temperature=2.0)
+    for two in (kind(2), numpy.float32(2), numpy.float64(2), numpy.int64(2)):
+        assert torch.equal(fused_kd_loss(student, teacher, temperature=two), expected)
+
+
+# ------------------------------------------------------------------------------------ the module
+
+
+def test_module_gives_the_functions_result() -> None:
+    student, teacher = cases.pair((2, 3, 8))
+    labels = cases.labels_for((2, 3), 8)
+    options = {"temperature": 2.0, "alpha": 0.9, "shift": True, "divergence": "jsd", "beta": 0.1}
+    weights = torch.rand(2, 3)
+    module = KDLoss(**options)
+    assert torch.equal(
+        module(student, teacher, labels, token_weights=weights, num_items=5),
+        fused_kd_loss(student, teacher, labels, token_weights=weights, num_items=5, **options),
+    )
+    assert KDLoss(return_outputs=True)(student, teacher).agreement is not None
+
+
+@pytest.mark.parametrize("name", ("temprature", "student_logits", "labels", "T"))
+def test_module_refuses_unknown_options(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        KDLoss(**{name: 1.0})
+
+
+def test_module_has_no_state_and_can_be_copied_and_pickled() -> None:
+    module = KDLoss(temperature=2.0, divergence=AlphaBeta(0.1, 0.3))
+    student, teacher = cases.pair((3, 8))
+    assert not module.state_dict() and not list(module.parameters())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.half()):
+        assert torch.equal(other(student, teacher), module(student, teacher))
+
+
+def test_module_shows_its_options() -> None:
+    assert repr(KDLoss(temperature=2.0, divergence="jsd")) == (
+        "KDLoss(temperature=2.0, divergence='jsd')"
+    )
