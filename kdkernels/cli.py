@@ -210,7 +210,8 @@ def _words(name: str, value: Any, takes_list: bool) -> list[str]:
     if isinstance(value, list) and takes_list:
         return [f"--{name}", *map(str, value)]
     if isinstance(value, list):
-        value = ",".join(map(str, value))
+        parts = (":".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)
+        value = ",".join(parts)
     elif isinstance(value, dict):
         value = json.dumps(value)
     return [f"--{name}={value}"]

@@ -26,7 +26,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import models, report
 from .data import Corpus, check_source, read_documents, split_tail, token_blocks
 from .models import ModelSource
+from .terms import DistillationTerms
 from .trainer import DistillationArguments, DistillationTrainer
+
+#: Changes of the arguments that leave the labels as the only source of learning.
+LABELS_ONLY: dict[str, Any] = {
+    "alpha": 0.0,
+    "alpha_schedule": None,
+    "terms": None,
+    "balance": "fixed",
+}
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,6 +62,10 @@ class ModelArguments:
     student_dtype: str = field(
         default="float32", metadata={"help": "Student weights: " + ", ".join(DTYPES) + "."}
     )
+    student_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Set every dropout of the student to this; default: as configured."},
+    )
 
     def __post_init__(self) -> None:
         ways = ("student", "student_config", "student_layers")
@@ -64,6 +77,8 @@ class ModelArguments:
             )
         if self.student_dtype not in DTYPES:
             raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {DTYPES}")
+        if self.student_dropout is not None and not 0 <= self.student_dropout < 1:
+            raise ValueError(f"student_dropout: {self.student_dropout} is not in [0, 1)")
 
 
 @dataclass
@@ -185,7 +200,11 @@ def prepare(
     corpus = load_corpus(data_args, tokenizer)
     teacher_model = teacher.model(args.teacher_dtype)
     student_model = build_student(model_args, student, teacher_model, args.seed)
+    if model_args.student_dropout is not None:
+        models.set_dropout(student_model, model_args.student_dropout)
     _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
+    if len(args.resolved_terms()) > 1:
+        DistillationTerms(args, student_model, teacher_model)  # refuses what the models lack
     return Experiment(
         model_args,
         data_args,
@@ -343,7 +362,8 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
     # Agreement with the teacher is measured for every student, one trained on labels only, too.
     alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
     teacher = None if is_teacher else experiment.teacher
-    metrics = make_trainer(experiment, title, model, teacher, alpha=alpha).evaluate()
+    changes = LABELS_ONLY | {"alpha": alpha}
+    metrics = make_trainer(experiment, title, model, teacher, **changes).evaluate()
     return {
         "name": title,
         "parameters": models.parameter_count(model),
@@ -377,12 +397,12 @@ def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int =
 
 
 def train(
-    experiment: Experiment, arm: str, student: PreTrainedModel, alpha: float
+    experiment: Experiment, arm: str, student: PreTrainedModel, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
     folder = experiment.output / report.ARM_FOLDERS[arm]
     trainer = make_trainer(
-        experiment, arm, student, experiment.teacher, alpha=alpha, output_dir=str(folder)
+        experiment, arm, student, experiment.teacher, output_dir=str(folder), **changes
     )
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = time.perf_counter()
@@ -412,14 +432,15 @@ def run(experiment: Experiment) -> dict[str, Any]:
     rows = [evaluate(experiment, "teacher", experiment.teacher)]
     rows.append(evaluate(experiment, "student, untrained", experiment.student))
     curves: dict[str, list[dict[str, Any]]] = {}
-    alpha = experiment.args.alpha
-    arms = [("distilled", alpha)] if alpha > 0 else []
-    if experiment.run_args.baseline or not arms:
-        arms.insert(0, ("labels only", 0.0))
-    for position, (arm, weight) in enumerate(arms):
+    arms: list[tuple[str, dict[str, Any]]] = []
+    if experiment.run_args.baseline or not experiment.args.uses_teacher:
+        arms.append(("labels only", LABELS_ONLY))
+    if experiment.args.uses_teacher:
+        arms.append(("distilled", {}))
+    for position, (arm, changes) in enumerate(arms):
         last = position == len(arms) - 1
         student = experiment.student if last else copy.deepcopy(experiment.student)
-        training, curves[arm] = train(experiment, arm, student, weight)
+        training, curves[arm] = train(experiment, arm, student, changes)
         rows.append(evaluate(experiment, f"student, {arm}", student) | training)
     results = report.results(experiment, rows, curves, time.perf_counter() - started)
     if main_process:

@@ -245,6 +245,19 @@ def attention_dropout(model: PreTrainedModel) -> tuple[str, float]:
     return "", 0.0
 
 
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Every dropout of the model, in its modules and in its config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ATTENTION_DROPOUTS:  # Llama and others keep a number instead of a module
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+    for name, value in vars(model.config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(model.config, name, probability)
+
+
 def describe(model: PreTrainedModel) -> str:
     """``'bert' (BertForMaskedLM)``, for messages."""
     return f"{model.config.model_type!r} ({type(model).__name__})"

@@ -168,6 +168,11 @@ class DistillationArguments(TermArguments, TrainingArguments):
         given = self.temperature if self.temperature_schedule is None else self.temperature_schedule
         return schedules.parse("temperature_schedule", given)
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether anything is learnt from the teacher at all."""
+        return self.alpha_over_time().highest > 0 or len(self.resolved_terms()) > 1
+
     def resolved_divergence(self) -> divergences.Divergence:
         """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
         if self.divergence_parameters is None:
