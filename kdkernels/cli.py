@@ -142,7 +142,7 @@ def distill(arguments: list[str]) -> int:
         print(_headline(experiment), file=sys.stderr)
     outcome = run(experiment)
     if experiment.args.process_index == 0:
-        print(f"\n{report.table(outcome['rows'])}\n\n{report.LEGEND}")
+        print(f"\n{report.table(outcome['rows'])}\n\n{report.legend(outcome['rows'])}")
         print(f"{outcome['seconds']:.0f} s; results in {experiment.args.output_dir}")
     return 0
 
@@ -225,6 +225,8 @@ def _unknown(kind: str, given: str, known: list[str]) -> str:
 def _quiet_libraries() -> None:
     """Only our own progress bars: those of loading and saving hide the lines that matter."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # it has read the variable already
+        sys.modules["datasets"].disable_progress_bars()
     from transformers.utils import logging
 
     logging.disable_progress_bar()

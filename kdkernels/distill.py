@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -23,9 +24,22 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import models, report
-from .data import Corpus, check_source, read_documents, split_tail, token_blocks
+from . import geometry, models, report
+from .data import (
+    Corpus,
+    Examples,
+    MaskedBlocks,
+    TokenBlocks,
+    check_source,
+    examples,
+    read_documents,
+    read_rows,
+    split_tail,
+    token_blocks,
+)
 from .models import ModelSource
+from .relations import pooled
+from .tasks import CAUSAL_LM, ENCODER, MASKED_LM, SEQUENCE, TASKS, TOKEN, Task, check_config
 from .terms import DistillationTerms
 from .trainer import DistillationArguments, DistillationTrainer
 
@@ -37,6 +51,12 @@ LABELS_ONLY: dict[str, Any] = {
     "balance": "fixed",
 }
 
+#: An encoder has no labels: its baseline learns nothing but the teacher's sentence vectors.
+OUTPUT_ONLY: dict[str, Any] = {"terms": {"sentence": 1.0}, "balance": "fixed"}
+
+#: Tasks that the command line has data for; token classifiers are trained from Python.
+CLI_TASKS = tuple(name for name in TASKS if name != TOKEN.name)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -47,7 +67,11 @@ class ModelArguments:
     _argument_group_name = "models"
 
     teacher: str = field(
-        metadata={"help": "Causal language model: a folder, a hub name, or a .gguf file."}
+        metadata={"help": "The model to learn from: a folder, a hub name, or a .gguf file."}
+    )
+    task: str = field(
+        default=CAUSAL_LM.name,
+        metadata={"help": "What both models are for: " + ", ".join(CLI_TASKS) + "."},
     )
     student: str | None = field(
         default=None, metadata={"help": "Start from this model: a folder or a hub name."}
@@ -75,6 +99,8 @@ class ModelArguments:
                 f"give exactly one of --student, --student_config and --student_layers "
                 f"(given: {', '.join(given) or 'none'})"
             )
+        if self.task not in CLI_TASKS:
+            raise ValueError(f"task: {self.task!r} is not one of {', '.join(CLI_TASKS)}")
         if self.student_dtype not in DTYPES:
             raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {DTYPES}")
         if self.student_dropout is not None and not 0 <= self.student_dropout < 1:
@@ -104,6 +130,10 @@ class DataArguments:
         },
     )
     text_column: str = field(default="text", metadata={"help": "Column of tables and datasets."})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of labels (names or ids of the teacher's), for classifiers."},
+    )
     train_split: str = field(default="train", metadata={"help": "Split of a dataset to train on."})
     validation_split: str = field(
         default="validation", metadata={"help": "Split of a dataset given as validation_text."}
@@ -139,7 +169,10 @@ class RunArguments:
 
     baseline: bool = field(
         default=True,
-        metadata={"help": "Also train the same student, seed and budget on the labels only."},
+        metadata={
+            "help": "Also train the same student, seed and budget on the labels only (an encoder: "
+            "on the teacher's sentence vectors only)."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
@@ -159,6 +192,17 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     configuration: dict[str, Any]  #: the options that were given, for the record
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.model_args.task]
+
+    @property
+    def collator(self) -> Any:
+        """Blocks need no padding, and not every tokenizer can; examples do."""
+        if isinstance(self.corpus.train, TokenBlocks):
+            return default_data_collator
+        return DataCollatorWithPadding(self.tokenizer)
 
     @property
     def output(self) -> Path:
@@ -192,19 +236,26 @@ def prepare(
     sources = [teacher] if student is None else [teacher, student]
     for source in sources:
         source.check()
+    task = TASKS[model_args.task]
     for source in sources:
-        models.refuse_unless_causal(source.config(), source.option)
+        check_config(task, source.config(), source.option)
+    args.resolved_terms(task is not ENCODER)
     tokenizer = teacher.tokenizer()
+    _check_tokens(task, tokenizer)
     if student is not None and model_args.student is not None:
         _check_tokenizer(student, tokenizer)
-    corpus = load_corpus(data_args, tokenizer)
-    teacher_model = teacher.model(args.teacher_dtype)
+    names = teacher.config().label2id or {} if task is SEQUENCE else {}
+    label_ids = {str(name): int(i) for name, i in names.items()} or None
+    corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    teacher_model = teacher.model(args.teacher_dtype, task)
     student_model = build_student(model_args, student, teacher_model, args.seed)
     if model_args.student_dropout is not None:
         models.set_dropout(student_model, model_args.student_dropout)
-    _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
-    if len(args.resolved_terms()) > 1:
-        DistillationTerms(args, student_model, teacher_model)  # refuses what the models lack
+    if task in (CAUSAL_LM, MASKED_LM):
+        _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
+    weights = args.resolved_terms(task is not ENCODER)
+    if set(weights) - {"response"}:
+        DistillationTerms(args, student_model, teacher_model, weights)  # refuses what they lack
     return Experiment(
         model_args,
         data_args,
@@ -238,6 +289,13 @@ def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
         )
 
 
+def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without the special token that the task's batches are made with."""
+    needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
+    if needed is not None and getattr(tokenizer, needed) is None:
+        raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
 def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
     difference = models.tokenizer_difference(student.tokenizer(), teacher_tokenizer)
     if difference is not None:
@@ -262,20 +320,38 @@ def _check_vocabulary(
         )
 
 
-def load_corpus(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Read, tokenise, pack and split the text as ``data`` says."""
+def load_corpus(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task = CAUSAL_LM,
+    label_ids: dict[str, int] | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Read, tokenise, pack or cut, and split the text as ``data`` and ``task`` say."""
 
-    def blocks(option: str, source: str, split: str, limit: int | None) -> Any:
-        documents = read_documents(option, source, data.text_column, split)
-        return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+    def part(option: str, source: str, split: str, limit: int | None) -> TokenBlocks | Examples:
+        if task in (CAUSAL_LM, MASKED_LM):
+            documents = read_documents(option, source, data.text_column, split)
+            return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+        labels = (data.label_column,) if task is SEQUENCE else ()
+        columns: tuple[str, ...] = (data.text_column, *labels)
+        rows = read_rows(option, source, columns, split, lines=True)
+        return examples(option, rows, tokenizer, data.sequence_length, label_ids, limit)
 
-    train = blocks("train_text", data.train_text, data.train_split, data.max_train_tokens)
+    train = part("train_text", data.train_text, data.train_split, data.max_train_tokens)
     if data.validation_text is None:
         corpus = split_tail(train, data.validation_fraction)
     else:
         split = data.validation_split
-        corpus = Corpus(train, blocks("validation_text", data.validation_text, split, None))
-    return Corpus(corpus.train, corpus.validation.evenly(data.max_validation_tokens))
+        corpus = Corpus(train, part("validation_text", data.validation_text, split, None))
+    parts = [corpus.train, corpus.validation.evenly(data.max_validation_tokens)]
+    if task is MASKED_LM:
+        parts = [
+            MaskedBlocks(blocks.blocks, tokenizer, seed)
+            for blocks in parts
+            if isinstance(blocks, TokenBlocks)
+        ]
+    return Corpus(*parts)
 
 
 def build_student(
@@ -291,8 +367,8 @@ def build_student(
         return student if dtype == "auto" else student.to(getattr(torch, dtype))
     set_seed(seed)
     if model_args.student_config is not None:
-        return models.from_config(source, model_args.student_dtype)
-    return source.model(model_args.student_dtype)
+        return models.from_config(source, model_args.student_dtype, TASKS[model_args.task])
+    return source.model(model_args.student_dtype, TASKS[model_args.task])
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -345,7 +421,7 @@ def make_trainer(
         teacher=teacher,
         train_dataset=experiment.corpus.train,
         eval_dataset=experiment.corpus.validation,
-        data_collator=default_data_collator,  # nothing to pad, and not every tokenizer can
+        data_collator=experiment.collator,
         processing_class=experiment.tokenizer,
     )
     # Either prints dictionaries among the results; the curves are in results.json.
@@ -359,41 +435,65 @@ def make_trainer(
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
     """One row of the table: quality on the held-out text, size and speed of ``model``."""
     is_teacher = model is experiment.teacher
-    # Agreement with the teacher is measured for every student, one trained on labels only, too.
-    alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
-    teacher = None if is_teacher else experiment.teacher
-    changes = LABELS_ONLY | {"alpha": alpha}
-    metrics = make_trainer(experiment, title, model, teacher, **changes).evaluate()
-    return {
-        "name": title,
-        "parameters": models.parameter_count(model),
-        "loss": metrics["eval_ce_loss"],
-        "perplexity": metrics["eval_perplexity"],
-        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
-        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
-        "accuracy": metrics["eval_accuracy"],
-        "tokens_per_second": forward_speed(model, experiment),
-    }
+    row: dict[str, Any] = {"name": title, "parameters": models.parameter_count(model)}
+    if experiment.task is ENCODER:
+        row |= {} if is_teacher else geometry.compare(*sentence_vectors(experiment, model))
+    else:
+        # Agreement with the teacher is measured for every student, one trained on labels only, too.
+        alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
+        teacher = None if is_teacher else experiment.teacher
+        changes = LABELS_ONLY | {"alpha": alpha}
+        metrics = make_trainer(experiment, title, model, teacher, **changes).evaluate()
+        row |= {
+            "loss": metrics["eval_ce_loss"],
+            "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
+            "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
+            "accuracy": metrics["eval_accuracy"],
+        }
+        if "eval_perplexity" in metrics:
+            row["perplexity"] = metrics["eval_perplexity"]
+    return row | {"tokens_per_second": forward_speed(model, experiment)}
+
+
+@torch.no_grad()
+def sentence_vectors(experiment: Experiment, student: PreTrainedModel) -> list[Tensor]:
+    """Pooled vectors [N, D] of the student and of the teacher for all held-out examples."""
+    data, size = experiment.corpus.validation, experiment.args.per_device_eval_batch_size
+    found: list[list[Tensor]] = [[], []]
+    for first in range(0, len(data), size):
+        items = [data[i] for i in range(first, min(first + size, len(data)))]
+        batch = experiment.collator(items)
+        for model, vectors in zip((student, experiment.teacher), found, strict=True):
+            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            hidden = model.eval()(**moved).last_hidden_state
+            how = experiment.args.pooling
+            vectors.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
+    return [torch.cat(vectors) for vectors in found]
 
 
 @torch.no_grad()
 def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
     """Tokens per second of the model's forward alone: the median of ``repeats`` batches.
 
-    The evaluation just before it has warmed everything up.
+    Padding is not counted. The first batch warms up and is not timed.
     """
     device = next(model.parameters()).device
-    size = experiment.args.per_device_eval_batch_size
-    batch: Tensor = experiment.corpus.validation.blocks[:size].to(device)
+    data = experiment.corpus.validation
+    size = min(experiment.args.per_device_eval_batch_size, len(data))
+    batch = dict(experiment.collator([data[i] for i in range(size)]))
+    batch.pop("labels", None)
+    mask = batch.get("attention_mask")
+    tokens = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
     model.eval()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
-        model(input_ids=batch)
+        model(**moved)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return batch.numel() / sorted(seconds)[repeats // 2]
+    return tokens / sorted(seconds[1:])[repeats // 2]
 
 
 def train(
@@ -413,7 +513,9 @@ def train(
         folder.rmdir()
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
-    tokens = (result.global_step - first_step) * sequences * experiment.data_args.sequence_length
+    data = experiment.corpus.train
+    mean_length = data.tokens / len(data)
+    tokens = (result.global_step - first_step) * sequences * mean_length
     row = {
         "train_seconds": seconds,
         "train_tokens_per_second": tokens / seconds,
@@ -433,7 +535,10 @@ def run(experiment: Experiment) -> dict[str, Any]:
     rows.append(evaluate(experiment, "student, untrained", experiment.student))
     curves: dict[str, list[dict[str, Any]]] = {}
     arms: list[tuple[str, dict[str, Any]]] = []
-    if experiment.run_args.baseline or not experiment.args.uses_teacher:
+    if experiment.task is ENCODER:
+        if experiment.run_args.baseline:
+            arms.append(("output only", OUTPUT_ONLY))
+    elif experiment.run_args.baseline or not experiment.args.uses_teacher:
         arms.append(("labels only", LABELS_ONLY))
     if experiment.args.uses_teacher:
         arms.append(("distilled", {}))

@@ -107,9 +107,12 @@ class TermArguments:
         metadata={"help": "temperature over the run, e.g. cosine:4:1; evaluations use its end."},
     )
 
-    def resolved_terms(self) -> dict[str, Schedule]:
-        """Name -> schedule of the weight, ``response`` first; terms that stay 0 are left out."""
-        given = {"response": 1.0} | _read_terms(self.terms)
+    def resolved_terms(self, with_response: bool = True) -> dict[str, Schedule]:
+        """Name -> schedule of the weight, ``response`` first; terms that stay 0 are left out.
+
+        ``with_response`` is False for a model without a head.
+        """
+        given = ({"response": 1.0} if with_response else {}) | _read_terms(self.terms)
         unknown = [name for name in given if name not in TERMS]
         if unknown:
             raise ValueError(f"terms: {unknown[0]!r} is not one of {', '.join(TERMS)}")
@@ -117,7 +120,15 @@ class TermArguments:
         for name, weight in found.items():
             if weight.lowest < 0:
                 raise ValueError(f"terms: {name}: {given[name]!r} is negative")
-        return {name: w for name, w in found.items() if w.highest > 0 or name == "response"}
+        if with_response:
+            return {name: w for name, w in found.items() if w.highest > 0 or name == "response"}
+        if "response" in found and found["response"].highest > 0:
+            raise ValueError("terms: response needs logits, and a model without a head has none")
+        found = {name: weight for name, weight in found.items() if weight.highest > 0}
+        if not found:
+            beside = ", ".join(name for name in TERMS if name != "response")
+            raise ValueError(f"terms: a model without a head needs at least one of {beside}")
+        return found
 
     def check_terms(self) -> None:
         """ValueError if an option of this class is bad; names the option."""
@@ -177,6 +188,7 @@ class DistillationTerms(nn.Module):
     Args:
         args: the options.
         student, teacher: run once on two tokens to learn numbers and widths of their layers.
+        weights: of all terms; default: those of ``args`` for models with a head.
 
     Raises:
         ValueError: a layer, attention maps or a width that the models do not have; with names and
@@ -186,10 +198,14 @@ class DistillationTerms(nn.Module):
     factors: Tensor
 
     def __init__(
-        self, args: TermArguments, student: PreTrainedModel, teacher: PreTrainedModel
+        self,
+        args: TermArguments,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        weights: dict[str, Schedule] | None = None,
     ) -> None:
         super().__init__()
-        self.args, self.weights = args, args.resolved_terms()
+        self.args, self.weights = args, args.resolved_terms() if weights is None else weights
         names = [name for name in self.weights if name != "response"]
         self.names = tuple(names)
         layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers

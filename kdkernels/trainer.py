@@ -1,9 +1,10 @@
-"""Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer` and its arguments.
+"""Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer`.
 
-No mathematics here: the loss is :func:`kdkernels.fused_kd_loss`, which the trainer calls once per
-micro-batch. What this file owns is bookkeeping that has to be exact: which denominator the loss has
-under gradient accumulation and several processes, which numbers are logged, and that the teacher
-stays out of the optimizer and of the checkpoints.
+No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, which the trainer calls once
+per micro-batch, every other term is in :mod:`kdkernels.terms`. What this file owns is bookkeeping
+that has to be exact: which denominator a term has under gradient accumulation and several
+processes, which numbers are logged, and that the teacher stays out of the optimizer and of the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,167 +23,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import divergences, schedules
+from .arguments import DistillationArguments
 from .capture import Features, Needs, Recorder
-from .dispatch import available_backends
 from .functional import KDLossOutput, fused_kd_loss
-from .models import refuse_unless_causal, tokenizer_difference, vocab_size
-from .terms import EXAMPLE_TERMS, Counts, DistillationTerms, TermArguments
-
-VOCAB_POLICIES = ("error", "truncate")
-TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+from .models import describe, tokenizer_difference, vocab_size
+from .tasks import SEQUENCE, TOKEN, check_config, task_of
+from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
 
 #: In a checkpoint: what the terms have learnt (projections, log variances, factors).
 TERMS_FILE = "distillation_terms.safetensors"
 _TERMS_NAME = "kdkernels_terms"
-
-
-@dataclass
-class DistillationArguments(TermArguments, TrainingArguments):
-    """``transformers.TrainingArguments`` plus the options of the distillation loss and its terms.
-
-    ``label_smoothing_factor`` of the base class is the smoothing of the label term. A bad value
-    raises ValueError that names the option, the value and what is allowed.
-    """
-
-    output_dir: str | None = field(
-        default="distilled", metadata={"help": "Folder for all results."}
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Softens both distributions; > 0. Usual: 1 for language models, 2 to 4."},
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "Weight of the distillation term in [0, 1]; the labels get 1 - alpha. 0 trains "
-            "on labels only (the teacher is not run), 1 on the teacher only."
-        },
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "Distance of student and teacher: " + ", ".join(divergences.names()) + "."
-        },
-    )
-    beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "Weight of the teacher in the mixture of jsd and the skewed divergences."
-        },
-    )
-    divergence_parameters: list[float] | None = field(
-        default=None,
-        metadata={"help": "All parameters of the divergence, e.g. 0.2 0.7 for alpha_beta."},
-    )
-    temperature_squared: bool = field(
-        default=True,
-        metadata={"help": "Multiply the distillation term by temperature squared (Hinton 2015)."},
-    )
-    z_loss: float = field(
-        default=0.0, metadata={"help": "Weight of the squared log-normaliser of the student; >= 0."}
-    )
-    vocab_policy: str = field(
-        default="error",
-        metadata={
-            "help": "Vocabularies of different size: error, or truncate (use the common prefix)."
-        },
-    )
-    loss_backend: str | None = field(
-        default=None,
-        metadata={"help": "Backend of the loss by name; default: the best that can run."},
-    )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={"help": "Teacher weights: auto (as they are), float32, bfloat16, float16."},
-    )
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "Device of the teacher; default: the student's."}
-    )
-    # The base class replaces a NaN loss in the log by the running mean, at the price of one host
-    # synchronisation per micro-batch. A loss library shows NaN and does not synchronise.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and inf losses in the log."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_terms()
-        # Evaluations are comparable along a run: they use what the schedules end with.
-        if self.alpha_schedule is not None:
-            ends = self.alpha_over_time()
-            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
-            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
-            self.alpha = ends.end
-        if self.temperature_schedule is not None:
-            ends = self.temperature_over_time()
-            self._check_number("temperature_schedule", ends.lowest, ends.lowest > 0, "> 0")
-            self.temperature = ends.end
-        self._check_number("temperature", self.temperature, self.temperature > 0, "> 0")
-        self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
-        self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
-        smoothing = self.label_smoothing_factor
-        self._check_number("label_smoothing_factor", smoothing, 0 <= smoothing < 1, "in [0, 1)")
-        self._check_choice("divergence", self.divergence, divergences.names())
-        self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
-        self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        self.resolved_divergence()
-        if self.loss_backend is not None:
-            self._check_backend(self.loss_backend)
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
-                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
-            )
-
-    @staticmethod
-    def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:
-        if not (allowed and math.isfinite(value)):
-            raise ValueError(f"{name}: {value!r} is not allowed; it must be finite and {interval}")
-
-    @staticmethod
-    def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-        if value not in allowed:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-
-    @staticmethod
-    def _check_backend(name: str) -> None:
-        backends = available_backends()
-        if name not in backends:
-            raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
-        if backends[name]:
-            raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
-
-    def alpha_over_time(self) -> schedules.Schedule:
-        """``alpha_schedule``, or the constant ``alpha``."""
-        given = self.alpha if self.alpha_schedule is None else self.alpha_schedule
-        return schedules.parse("alpha_schedule", given)
-
-    def temperature_over_time(self) -> schedules.Schedule:
-        """``temperature_schedule``, or the constant ``temperature``."""
-        given = self.temperature if self.temperature_schedule is None else self.temperature_schedule
-        return schedules.parse("temperature_schedule", given)
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether anything is learnt from the teacher at all."""
-        return self.alpha_over_time().highest > 0 or len(self.resolved_terms()) > 1
-
-    def resolved_divergence(self) -> divergences.Divergence:
-        """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
-        if self.divergence_parameters is None:
-            return divergences.resolve(self.divergence, self.beta)
-        try:
-            return divergences.build(self.divergence, self.divergence_parameters).canonical()
-        except TypeError as error:
-            raise ValueError(
-                f"divergence_parameters: {self.divergence_parameters!r} do not fit "
-                f"{self.divergence!r} ({error})"
-            ) from error
 
 
 class Sums:
@@ -213,34 +65,45 @@ class Sums:
 
 
 class DistillationTrainer(Trainer):
-    """``transformers.Trainer`` for a causal student, ``alpha * T^2 * D + (1 - alpha) * CE``.
+    """``transformers.Trainer`` with a teacher: ``alpha * T^2 * D + (1 - alpha) * CE`` and more.
 
-    The denominator is the number of predicted tokens of the whole update (all micro-batches, and
-    all processes unless ``average_tokens_across_devices=False``), so the update does not depend on
-    how a batch is cut. Batches hold ``labels`` in the Hugging Face convention: not shifted, -100
-    where nothing is to be learnt. A batch without any label has loss 0 and gradient 0.
+    The student is a causal or masked language model, a sequence or token classifier, or an encoder
+    without a head; the teacher is of the same kind. The loss is a weighted sum of terms
+    (``args.terms``, :data:`kdkernels.terms.TERMS`): the response, which is the default, features of
+    chosen layers, and relations. An encoder has no response and needs other terms.
+
+    The response's denominator is the number of predicted tokens (or labelled examples) of the whole
+    update (all micro-batches, and all processes unless ``average_tokens_across_devices=False``), so
+    the update does not depend on how a batch is cut. Batches hold ``labels`` in the Hugging Face
+    convention: not shifted, -100 where nothing is to be learnt. A batch without any label has loss
+    0 and gradient 0. Terms of tokens divide by the update's tokens that are no padding, terms of
+    examples by its examples; a relation between examples exists within one micro-batch only.
 
     The teacher is switched to ``eval()``, its parameters to ``requires_grad=False``; it is moved
     (in place, as ``nn.Module.to`` does) to ``args.teacher_dtype`` and ``args.teacher_device``.
-    It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0.
+    It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0 and
+    there is no other term. What terms learn (projections) is trained with the student, saved beside
+    it in checkpoints (``distillation_terms.safetensors``) and not a part of it.
 
     Logged next to ``loss``: ``kd_loss`` (with T^2, without alpha), ``ce_loss`` (nats per token),
     ``agreement`` (share of tokens with the same argmax as the teacher), ``accuracy``. Evaluation
     logs them with the prefix ``eval_``, averaged over tokens, and ``eval_perplexity =
-    exp(ce_loss)``; there, labels are never smoothed.
+    exp(ce_loss)`` of language models; there, labels are never smoothed. Every other term is logged
+    as ``<term>_loss``, without its weight.
 
     Args:
         model: the student; or leave it out and give ``model_init``.
         args: :class:`DistillationArguments`.
-        teacher: a causal language model; required unless ``args.alpha`` is 0.
+        teacher: a model for the student's task; required unless only labels are learnt.
         teacher_processing_class: the teacher's tokenizer; given together with ``processing_class``,
             the two must map the same tokens to the same ids.
         trainer_kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
         TypeError: ``args`` is not a :class:`DistillationArguments`.
-        ValueError: no teacher, not a causal language model, different vocabularies or tokenizers,
-            a teacher that shares parameters with the student, or ``compute_loss_func``.
+        ValueError: no teacher, another task, different vocabularies, labels or tokenizers, a
+            teacher that shares parameters with the student, layers that do not exist, or
+            ``compute_loss_func``.
     """
 
     args: DistillationArguments
@@ -259,20 +122,16 @@ class DistillationTrainer(Trainer):
             raise TypeError(f"args: {type(args).__name__} is not a DistillationArguments")
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: not used here; the loss is fused_kd_loss")
-        self._weights = args.resolved_terms()
-        beside_response = [name for name in self._weights if name != "response"]
-        if teacher is None and args.alpha_over_time().highest > 0:
-            raise ValueError(
-                f"teacher: None, but alpha = {args.alpha} needs one (alpha=0 does not)"
-            )
-        if teacher is None and beside_response:
-            raise ValueError(f"teacher: None, but terms: {', '.join(beside_response)} need one")
         super().__init__(model=model, args=args, **trainer_kwargs)
         # Both make the base class count the predicted tokens of an update, for any architecture:
         # the labels are shifted inside the loss, whatever the model's own loss would do.
+        self.task = task_of(self.model)
+        check_config(self.task, self.model.config, "model")
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = self.task.shift
         self.teacher = teacher
+        self._weights = args.resolved_terms(self.task.labels is not None)
+        self._check_presence(teacher)
         self._divergence = args.resolved_divergence()
         self._logged = Sums()
         self._log_first_step = 0
@@ -280,32 +139,62 @@ class DistillationTrainer(Trainer):
         self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
         self._update: Counts | None = None
         self._starts_update = True
-        refuse_unless_causal(self.model.config, "model")
         self.terms: DistillationTerms | None = None
         if teacher is not None:
             self._check_teacher(teacher, teacher_processing_class)
             self._place_teacher(teacher)
-            if beside_response:
-                self.terms = DistillationTerms(args, self.model, teacher)
+            if self._beside_response:
+                self.terms = DistillationTerms(args, self.model, teacher, self._weights)
+
+    def _check_presence(self, teacher: PreTrainedModel | None) -> None:
+        self._beside_response = [name for name in self._weights if name != "response"]
+        if teacher is not None:
+            return
+        if self._beside_response:
+            raise ValueError(
+                f"teacher: None, but terms: {', '.join(self._beside_response)} need one"
+            )
+        if self.args.alpha_over_time().highest > 0:
+            raise ValueError(
+                f"teacher: None, but alpha = {self.args.alpha} needs one (alpha=0 does not)"
+            )
 
     def _check_teacher(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        refuse_unless_causal(teacher.config, "teacher")
+        if task_of(teacher) is not self.task:
+            raise ValueError(
+                f"teacher: {describe(teacher)} is for {task_of(teacher).name}, model: "
+                f"{describe(self.model)} for {self.task.name}; both must be for one task"
+            )
+        check_config(self.task, teacher.config, "teacher")
         own = {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) in own for parameter in teacher.parameters()):
             raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
+        common = self._check_outputs(teacher)
+        if tokenizer is not None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            difference = tokenizer_difference(self.processing_class, tokenizer, common)
+            if difference is not None:
+                raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
+
+    def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
+        """The length of the vocabularies' common prefix if they may differ; None: they do not."""
+        if self.task in (SEQUENCE, TOKEN):
+            ours, theirs = self.model.config.num_labels, teacher.config.num_labels
+            if ours != theirs:
+                raise ValueError(f"teacher: {theirs} labels, the student has {ours}")
+            return None
+        if self.task.labels is None:
+            return None
         student_vocab, teacher_vocab = vocab_size(self.model), vocab_size(teacher)
-        if student_vocab != teacher_vocab and self.args.vocab_policy == "error":
+        if student_vocab == teacher_vocab:
+            return None
+        if self.args.vocab_policy == "error":
             raise ValueError(
                 f"teacher: vocabulary of {teacher_vocab}, the student's has {student_vocab}; "
                 "they must be equal, or vocab_policy='truncate'"
             )
-        if tokenizer is not None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            common = None if student_vocab == teacher_vocab else min(student_vocab, teacher_vocab)
-            difference = tokenizer_difference(self.processing_class, tokenizer, common)
-            if difference is not None:
-                raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
+        return min(student_vocab, teacher_vocab)
 
     def _place_teacher(self, teacher: PreTrainedModel) -> None:
         teacher.requires_grad_(False).eval()
@@ -329,7 +218,8 @@ class DistillationTrainer(Trainer):
 
     @property
     def _response_has_teacher(self) -> bool:
-        return self.teacher is not None and self._alpha.highest > 0
+        has_head = self.task.labels is not None
+        return has_head and self.teacher is not None and self._alpha.highest > 0
 
     def student_features(self, model: nn.Module, inputs: dict[str, Any]) -> Features:
         """One forward of the student, with what the terms compare."""
@@ -369,7 +259,12 @@ class DistillationTrainer(Trainer):
         if teacher_logits is None:
             teacher_logits, settings["alpha"] = student_logits.detach(), 0.0
         output = fused_kd_loss(
-            student_logits, teacher_logits, labels, shift=True, return_outputs=True, **settings
+            student_logits,
+            teacher_logits,
+            labels,
+            shift=self.task.shift,
+            return_outputs=True,
+            **settings,
         )
         assert isinstance(output, KDLossOutput)
         return output
@@ -386,9 +281,9 @@ class DistillationTrainer(Trainer):
         student = self.student_features(model, inputs)
         teacher = self.teacher_features(inputs)
         num_items, progress = num_items_in_batch, self.progress
-        parts = self.distillation_loss(
-            _logits(student),
-            _logits(teacher) if teacher is not None and self._response_has_teacher else None,
+        parts = self._response(
+            student,
+            teacher,
             labels,
             num_items=num_items,
             alpha=self._alpha.at(progress),
@@ -399,31 +294,42 @@ class DistillationTrainer(Trainer):
         scale = 1
         if self.args.average_tokens_across_devices and num_items is not None:
             scale = self.accelerator.num_processes // self.get_tp_size()
-        loss, values = parts.loss * self._weights["response"].at(progress), {}
-        if self.terms is not None and teacher is not None:
+        if self.terms is None or teacher is None:
+            assert parts is not None
+            values: dict[str, Tensor] = {}
+            loss = parts.loss * self._weights["response"].at(progress)
+        else:
             mask = _token_mask(inputs)
             own = Counts.of(mask)
             counts = own if num_items is None or self._update is None else self._update
             values = self.terms(student, teacher, mask, counts)
-            loss = self._combined(model, parts.loss, values, own.examples / counts.examples)
+            response = {} if parts is None else {"response": parts.loss}
+            loss = self._combined(model, response | values, own.examples / counts.examples)
         if model.training:
             self._observe_step(parts, labels, num_items, scale, values)
         loss = loss * scale
         return (loss, student.outputs) if return_outputs else loss
 
-    def _combined(
-        self, model: nn.Module, response: Tensor, values: dict[str, Tensor], share: Tensor
-    ) -> Tensor:
+    def _response(
+        self, student: Features, teacher: Features | None, labels: Tensor | None, **options: Any
+    ) -> KDLossOutput | None:
+        """The response term; None for a model without a head."""
+        if labels is None:
+            return None
+        assert student.logits is not None
+        taught = teacher.logits if teacher is not None and self._response_has_teacher else None
+        return self.distillation_loss(student.logits, taught, labels, **options)
+
+    def _combined(self, model: nn.Module, values: dict[str, Tensor], share: Tensor) -> Tensor:
         """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
         assert self.terms is not None
-        named = {"response": response} | values
         due = self._starts_update and self.state.global_step % self.args.balance_steps == 0
         if self.args.balance == "gradient_norm" and model.training and due:
             trained = [p for p in self._student_parameters() if p.requires_grad]
-            norms = self.terms.gradient_norms(named, trained)
+            norms = self.terms.gradient_norms(values, trained)
             self.terms.rebalance(self.accelerator.reduce(norms, reduction="mean"))
         self._starts_update = False
-        return self.terms.total(named, self.progress, share)
+        return self.terms.total(values, self.progress, share)
 
     def _student_parameters(self) -> list[nn.Parameter]:
         own = {id(parameter) for parameter in self.terms.parameters()} if self.terms else set()
@@ -440,16 +346,25 @@ class DistillationTrainer(Trainer):
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 total = self.accelerator.reduce(total, reduction="sum")
             self._update = Counts(*total.unbind())
+        if self.task.labels is None and self._update is not None:
+            return self._update.positions
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    @staticmethod
-    def _take_labels(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _take_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """The labels, None for a model without a head, and everything else."""
+        others = {k: v for k, v in inputs.items() if k != "labels"}
+        if self.task.labels is None:
+            return None, others
         if inputs.get("labels") is None:
             raise ValueError(
                 f"labels: missing in the batch (it has {', '.join(inputs)}); distillation needs "
                 "them to know which tokens count, -100 marks those that do not"
             )
-        return inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+        return inputs["labels"], others
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """How many labels are predicted."""
+        return (labels[..., 1:] if self.task.shift else labels).ne(-100).sum()
 
     # ---- what is logged ------------------------------------------------------------------------
 
@@ -459,7 +374,7 @@ class DistillationTrainer(Trainer):
         ``agreement`` and ``accuracy`` come as shares of this batch's tokens and are turned into
         numbers of tokens.
         """
-        tokens = labels[..., 1:].ne(-100).sum()
+        tokens = self._counted(labels)
         assert parts.ce_loss is not None and parts.accuracy is not None  # there are labels
         named = {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
         if self._response_has_teacher:
@@ -468,20 +383,21 @@ class DistillationTrainer(Trainer):
 
     def _observe_step(
         self,
-        parts: KDLossOutput,
-        labels: Tensor,
+        parts: KDLossOutput | None,
+        labels: Tensor | None,
         num_items: Tensor | int | None,
         scale: int,
         values: dict[str, Tensor],
     ) -> None:
-        named = self._parts(parts, labels)
-        named |= {f"{name}_loss": value.detach() for name, value in values.items()}
-        denominator = torch.as_tensor(
-            labels[..., 1:].ne(-100).sum() if num_items is None else num_items
-        ).clamp(min=1)
-        for share in ("accuracy", "agreement"):
-            if share in named:
-                named[share] = named[share] / denominator
+        named = {f"{name}_loss": value.detach() for name, value in values.items()}
+        if parts is not None and labels is not None:
+            named |= self._parts(parts, labels)
+            denominator = torch.as_tensor(
+                self._counted(labels) if num_items is None else num_items
+            ).clamp(min=1)
+            for share in ("accuracy", "agreement"):
+                if share in named:
+                    named[share] = named[share] / denominator
         if self._logged.empty:
             self._log_first_step = self.state.global_step
         self._logged.add(**{name: value * scale for name, value in named.items()})
@@ -513,20 +429,24 @@ class DistillationTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Adds one batch to the token-weighted sums, from which the losses are computed."""
         labels, inputs = self._take_labels(self._prepare_inputs(inputs))
-        real = self._real_examples(len(labels), labels.device)
-        counted = labels.masked_fill(~real[:, None], -100)
+        mask = _token_mask(inputs)
+        real = self._real_examples(len(mask), mask.device)
+        counted = None
+        if labels is not None:
+            counted = labels.masked_fill(~real.view(-1, *[1] * (labels.ndim - 1)), -100)
         with torch.no_grad(), self.compute_loss_context_manager():
             student, teacher = self.student_features(model, inputs), self.teacher_features(inputs)
-            logits = _logits(student)
-            taught = (
-                _logits(teacher) if teacher is not None and self._response_has_teacher else None
-            )
-            sums = self.distillation_loss(logits, taught, counted, num_items=1, label_smoothing=0.0)
+            sums = self._response(student, teacher, counted, num_items=1, label_smoothing=0.0)
             if self.terms is not None and teacher is not None:
-                self._evaluate_terms(student, teacher, _token_mask(inputs) & real[:, None])
-        tokens = counted[..., 1:].ne(-100).sum()
-        self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **self._parts(sums, counted))
-        return (None, None, None) if prediction_loss_only else (None, logits, labels)
+                self._evaluate_terms(student, teacher, mask & real[:, None])
+        if sums is not None and counted is not None:
+            tokens = self._counted(counted)
+            parts = self._parts(sums, counted)
+            self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **parts)
+        if prediction_loss_only:
+            return (None, None, None)
+        first = student.outputs[0] if student.logits is None else student.logits
+        return (None, first, labels)
 
     def _evaluate_terms(self, student: Features, teacher: Features, mask: Tensor) -> None:
         assert self.terms is not None
@@ -570,11 +490,11 @@ class DistillationTrainer(Trainer):
         weights = self._weights
         kinds = {f"{n}_loss": "examples" if n in EXAMPLE_TERMS else "positions" for n in weights}
         means = {n: value / denominators[kinds.get(n, "tokens")] for n, value in sums.items()}
-        if "loss" in means:
-            means["loss"] *= weights["response"].end
+        if means:
+            response = weights["response"].end * means["loss"] if "loss" in means else 0.0
             beside = [name for name in weights if f"{name}_loss" in means]
-            means["loss"] += sum(weights[name].end * means[f"{name}_loss"] for name in beside)
-        if "ce_loss" in means:
+            means["loss"] = response + sum(weights[n].end * means[f"{n}_loss"] for n in beside)
+        if "ce_loss" in means and self.task not in (SEQUENCE, TOKEN):
             means["perplexity"] = _exp(means["ce_loss"])
         return means
 
@@ -647,11 +567,6 @@ class DistillationTrainer(Trainer):
         with self._attached_terms(False):
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
-
-
-def _logits(features: Features) -> Tensor:
-    assert features.logits is not None
-    return features.logits
 
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
