@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import geometry, models, report
+from .arguments import DistillationArguments
+from .cache import CacheInfo, TeacherCache, cache_teacher, fingerprint_of
 from .data import (
     Corpus,
     Examples,
@@ -41,7 +44,7 @@ from .models import ModelSource
 from .relations import pooled
 from .tasks import CAUSAL_LM, ENCODER, MASKED_LM, SEQUENCE, TASKS, TOKEN, Task, check_config
 from .terms import DistillationTerms
-from .trainer import DistillationArguments, DistillationTrainer
+from .trainer import DistillationTrainer
 
 #: Changes of the arguments that leave the labels as the only source of learning.
 LABELS_ONLY: dict[str, Any] = {
@@ -174,6 +177,20 @@ class RunArguments:
             "on the teacher's sentence vectors only)."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the teacher's outputs: `kdkernels cache-teacher` writes it, "
+            "`kdkernels distill` then needs no teacher (only its tokenizer and configuration)."
+        },
+    )
+    cache_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "What cache-teacher keeps of a prediction: this many log-probabilities at the "
+            "run's temperature and the mass of the others; default: all logits."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
     )
@@ -187,7 +204,8 @@ class Experiment:
     data_args: DataArguments
     run_args: RunArguments
     args: DistillationArguments
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None  #: None: its cache is used
+    cache: TeacherCache | None
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
@@ -199,10 +217,7 @@ class Experiment:
 
     @property
     def collator(self) -> Any:
-        """Blocks need no padding, and not every tokenizer can; examples do."""
-        if isinstance(self.corpus.train, TokenBlocks):
-            return default_data_collator
-        return DataCollatorWithPadding(self.tokenizer)
+        return collator_for(self.corpus, self.tokenizer)
 
     @property
     def output(self) -> Path:
@@ -217,15 +232,21 @@ def output_folder(args: DistillationArguments) -> Path:
 # ---- preparation --------------------------------------------------------------------------------
 
 
-def prepare(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    run_args: RunArguments,
-    args: DistillationArguments,
-    configuration: dict[str, Any],
-) -> Experiment:
-    """Check and load; ValueError (one line) on bad input. Writes nothing."""
-    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before any model is loaded."""
+
+    task: Task
+    teacher: ModelSource
+    student: ModelSource | None  #: None: layers of the teacher
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+
+
+def prepare_inputs(
+    model_args: ModelArguments, data_args: DataArguments, args: DistillationArguments
+) -> Inputs:
+    """Check and read sources, tokenizers and text; ValueError (one line) on bad input."""
     check_source("train_text", data_args.train_text)
     if data_args.validation_text is not None:
         check_source("validation_text", data_args.validation_text)
@@ -247,25 +268,102 @@ def prepare(
     names = teacher.config().label2id or {} if task is SEQUENCE else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
     corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
-    teacher_model = teacher.model(args.teacher_dtype, task)
-    student_model = build_student(model_args, student, teacher_model, args.seed)
+    return Inputs(task, teacher, student, tokenizer, corpus)
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    configuration: dict[str, Any],
+) -> Experiment:
+    """Check and load; ValueError (one line) on bad input. Writes nothing."""
+    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    if run_args.teacher_cache is not None and model_args.student_layers is not None:
+        raise ValueError(
+            "teacher_cache: student_layers need the teacher itself; make the student first with "
+            "`kdkernels init-student` and name it with --student"
+        )
+    inputs = prepare_inputs(model_args, data_args, args)
+    task, cache, teacher = inputs.task, None, None
+    if run_args.teacher_cache is None:
+        teacher = inputs.teacher.model(args.teacher_dtype, task)
+    else:
+        fingerprint = fingerprint_of(model_args.teacher)
+        cache = TeacherCache(run_args.teacher_cache, inputs.tokenizer, fingerprint)
+    student = build_student(model_args, inputs.student, teacher, args.seed)
     if model_args.student_dropout is not None:
-        models.set_dropout(student_model, model_args.student_dropout)
+        models.set_dropout(student, model_args.student_dropout)
     if task in (CAUSAL_LM, MASKED_LM):
-        _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
+        vocab = cache.info.vocab if cache else models.vocab_size(teacher or student)
+        _check_vocabulary(student, vocab, inputs.tokenizer, args.vocab_policy)
     weights = args.resolved_terms(task is not ENCODER)
-    if set(weights) - {"response"}:
-        DistillationTerms(args, student_model, teacher_model, weights)  # refuses what they lack
+    if set(weights) - {"response"} and teacher is not None:
+        DistillationTerms(args, student, teacher, weights)  # refuses what they lack
+    if cache is not None:
+        ends = args.temperature_over_time()
+        beside = [name for name in weights if name != "response"]
+        cache.check(task, beside, {ends.lowest, ends.highest})
+        if task is SEQUENCE and student.config.num_labels != cache.info.vocab:
+            raise ValueError(
+                f"student: {student.config.num_labels} labels, the cache has {cache.info.vocab}"
+            )
+        cache.require(items_of(inputs.corpus))
     return Experiment(
         model_args,
         data_args,
         run_args,
         args,
-        teacher=teacher_model,
-        student=student_model,
-        tokenizer=tokenizer,
-        corpus=corpus,
+        teacher=teacher,
+        cache=cache,
+        student=student,
+        tokenizer=inputs.tokenizer,
+        corpus=inputs.corpus,
         configuration=configuration,
+    )
+
+
+def collator_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Blocks need no padding, and not every tokenizer can; examples do."""
+    if isinstance(corpus.train, TokenBlocks):
+        return default_data_collator
+    return DataCollatorWithPadding(tokenizer)
+
+
+def items_of(corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """Every example of both parts."""
+    for part in (corpus.train, corpus.validation):
+        yield from (part[i] for i in range(len(part)))
+
+
+def write_cache(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    configuration: dict[str, Any],
+) -> CacheInfo:
+    """``kdkernels cache-teacher``: the teacher's outputs for the texts of a run, into a folder."""
+    if run_args.teacher_cache is None:
+        raise ValueError("teacher_cache: name the folder that is to be written")
+    if args.temperature_schedule is not None and run_args.cache_top_k is not None:
+        raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
+    inputs = prepare_inputs(model_args, data_args, args)
+    teacher = inputs.teacher.model(args.teacher_dtype, inputs.task)
+    module: Any = teacher
+    module.to(args.teacher_device or args.device)
+    return cache_teacher(
+        teacher,
+        inputs.tokenizer,
+        items_of(inputs.corpus),
+        collator_for(inputs.corpus, inputs.tokenizer),
+        run_args.teacher_cache,
+        top_k=run_args.cache_top_k,
+        temperature=args.temperature,
+        batch_size=args.per_device_eval_batch_size,
+        fingerprint=fingerprint_of(model_args.teacher),
+        name=model_args.teacher,
     )
 
 
@@ -304,11 +402,11 @@ def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenize
 
 def _check_vocabulary(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher_vocab: int,
     tokenizer: PreTrainedTokenizerBase,
     policy: str,
 ) -> None:
-    sizes = models.vocab_size(student), models.vocab_size(teacher)
+    sizes = models.vocab_size(student), teacher_vocab
     if sizes[0] != sizes[1] and policy == "error":
         raise ValueError(
             f"student: vocabulary of {sizes[0]}, the teacher's has {sizes[1]}; they must be equal, "
@@ -355,10 +453,14 @@ def load_corpus(
 
 
 def build_student(
-    model_args: ModelArguments, source: ModelSource | None, teacher: PreTrainedModel, seed: int
+    model_args: ModelArguments,
+    source: ModelSource | None,
+    teacher: PreTrainedModel | None,
+    seed: int,
 ) -> PreTrainedModel:
     """The untrained student, in the way that the options name."""
     if source is None:
+        assert teacher is not None
         layers = models.parse_layers(
             model_args.student_layers or "", teacher.config.num_hidden_layers
         )
@@ -406,7 +508,7 @@ def make_trainer(
     experiment: Experiment,
     title: str,
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    taught: bool,
     **changes: Any,
 ) -> DistillationTrainer:
     """A trainer of ``model`` with the run's arguments, ``changes`` applied to them."""
@@ -418,7 +520,8 @@ def make_trainer(
     trainer = DistillationTrainer(
         model,
         args,
-        teacher=teacher,
+        teacher=experiment.teacher if taught else None,
+        teacher_cache=experiment.cache if taught else None,
         train_dataset=experiment.corpus.train,
         eval_dataset=experiment.corpus.validation,
         data_collator=experiment.collator,
@@ -441,9 +544,9 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
     else:
         # Agreement with the teacher is measured for every student, one trained on labels only, too.
         alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
-        teacher = None if is_teacher else experiment.teacher
         changes = LABELS_ONLY | {"alpha": alpha}
-        metrics = make_trainer(experiment, title, model, teacher, **changes).evaluate()
+        trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
+        metrics = trainer.evaluate()
         row |= {
             "loss": metrics["eval_ce_loss"],
             "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
@@ -464,6 +567,7 @@ def sentence_vectors(experiment: Experiment, student: PreTrainedModel) -> list[T
         items = [data[i] for i in range(first, min(first + size, len(data)))]
         batch = experiment.collator(items)
         for model, vectors in zip((student, experiment.teacher), found, strict=True):
+            assert model is not None
             moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
             hidden = model.eval()(**moved).last_hidden_state
             how = experiment.args.pooling
@@ -501,9 +605,7 @@ def train(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
     folder = experiment.output / report.ARM_FOLDERS[arm]
-    trainer = make_trainer(
-        experiment, arm, student, experiment.teacher, output_dir=str(folder), **changes
-    )
+    trainer = make_trainer(experiment, arm, student, True, output_dir=str(folder), **changes)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
@@ -531,7 +633,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
     main_process = experiment.args.process_index == 0
     if experiment.run_args.overwrite_output_dir and main_process:
         report.remove(experiment.output)
-    rows = [evaluate(experiment, "teacher", experiment.teacher)]
+    if experiment.teacher is None:
+        assert experiment.cache is not None
+        rows: list[dict[str, Any]] = [
+            {"name": "teacher", "parameters": experiment.cache.info.parameters}
+        ]
+    else:
+        rows = [evaluate(experiment, "teacher", experiment.teacher)]
     rows.append(evaluate(experiment, "student, untrained", experiment.student))
     curves: dict[str, list[dict[str, Any]]] = {}
     arms: list[tuple[str, dict[str, Any]]] = []

@@ -277,7 +277,7 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][0] else []
+    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][-1] else []
     panels += [_plot_terms] if _term_names(outcome) else []
     size = (5.5 * len(panels), 4.4)
     figure, grid = pyplot.subplots(
@@ -297,8 +297,10 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
 def _plot_labels(axes: Any, outcome: dict[str, Any]) -> None:
     for arm in outcome["curves"]:
         _draw(axes, outcome, arm, "ce_loss", "loss")
-    teacher = outcome["rows"][0]["loss"]
-    axes.axhline(teacher, color=COLOURS["teacher"], linestyle=":", label=f"teacher ({teacher:.2f})")
+    teacher = outcome["rows"][0].get("loss")  # a cached one has none
+    if teacher is not None:
+        style = {"color": COLOURS["teacher"], "linestyle": ":"}
+        axes.axhline(teacher, label=f"teacher ({teacher:.2f})", **style)
     axes.set(title="Loss on the labels", ylabel="cross-entropy, nats")
 
 

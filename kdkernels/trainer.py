@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import DistillationArguments
+from .cache import TeacherCache
 from .capture import Features, Needs, Recorder
 from .functional import KDLossOutput, fused_kd_loss
 from .models import describe, tokenizer_difference, vocab_size
@@ -97,6 +99,8 @@ class DistillationTrainer(Trainer):
         teacher: a model for the student's task; required unless only labels are learnt.
         teacher_processing_class: the teacher's tokenizer; given together with ``processing_class``,
             the two must map the same tokens to the same ids.
+        teacher_cache: instead of ``teacher``, for the response term only; it must hold every
+            example of both data sets.
         trainer_kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
@@ -116,6 +120,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         if not isinstance(args, DistillationArguments):
@@ -131,12 +136,13 @@ class DistillationTrainer(Trainer):
         self._loss_shifts_labels = self.task.shift
         self.teacher = teacher
         self._weights = args.resolved_terms(self.task.labels is not None)
-        self._check_presence(teacher)
+        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
+        self.teacher_cache = teacher_cache
+        self._check_presence(teacher, teacher_cache)
         self._divergence = args.resolved_divergence()
         self._logged = Sums()
         self._log_first_step = 0
         self._evaluated = Sums()
-        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
         self._update: Counts | None = None
         self._starts_update = True
         self.terms: DistillationTerms | None = None
@@ -146,9 +152,13 @@ class DistillationTrainer(Trainer):
             if self._beside_response:
                 self.terms = DistillationTerms(args, self.model, teacher, self._weights)
 
-    def _check_presence(self, teacher: PreTrainedModel | None) -> None:
+    def _check_presence(self, teacher: PreTrainedModel | None, cache: TeacherCache | None) -> None:
         self._beside_response = [name for name in self._weights if name != "response"]
-        if teacher is not None:
+        if teacher is not None and cache is not None:
+            raise ValueError("teacher_cache: give a teacher or its cache, not both")
+        if cache is not None:
+            self._check_cache(cache)
+        if teacher is not None or cache is not None:
             return
         if self._beside_response:
             raise ValueError(
@@ -158,6 +168,11 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"teacher: None, but alpha = {self.args.alpha} needs one (alpha=0 does not)"
             )
+
+    def _check_cache(self, cache: TeacherCache) -> None:
+        temperatures = {self._temperature.lowest, self._temperature.highest}
+        cache.check(self.task, self._beside_response, temperatures)
+        self._compare_widths(cache.info.vocab)
 
     def _check_teacher(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
@@ -180,21 +195,25 @@ class DistillationTrainer(Trainer):
     def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
         """The length of the vocabularies' common prefix if they may differ; None: they do not."""
         if self.task in (SEQUENCE, TOKEN):
-            ours, theirs = self.model.config.num_labels, teacher.config.num_labels
-            if ours != theirs:
-                raise ValueError(f"teacher: {theirs} labels, the student has {ours}")
+            return self._compare_widths(int(teacher.config.num_labels or 0))
+        return None if self.task.labels is None else self._compare_widths(vocab_size(teacher))
+
+    def _compare_widths(self, theirs: int) -> int | None:
+        if self.task in (SEQUENCE, TOKEN):
+            if self.model.config.num_labels != theirs:
+                raise ValueError(
+                    f"teacher: {theirs} labels, the student has {self.model.config.num_labels}"
+                )
             return None
-        if self.task.labels is None:
-            return None
-        student_vocab, teacher_vocab = vocab_size(self.model), vocab_size(teacher)
-        if student_vocab == teacher_vocab:
+        ours = vocab_size(self.model)
+        if ours == theirs:
             return None
         if self.args.vocab_policy == "error":
             raise ValueError(
-                f"teacher: vocabulary of {teacher_vocab}, the student's has {student_vocab}; "
-                "they must be equal, or vocab_policy='truncate'"
+                f"teacher: vocabulary of {theirs}, the student's has {ours}; they must be equal, "
+                "or vocab_policy='truncate'"
             )
-        return min(student_vocab, teacher_vocab)
+        return min(ours, theirs)
 
     def _place_teacher(self, teacher: PreTrainedModel) -> None:
         teacher.requires_grad_(False).eval()
@@ -218,8 +237,8 @@ class DistillationTrainer(Trainer):
 
     @property
     def _response_has_teacher(self) -> bool:
-        has_head = self.task.labels is not None
-        return has_head and self.teacher is not None and self._alpha.highest > 0
+        taught = self.teacher is not None or self.teacher_cache is not None
+        return self.task.labels is not None and taught and self._alpha.highest > 0
 
     def student_features(self, model: nn.Module, inputs: dict[str, Any]) -> Features:
         """One forward of the student, with what the terms compare."""
@@ -230,7 +249,10 @@ class DistillationTrainer(Trainer):
         )
 
     def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
-        """One forward of the teacher, on the student's device; None when it is not needed."""
+        """What the teacher gives, on the student's device; None when it is not needed."""
+        if self.teacher_cache is not None and self._response_has_teacher:
+            logits = self.teacher_cache.logits(inputs).to(self.args.device)
+            return Features(SimpleNamespace(logits=logits))
         if self.teacher is None or not (self._response_has_teacher or self.terms):
             return None
         device = next(self.teacher.parameters()).device

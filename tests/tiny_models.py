@@ -101,7 +101,11 @@ def two_processes(*command: str) -> None:
 
 
 def trainer(
-    output: Path, teacher: Any = "default", student: Any = None, **arguments: Any
+    output: Path,
+    teacher: Any = "default",
+    student: Any = None,
+    teacher_cache: Any = None,
+    **arguments: Any,
 ) -> DistillationTrainer:
     """A trainer of a 1-layer student of a 2-layer teacher; SGD, so that updates are gradients."""
     defaults: dict[str, Any] = {
@@ -123,6 +127,7 @@ def trainer(
         student or llama(1, seed=1),
         DistillationArguments(output_dir=str(output), **defaults | arguments),
         teacher=llama(2, seed=2) if teacher == "default" else teacher,
+        teacher_cache=teacher_cache,
         train_dataset=dataset(12),
         eval_dataset=dataset(7, seed=6),
     )
