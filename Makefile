@@ -21,6 +21,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[test]"
 	touch $@
 
+# A new folder each time: a run never overwrites another one's results.
+OUTPUT ?= outputs/smollm2-$(shell date +%Y%m%d-%H%M%S)
+distill: $(VENV)/.installed
+	$(BIN)/kdkernels fetch smollm2
+	$(BIN)/kdkernels distill examples/smollm2.yaml --output_dir $(OUTPUT)
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 

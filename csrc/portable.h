@@ -18,11 +18,11 @@ namespace kd {
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2E = 1.44269504088896340736;
 
-// exp(x), and exp(x) - 1 without the cancellation near zero.
+// 2^x, and 2^x - 1 without the cancellation near zero.
 template <class X>
 struct Growth {
-  X exp;
-  X expm1;
+  X power;
+  X less_one;
 };
 
 KD_INLINE double select(bool condition, double yes, double no) { return condition ? yes : no; }
@@ -31,12 +31,16 @@ KD_INLINE double minimum(double a, double b) { return a < b ? a : b; }
 KD_INLINE double absolute(double a) { return fabs(a); }
 KD_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 KD_INLINE bool is_nan(double a) { return a != a; }
-KD_INLINE Growth<double> grow(double a) { return {exp(a), expm1(a)}; }
-// The same for a <= 0, where a register need not look after overflow.
-KD_INLINE Growth<double> decay(double a) { return grow(a); }
-// log(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
-KD_INLINE double log_of_share(double u, double u_minus_one) {
-  return u > 0.5 ? log1p(u_minus_one) : log(u);
+KD_INLINE double multiply_subtract(double a, double b, double c) { return a * b - c; }
+// 2^a and 2^a - 1 for any a: +inf beyond the range.
+KD_INLINE Growth<double> grow(double a) { return {exp2(a), expm1(a * kLn2)}; }
+// At most where 2^-a is nothing beside 1; the bound for a NaN.
+KD_INLINE double bounded(double a) { return minimum(a, 1021.0); }
+// 2^-a and 2^-a - 1 for a bounded a, not much below 0, where nothing need look after overflow.
+KD_INLINE Growth<double> decay(double a) { return grow(-a); }
+// log2(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
+KD_INLINE double log2_of_share(double u, double u_minus_one) {
+  return u > 0.5 ? log1p(u_minus_one) * kLog2E : log2(u);
 }
 
 }  // namespace kd

@@ -40,10 +40,10 @@ struct Divergence {
 template <class Visitor>
 KD_INLINE auto visit_alpha_beta(double a, double b, Visitor&& visitor) {
   if (a == 0.0 && b == 0.0) return visitor(LogRatio{});
-  if (a == 0.0) return visitor(BetaOnly{b});
-  if (b == 0.0) return visitor(AlphaOnly{a});
-  if (a + b == 0.0) return visitor(AlphaOpposite{a});
-  return visitor(AlphaBeta{a, b});
+  if (a == 0.0) return b > 0.0 ? visitor(BetaOnly<true>(b)) : visitor(BetaOnly<false>(b));
+  if (b == 0.0) return a > 0.0 ? visitor(AlphaOnly<true>(a)) : visitor(AlphaOnly<false>(a));
+  if (a + b == 0.0) return visitor(AlphaOpposite(a));
+  return a > 0.0 && b > 0.0 ? visitor(AlphaBeta<true>(a, b)) : visitor(AlphaBeta<false>(a, b));
 }
 
 template <class Visitor>
@@ -53,7 +53,7 @@ KD_INLINE auto visit(const Divergence& divergence, Visitor&& visitor) {
     case DivergenceKind::reverse_kl:
       return visitor(ReverseKl{});
     case DivergenceKind::jsd:
-      return visitor(Jsd{beta});
+      return visitor(Jsd(beta));
     case DivergenceKind::tvd:
       return visitor(Tvd{});
     case DivergenceKind::skew_forward_kl:

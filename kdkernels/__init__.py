@@ -9,6 +9,7 @@ from .dispatch import available_backends
 from .divergences import Divergence
 from .functional import KDLossOutput, fused_kd_loss
 from .linear import FusedLinearKDLoss, fused_linear_kd_loss
+from .memory import release_memory
 from .modules import KDLoss
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "available_backends",
     "fused_kd_loss",
     "fused_linear_kd_loss",
+    "release_memory",
 ]

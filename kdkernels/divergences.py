@@ -17,9 +17,10 @@ underflow contribute 0 and not NaN.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,20 @@ import torch
 from torch import Tensor
 
 _REGISTRY: dict[str, type[Divergence]] = {}
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Autograd, also inside an op that torch runs below autograd (a compiled graph, opcheck).
+
+    There enabling gradients alone records nothing, and every gradient would be 0.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Divergence:
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """d value / d log_q, elementwise; by default autograd of :meth:`value`."""
-        with torch.enable_grad():
+        with differentiable():
             leaf = log_q.detach().requires_grad_()
             value = self.value(log_p.detach(), leaf)
             if not value.requires_grad:
@@ -100,6 +115,11 @@ def _weighted_log_ratio(weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 def _weighted(weight: Tensor, factor: Tensor) -> Tensor:
     """weight * factor with 0 * anything = 0, in the value and in autograd's gradient."""
     return (weight * factor.masked_fill(weight == 0, 0.0)).masked_fill(weight == 0, 0.0)
+
+
+def _power(log: Tensor, exponent: float) -> Tensor:
+    """exp(log) ** exponent with x ** 0 = 1, for x = 0 as well."""
+    return torch.exp(exponent * log) if exponent else torch.ones_like(log)
 
 
 def _logs_over_mixture(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,9 +336,12 @@ class AlphaBeta(Divergence):
         below = (log_q - log_p).clamp(max=0.0)
         above = (log_p - log_q).clamp(max=0.0)
         total = self.alpha + self.beta
-        from_p = torch.exp(total * log_p) * self._shape(self.alpha, self.beta, below)
-        from_q = torch.exp(total * log_q) * self._shape(self.beta, self.alpha, above)
-        return torch.where(log_p >= log_q, from_p, from_q).masked_fill(dead, 0.0)
+        from_p = _weighted(_power(log_p, total), self._shape(self.alpha, self.beta, below))
+        from_q = _weighted(_power(log_q, total), self._shape(self.beta, self.alpha, above))
+        value = torch.where(log_p >= log_q, from_p, from_q)
+        # No entry is negative: inf - inf, which exponents of opposite sign can give, is +inf.
+        unknown = value.isnan() & ~(log_p.isnan() | log_q.isnan())
+        return value.masked_fill(unknown, math.inf).masked_fill(dead, 0.0)
 
     @staticmethod
     def _shape(own: float, other: float, ratio: Tensor) -> Tensor:
@@ -328,8 +351,8 @@ class AlphaBeta(Divergence):
             return ratio**2 / 2
         if own == 0:
             power = other * ratio
-            product = (power * torch.exp(power)).masked_fill(power == -math.inf, 0.0)
-            return (product - torch.expm1(power)) / other**2
+            finite = power.masked_fill(power == -math.inf, 0.0)  # there x e^x is 0, too
+            return (finite * torch.exp(finite) - torch.expm1(power)) / other**2
         if other == 0:
             return (torch.expm1(own * ratio) - own * ratio) / own**2
         if total == 0:
@@ -341,16 +364,16 @@ class AlphaBeta(Divergence):
         dead = _is_dead(log_p, log_q)
         log_p, log_q = log_p.masked_fill(dead, 0.0), log_q.masked_fill(dead, 0.0)
         ratio = log_p - log_q
-        grow = torch.expm1(self.alpha * ratio) / self.alpha if self.alpha else ratio
-        # q^(a+b) (e^(a ratio) - 1) with q underflowing: the product is p^a q^b - q^(a+b), which is
-        # finite where the factors are 0 and inf.
-        total = self.alpha + self.beta
-        power = torch.exp(total * log_q)
-        slope = -power * grow
-        if self.alpha:
-            direct = torch.exp(self.alpha * log_p + self.beta * log_q) - power
-            slope = torch.where(ratio.abs() * abs(self.alpha) > 1, -direct / self.alpha, slope)
-        return slope.masked_fill(dead, 0.0)
+        power = _power(log_q, self.alpha + self.beta)
+        if not self.alpha:
+            return -_weighted(power, ratio)
+        # -q^(a+b) (e^(a ratio) - 1) / a, and where its factors are 0 and inf the two powers, whose
+        # difference does not cancel there.
+        slope = -power * torch.expm1(self.alpha * ratio) / self.alpha
+        crossed = torch.exp(self.alpha * log_p + (self.beta * log_q if self.beta else 0.0))
+        direct = (power - crossed) / self.alpha
+        use_direct = (ratio.abs() * abs(self.alpha) > 1) & ~direct.isnan()
+        return torch.where(use_direct, direct, slope).masked_fill(dead, 0.0)
 
 
 def names() -> tuple[str, ...]:

@@ -149,22 +149,23 @@ class _KdLoss(torch.autograd.Function):
     """Autograd of kd_forward: only the loss is differentiable, and only in the student's logits."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, student: Tensor, keyset: Any, arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The arguments come as one, since autograd looks at each input it is given: 4 us a call.
         loss, statistics, gradient = below_autograd(kd_forward, keyset, arguments)
         want_gradient = arguments[_OPTIONS_END + 1]
         save(ctx, [gradient] if want_gradient else [*arguments[:_TENSORS], statistics])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
         ctx.want_gradient = want_gradient
-        ctx.inputs = 1 + len(arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics, gradient)
         return loss, statistics, gradient
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (ctx.inputs - 2)
         if grad_output is None:
-            return (None, None, *rest)
+            return None, None, None
         with torch.no_grad():
             tensors = saved(ctx)
             if ctx.want_gradient:
@@ -173,7 +174,7 @@ class _KdLoss(torch.autograd.Function):
                 gradient = kd_backward(
                     *tensors[:_TENSORS], *ctx.scalars, tensors[_TENSORS], grad_output
                 )
-        return (None, refuse_second_derivative(gradient), *rest)
+        return refuse_second_derivative(gradient), None, None
 
 
 def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
@@ -189,7 +190,7 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     refuse_transforms(arguments[0])
     if arguments[0].requires_grad and torch.is_grad_enabled():
-        return _KdLoss.apply(keyset, *arguments)
+        return _KdLoss.apply(arguments[0], keyset, arguments)
     return below_autograd(kd_forward, keyset, arguments)
 
 

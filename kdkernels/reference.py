@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .divergences import differentiable
 from .problem import STATISTICS, Problem, counted_rows, row_scale
 
 
@@ -98,7 +99,7 @@ def forward(
         weight = torch.tensor(weight, dtype=torch.float64, device=problem.student.device)
     weight = weight.double().expand(problem.rows)
     alive = weight != 0
-    with torch.enable_grad():
+    with differentiable():
         leaf = problem.student.detach().double().requires_grad_()
         student = leaf.reshape(-1, leaf.shape[-1])[:, : problem.vocab]
         student = torch.where(alive[:, None], student, 0.0)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory import GRADIENT_MEMORY
 from ..problem import Problem
 
 
@@ -79,4 +80,6 @@ class Backend(ABC):
 
 def empty_gradient(student: Tensor) -> Tensor:
     """Memory for the student's gradient: contiguous, whatever the strides of the student."""
+    if student.device.type == "cpu":
+        return GRADIENT_MEMORY.take(student.shape, student.dtype)
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)

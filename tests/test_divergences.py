@@ -1,0 +1,330 @@
+"""The formulas themselves: value and slope entry by entry, limits, registration, the C++ twins."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import Divergence, divergences, fused_kd_loss
+from kdkernels.divergences import JSD, AlphaBeta, ForwardKL, SkewForwardKL, SkewReverseKL
+
+INF = math.inf
+LOGS = (-INF, -1e4, -800.0, -104.0, -20.0, -5.0, -1.0, -0.1, -1e-3, -1e-9, 0.0)
+GRID = torch.tensor(list(itertools.product(LOGS, LOGS)), dtype=torch.float64)
+LOG_P, LOG_Q = GRID.T
+DEAD = (LOG_P == -INF) & (LOG_Q == -INF)
+#: The formula is infinite where it should be: q^-c at q = 0, log(q / p) at p = 0.
+FINITE = (LOG_P > -INF) & (LOG_Q > -INF)
+
+
+@cases.each_spec
+def test_value_equals_the_formula_written_out(spec: cases.Spec) -> None:
+    """The plain formula cancels (powers / (a b)) and overflows: compared where it holds."""
+    log_p, log_q = (
+        torch.log_softmax(cases.logits((50, 40), torch.float64, seed=s), -1) for s in (1, 2)
+    )
+    expected = cases.plain_divergence(spec, log_p, log_q)
+    measured = spec.object.value(log_p, log_q).sum(-1)
+    torch.testing.assert_close(measured, expected, rtol=1e-11, atol=1e-12)
+
+
+@cases.each_spec
+def test_slope_is_the_derivative_of_value(spec: cases.Spec) -> None:
+    keep = FINITE & (LOG_P != LOG_Q)
+    if spec.name == "alpha_beta":  # exponents below 0 overflow in the far corner of the grid
+        keep &= (LOG_P > -700) & (LOG_Q > -700)
+    log_p, log_q = LOG_P[keep], LOG_Q[keep]
+    by_autograd = Divergence.slope(spec.object, log_p, log_q)
+    torch.testing.assert_close(spec.object.slope(log_p, log_q), by_autograd, rtol=1e-9, atol=1e-13)
+
+
+@cases.each_spec
+def test_entries_that_both_exclude_are_exactly_nothing(spec: cases.Spec) -> None:
+    dead = torch.full((3,), -INF, dtype=torch.float64)
+    for function in (spec.object.value, spec.object.slope, spec.object.canonical().value):
+        assert (function(dead, dead) == 0).all()
+    leaf = dead.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(spec.object.value(dead, leaf).sum(), leaf)
+    assert (gradient == 0).all()
+
+
+@cases.each_spec
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_no_entry_of_the_grid_is_nan(spec: cases.Spec, dtype: torch.dtype) -> None:
+    log_p, log_q = LOG_P.to(dtype), LOG_Q.to(dtype)
+    assert not spec.object.value(log_p, log_q).isnan().any()
+    finite = FINITE
+    if spec.name == "alpha_beta" and min(spec.parameters) < 0:
+        finite = FINITE & (LOG_P > -20) & (LOG_Q > -20)
+    assert not spec.object.slope(log_p, log_q)[finite].isnan().any()
+
+
+@cases.each_spec
+def test_equal_entries_cost_exactly_nothing(spec: cases.Spec) -> None:
+    for dtype in (torch.float32, torch.float64):
+        log = torch.tensor(LOGS, dtype=dtype)
+        assert (spec.object.value(log, log) == 0).all()
+
+
+@cases.each_spec
+def test_a_divergence_is_not_negative(spec: cases.Spec) -> None:
+    for seed in range(20):
+        log_p, log_q = (
+            torch.log_softmax(cases.logits((8, 30), torch.float64, seed=seed + 100 * k), -1)
+            for k in (1, 2)
+        )
+        assert (spec.object.value(log_p, log_q).sum(-1) > 0).all()
+
+
+def test_jensen_shannon_at_a_half_is_symmetric_entry_by_entry() -> None:
+    value = JSD(0.5).value
+    torch.testing.assert_close(value(LOG_P, LOG_Q), value(LOG_Q, LOG_P), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("pair", cases.ALPHA_BETAS, ids=str)
+def test_alpha_beta_swaps_its_arguments_with_its_parameters(pair: tuple[float, float]) -> None:
+    """D_AB^(a, b)(p, q) = D_AB^(b, a)(q, p): Cichocki et al. 2011, eq. 30."""
+    keep = FINITE & (LOG_P > -100) & (LOG_Q > -100)
+    log_p, log_q = LOG_P[keep], LOG_Q[keep]
+    torch.testing.assert_close(
+        AlphaBeta(*pair).value(log_p, log_q),
+        AlphaBeta(*pair[::-1]).value(log_q, log_p),
+        rtol=1e-12,
+        atol=1e-300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "near"),
+    [
+        ((0.5, 0.0), (0.5, 1e-6)),
+        ((0.5, 0.0), (0.5, -1e-6)),
+        ((1.0, 0.0), (1.0 - 1e-6, 1e-6)),
+        ((0.0, 0.6), (1e-6, 0.6)),
+        ((0.0, 1.0), (-1e-6, 1.0)),
+        ((0.4, -0.4), (0.4, -0.4 + 1e-6)),
+        ((-0.3, 0.3), (-0.3 + 1e-6, 0.3)),
+        ((0.0, 0.0), (1e-4, 1e-4)),
+        ((0.0, 0.0), (0.0, 1e-5)),
+        ((0.0, 0.0), (1e-5, 0.0)),
+        ((0.0, 0.0), (1e-4, -1e-4)),
+    ],
+    ids=str,
+)
+def test_alpha_beta_reaches_its_limits_continuously(
+    limit: tuple[float, float], near: tuple[float, float]
+) -> None:
+    log_p, log_q = (
+        torch.log_softmax(cases.logits((20, 30), torch.float64, seed=s), -1) for s in (1, 2)
+    )
+    at, close = AlphaBeta(*limit), AlphaBeta(*near)
+    for function in ("value", "slope"):
+        exact, nearby = (getattr(d, function)(log_p, log_q) for d in (at, close))
+        torch.testing.assert_close(nearby, exact, rtol=2e-2, atol=3e-3)
+
+
+def test_alpha_beta_contains_the_two_kls() -> None:
+    log_p, log_q = (
+        torch.log_softmax(cases.logits((20, 30), torch.float64, seed=s), -1) for s in (1, 2)
+    )
+    for pair, name in (((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")):
+        torch.testing.assert_close(
+            AlphaBeta(*pair).value(log_p, log_q).sum(-1),
+            divergences.resolve(name, 0.5).value(log_p, log_q).sum(-1),
+        )
+
+
+@pytest.mark.parametrize(
+    ("end", "near"),
+    [
+        (JSD(0.0), (JSD(1e-8), 1e-8)),
+        (JSD(1.0), (JSD(1 - 1e-8), 1e-8)),
+        (SkewForwardKL(0.0), (SkewForwardKL(1e-7), 1.0)),
+        (SkewReverseKL(1.0), (SkewReverseKL(1 - 1e-7), 1.0)),
+    ],
+    ids=lambda d: str(d)[:40],
+)
+def test_end_points_of_beta_are_the_documented_limits(
+    end: Divergence, near: tuple[Divergence, float]
+) -> None:
+    log_p, log_q = (
+        torch.log_softmax(cases.logits((20, 30), torch.float64, seed=s), -1) for s in (1, 2)
+    )
+    nearby, divisor = near
+    torch.testing.assert_close(
+        nearby.value(log_p, log_q).sum(-1) / divisor,
+        end.value(log_p, log_q).sum(-1),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+# --------------------------------------------------------------------- divergences of the user's
+
+
+@pytest.fixture
+def registry() -> Iterator[dict[str, type[Divergence]]]:
+    """The registry, restored afterwards."""
+    before = dict(divergences._REGISTRY)
+    yield divergences._REGISTRY
+    divergences._REGISTRY.clear()
+    divergences._REGISTRY.update(before)
+
+
+def hellinger(with_slope: bool) -> type[Divergence]:
+    @dataclass(frozen=True)
+    class SquaredHellinger(Divergence):
+        name = "squared_hellinger"
+        weight: float = 1.0
+
+        def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+            return self.weight * (torch.exp(log_p / 2) - torch.exp(log_q / 2)) ** 2 / 2
+
+    if not with_slope:
+        return SquaredHellinger
+
+    @dataclass(frozen=True)
+    class WithSlope(SquaredHellinger):
+        name = "squared_hellinger_with_slope"
+
+        def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+            root_p, root_q = torch.exp(log_p / 2), torch.exp(log_q / 2)
+            return self.weight * (root_q - root_p) * root_q / 2
+
+    return WithSlope
+
+
+@pytest.mark.parametrize("with_slope", (False, True))
+@pytest.mark.parametrize("by_name", (False, True))
+@cases.each_mode
+def test_a_divergence_of_the_users_own(
+    backend: str,
+    device: str,
+    with_slope: bool,
+    by_name: bool,
+    gradient: str,
+    registry: dict[str, type[Divergence]],
+) -> None:
+    cls = hellinger(with_slope)
+    divergence = cls.name if by_name else cls(weight=2.5)
+    weight = 1.0 if by_name else 2.5
+    student, teacher = cases.pair((6, 50), device=device)
+    options = {"divergence": divergence, "temperature": 2.0, "gradient": gradient}
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=rf"no kernel .*{cls.name}.*it can run on: .*torch"):
+            fused_kd_loss(student, teacher, backend=backend, **options)
+        return
+    measured = cases.evaluate(student, teacher, backend=backend, **options)
+    leaf = student.cpu().double().requires_grad_()
+    root_p, root_q = (torch.softmax(z / 2, -1).sqrt() for z in (teacher.cpu().double(), leaf))
+    expected = weight * 4 * ((root_p - root_q) ** 2).sum(-1).mean() / 2
+    expected.backward()
+    torch.testing.assert_close(measured.loss.cpu().double(), expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(measured.gradient.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_the_fastest_backend_is_not_tried_with_an_unknown_divergence(
+    registry: dict[str, type[Divergence]],
+) -> None:
+    student, teacher = cases.pair((6, 50))
+    loss = fused_kd_loss(student, teacher, divergence=hellinger(False)())
+    assert torch.equal(
+        loss, fused_kd_loss(student, teacher, divergence="squared_hellinger", backend="torch")
+    )
+
+
+def test_registration_rules(registry: dict[str, type[Divergence]]) -> None:
+    with pytest.raises(TypeError, match="must set a class attribute `name`"):
+        type("Nameless", (Divergence,), {})
+    with pytest.raises(TypeError, match="must set a class attribute `name`"):
+        type("Numbered", (Divergence,), {"name": 3})
+    for name in cases.BUILT_IN:
+        with pytest.raises(ValueError, match=f"name: '{name}' .*built-in"):
+            type("Impostor", (Divergence,), {"name": name})
+    assert divergences.names()[: len(cases.BUILT_IN)] == cases.BUILT_IN
+    first = type("Mine", (Divergence,), {"name": "mine"})
+    assert divergences.names()[-1] == "mine"
+    second = type("Mine", (Divergence,), {"name": "mine"})  # a notebook's cell run again
+    assert divergences.build("mine", ()).__class__ is second is not first
+    with pytest.raises(NotImplementedError, match="'mine'"):
+        second().value(LOG_P, LOG_Q)
+
+
+def test_a_slope_is_zero_where_value_does_not_depend_on_the_student(
+    registry: dict[str, type[Divergence]],
+) -> None:
+    constant = type(
+        "Constant", (Divergence,), {"name": "constant", "value": lambda _, p, q: p.exp()}
+    )()
+    assert (constant.slope(LOG_P, LOG_Q) == 0).all()
+
+
+# ------------------------------------------------------------------------------ the C++ twins
+
+try:
+    native = importlib.import_module("kdkernels._native")
+except ImportError:
+    native = None
+needs_native = pytest.mark.skipif(native is None, reason="the native module was not built")
+
+
+@needs_native
+def test_every_built_in_divergence_has_a_twin() -> None:
+    assert set(native.divergence_names()) == set(cases.BUILT_IN)
+
+
+@needs_native
+@cases.each_spec
+def test_the_cpp_twin_equals_the_formula_entry_by_entry(spec: cases.Spec) -> None:
+    """A native summand may be centred: c (q - p) is added to each value and c q to each slope for
+    one constant c, which changes neither the sum nor the gradient of distributions."""
+    divergence = spec.object.canonical()
+    keep = FINITE & (LOG_P > -600) & (LOG_Q > -600)
+    log_p, log_q = LOG_P[keep], LOG_Q[keep]
+    pairs = [
+        native.divergence(divergence.name, divergence.parameters, p, q)
+        for p, q in zip(log_p.tolist(), log_q.tolist(), strict=True)
+    ]
+    value, slope = torch.tensor(pairs, dtype=torch.float64).T
+    expected = divergence.value(log_p, log_q)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-13)
+    unequal = log_p != log_q
+    torch.testing.assert_close(
+        slope[unequal], divergence.slope(log_p, log_q)[unequal], rtol=1e-9, atol=1e-13
+    )
+
+
+@needs_native
+@cases.each_spec
+def test_the_cpp_twin_excludes_what_both_exclude(spec: cases.Spec) -> None:
+    divergence = spec.object.canonical()
+    assert native.divergence(divergence.name, divergence.parameters, -INF, -INF) == (0.0, 0.0)
+
+
+@needs_native
+@cases.each_spec
+def test_the_cpp_twin_agrees_where_one_side_excludes(spec: cases.Spec) -> None:
+    divergence = spec.object.canonical()
+    for log_p, log_q in ((-INF, -1.0), (-1.0, -INF), (-INF, 0.0), (0.0, -INF)):
+        value, slope = native.divergence(divergence.name, divergence.parameters, log_p, log_q)
+        p, q = (torch.tensor([x], dtype=torch.float64) for x in (log_p, log_q))
+        expected = float(divergence.value(p, q))
+        assert value == pytest.approx(expected, rel=1e-12), (log_p, log_q)
+        expected = float(divergence.slope(p, q))
+        assert slope == pytest.approx(expected, rel=1e-12, nan_ok=True), (log_p, log_q)
+
+
+@needs_native
+def test_the_forward_kl_object_is_the_named_one() -> None:
+    student, teacher = cases.pair((4, 50))
+    assert torch.equal(
+        fused_kd_loss(student, teacher, divergence=ForwardKL()), fused_kd_loss(student, teacher)
+    )

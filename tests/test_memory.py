@@ -1,0 +1,143 @@
+"""The kept memory of the last CPU gradient: reused when nobody can see it, and only then."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels import fused_kd_loss
+from kdkernels.memory import GRADIENT_MEMORY, GradientMemory
+
+SHAPE = torch.Size((96, 4099))  # 1.5 MiB in float32: above the smallest kept block
+
+
+@pytest.fixture(autouse=True)
+def empty_slot() -> None:
+    GRADIENT_MEMORY.release()
+
+
+def gradient(student: Tensor, teacher: Tensor) -> Tensor:
+    student.grad = None
+    fused_kd_loss(student, teacher).backward()
+    assert student.grad is not None
+    return student.grad
+
+
+def test_the_next_step_reuses_the_memory_with_the_same_result() -> None:
+    student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    first = gradient(student, teacher)
+    address, copy = first.data_ptr(), first.clone()
+    del first
+    again = gradient(student, teacher)
+    assert again.data_ptr() == address
+    assert torch.equal(again, copy)
+
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda tensor: tensor,
+    "view": lambda tensor: tensor[3:, ::2],
+    "numpy": lambda tensor: tensor.numpy(),
+    "other dtype": lambda tensor: tensor.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_memory_that_anything_refers_to_is_not_touched(holder: Callable[[Tensor], Any]) -> None:
+    memory = GradientMemory()
+    held = holder(memory.take(SHAPE, torch.float32).fill_(7.0))
+    before = torch.as_tensor(held).clone()
+    memory.take(SHAPE, torch.float32).fill_(0.0)
+    assert torch.equal(torch.as_tensor(held), before)
+
+
+def test_two_losses_alive_at_once_have_two_gradients() -> None:
+    students = [torch.randn(SHAPE, requires_grad=True) for _ in range(2)]
+    teacher = torch.randn(SHAPE)
+    losses = [fused_kd_loss(student, teacher) for student in students]
+    for loss in losses:
+        loss.backward()
+    got = [student.grad.clone() for student in students]
+    for student, one in zip(students, got, strict=True):
+        assert torch.equal(gradient(student, teacher), one)
+
+
+def test_at_most_one_block_is_kept_and_sizes_may_change() -> None:
+    memory = GradientMemory()
+    large = memory.take(torch.Size((2000, 1000)), torch.float32)
+    block = memory._kept
+    del large
+    small = memory.take(torch.Size((300, 1000)), torch.float32)
+    assert memory._kept is not block, "a block twice too large must not be kept for a small one"
+    assert memory._kept is not None and memory._kept.nbytes() < 4 << 20
+    assert small.shape == (300, 1000) and small.is_contiguous()
+    memory.release()
+    assert memory._kept is None
+    assert small.fill_(1.0).sum() == 300_000
+
+
+def test_small_gradients_and_the_switch_leave_it_to_the_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = GradientMemory()
+    memory.take(torch.Size((8, 1000)), torch.float32)
+    assert memory._kept is None
+    monkeypatch.setenv("KDKERNELS_KEEP_GRADIENT_MEMORY", "0")
+    memory.take(SHAPE, torch.float32)
+    assert memory._kept is None
+
+
+def test_release_memory_is_public() -> None:
+    student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    gradient(student, teacher)
+    assert GRADIENT_MEMORY._kept is not None
+    kdkernels.release_memory()
+    assert GRADIENT_MEMORY._kept is None
+
+
+def test_threads_never_share_a_block() -> None:
+    memory = GradientMemory()
+    clashes = []
+
+    def work(mark: float) -> None:
+        for _ in range(50):
+            mine = memory.take(SHAPE, torch.float32)
+            mine.fill_(mark)
+            if not bool((mine == mark).all()):
+                clashes.append(mark)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clashes
+
+
+def test_gradients_are_ordinary_tensors() -> None:
+    student, teacher = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    optimizer = torch.optim.SGD([student], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)  # detaches in place, which a view would refuse
+        fused_kd_loss(student, teacher).backward()
+        optimizer.step()
+    assert student.grad is not None and not student.grad._is_view()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_has_a_slot_of_its_own() -> None:
+    kept = GRADIENT_MEMORY.take(SHAPE, torch.float32)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"1" if GRADIENT_MEMORY._kept is None else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1) == b"1"
+    assert kept.shape == SHAPE
