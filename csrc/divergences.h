@@ -65,7 +65,8 @@ struct Mixture : Relative<X> {
     const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
     const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
     part = of_smaller * this->ratio;
-    share = part + of_larger;
+    // The floor keeps 0 * log 0 at 0 when beta = 0 leaves nothing but a vanished q in the mixture.
+    share = maximum(part + of_larger, X(1e-37));
     log_share = log2_of_share(share, of_smaller * this->shortfall);
   }
 };

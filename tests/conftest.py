@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before torch loads OpenMP: idle threads that spin make small problems 5x slower (measured) where
+# the cores are shared. Nothing here measures time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import cases
 import pytest

@@ -20,3 +20,6 @@ if __name__ == "__main__":
         result = {"model": trainer.model.state_dict(), "logs": logs, "metrics": metrics}
         torch.save(result, output / "result.pt")
     trainer.accelerator.end_training()
+    # The interpreter's exit may find a thread of the group's still running, and abort.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
