@@ -438,7 +438,7 @@ def _item_tensor(num_items: Any, student: Tensor, reduction: str) -> Tensor | No
 
 def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
     problem = call.problem
-    rows = dict(zip(STATISTICS, statistics.detach(), strict=True))
+    rows = dict(zip(STATISTICS, statistics.detach()[: len(STATISTICS)], strict=True))
     counted = counted_rows(problem)
     scale = row_scale(problem)
     if isinstance(scale, Tensor) and scale.ndim:

@@ -13,7 +13,6 @@ from .backends import BACKENDS
 from .functional import Call, KDLossOutput, finish, fused_kd_loss, prepare
 from .problem import (
     LOGIT_DTYPES,
-    STATISTICS,
     Options,
     Problem,
     check_labels,
@@ -264,7 +263,8 @@ def _run_forward(
     dtype, device, shape = problem.logits_dtype, problem.student_input.device, problem.leading_shape
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(problem, wanted)
-    statistics = torch.zeros((len(STATISTICS), shape.numel()), dtype=dtype, device=device)
+    height = BACKENDS[backend].statistics_rows
+    statistics = torch.zeros((height, shape.numel()), dtype=dtype, device=device)
     per_row = problem.options.reduction == "none"
     losses = torch.zeros(shape.numel() if per_row else 0, dtype=dtype, device=device)
     sums = []
@@ -297,7 +297,7 @@ def _run_backward(
     """The wanted gradients, recomputed from the inputs, times grad_output."""
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(problem, wanted)
-    statistics = statistics.reshape(len(STATISTICS), -1)
+    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, -1)
     for rows, tile in sweep:
         gradient = BACKENDS[backend].backward(
             tile,
@@ -331,10 +331,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (_, _, wanted, _) = _unpack(arguments)
+    problem, (backend, _, wanted, _) = _unpack(arguments)
     shape, like, dtype = problem.leading_shape, problem.student_input, problem.logits_dtype
     loss_shape = shape if problem.options.reduction == "none" else ()
-    statistics = like.new_empty((len(STATISTICS), *shape), dtype=dtype)
+    statistics = like.new_empty((BACKENDS[backend].statistics_rows, *shape), dtype=dtype)
     return (like.new_empty(loss_shape, dtype=dtype), statistics, *_fake_gradients(problem, wanted))
 
 

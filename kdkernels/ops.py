@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import BACKENDS
-from .problem import STATISTICS, Options, Problem, loss_dtype
+from .problem import Options, Problem, loss_dtype
 
 _SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", Sequence[float]: "float[]"}
 OPTIONS_SCHEMA = ", ".join(
@@ -129,14 +129,14 @@ def _backward(*arguments: Any) -> Tensor:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem, _ = _unpack(arguments)
+    problem, backend = _unpack(arguments)
     want_gradient, _ = arguments[_OPTIONS_END + 1 :]
     student, shape = problem.student, problem.leading_shape
     loss_shape = shape if problem.options.reduction == "none" else ()
     dtype = loss_dtype(student)
     return (
         student.new_empty(loss_shape, dtype=dtype),
-        student.new_empty((len(STATISTICS), *shape), dtype=dtype),
+        student.new_empty((BACKENDS[backend].statistics_rows, *shape), dtype=dtype),
         student.new_empty(student.shape if want_gradient else (0,)),
     )
 

@@ -9,7 +9,9 @@ import torch
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    trainer = tiny_models.trainer(output, per_device_train_batch_size=2)
+    student = tiny_models.llama(1, seed=1, hidden=8)  # narrower than its teacher: projections
+    options = {"student": student, "terms": sys.argv[2]} if len(sys.argv) > 2 else {}
+    trainer = tiny_models.trainer(output, per_device_train_batch_size=2, **options)
     assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
     trainer.evaluate()  # must not keep the model from being wrapped for training
     trainer.train()

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..memory import GRADIENT_MEMORY
-from ..problem import Problem
+from ..problem import STATISTICS, Problem
 
 
 class Result(NamedTuple):
     """What a forward leaves behind.
 
-    loss: [] or, for reduction "none", [...]; statistics: [len(STATISTICS), *leading shape], both in
+    loss: [] or, for reduction "none", [...]; statistics: [statistics_rows, *leading shape], both in
     the problem's math dtype; gradient: of the reduced loss (for "none" of the sum of the row
     losses) with respect to the student's logits, in their shape and dtype, contiguous; None if not
     asked for.
@@ -30,6 +30,12 @@ class Backend(ABC):
     """One implementation of the contract. Stateless; one instance per process."""
 
     name: str
+    #: Rows that this backend appends to the statistics for its own backward.
+    state_rows: int = 0
+
+    @property
+    def statistics_rows(self) -> int:
+        return len(STATISTICS) + self.state_rows
 
     @abstractmethod
     def unavailable(self) -> list[str]:

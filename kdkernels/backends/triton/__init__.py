@@ -1,0 +1,98 @@
+"""The Triton backend: one source of kernels for every GPU that Triton reaches.
+
+``import kdkernels`` works without Triton; then the backend says so. With ``TRITON_INTERPRET=1`` in
+the environment before the first use it runs on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem, check_labels
+from ..base import Backend, Result
+
+_IMPORT_ERROR: str | None = None
+_launch: ModuleType | None = None
+
+
+def _load() -> ModuleType | None:
+    """The launching module, imported when first needed: Triton takes half a second to import."""
+    global _IMPORT_ERROR, _launch
+    if _launch is None and _IMPORT_ERROR is None:
+        try:
+            _launch = importlib.import_module(".launch", __name__)
+        except ImportError as error:
+            _IMPORT_ERROR = str(error)
+    return _launch
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    state_rows = 7
+
+    def unavailable(self) -> list[str]:
+        launch = _load()
+        if launch is None:
+            return [f"Triton cannot be imported ({_IMPORT_ERROR})"]
+        if launch.INTERPRETED or torch.cuda.is_available():
+            return []
+        return ["there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"]
+
+    def why_not(self, problem: Problem) -> list[str]:
+        launch = _load()
+        assert launch is not None
+        reasons = []
+        kind = problem.student.device.type
+        if kind != "cuda" and not (launch.INTERPRETED and kind == "cpu"):
+            where = "cpu tensors" if launch.INTERPRETED else "cuda (or ROCm) tensors"
+            reasons.append(f"it runs on {where}, not on {kind}")
+        for name, tensor in (("student", problem.student), ("teacher", problem.teacher)):
+            if tensor.dtype == torch.float64:
+                reasons.append(f"it computes in float32, the {name}'s logits are float64")
+        divergence = problem.options.divergence
+        if divergence not in launch.functors.SWEPT + launch.functors.CLOSED:
+            reasons.append(f"it has no kernel for the divergence {divergence!r}")
+        if problem.vocab >= 1 << 24:
+            reasons.append(f"its columns are counted in float32: {problem.vocab} >= 2^24")
+        return reasons
+
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
+        check_labels(problem)
+        launch = _load()
+        assert launch is not None
+        result: Result = launch.forward(
+            problem, want_gradient=want_gradient, extras=extras, gradient_out=gradient_out
+        )
+        return result
+
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
+        launch = _load()
+        assert launch is not None
+        gradient: Tensor = launch.backward(
+            problem, statistics, grad_output, gradient_out=gradient_out
+        )
+        return gradient
+
+    def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
+        launch = _load()
+        assert launch is not None
+        scaled: Tensor = launch.scale_gradient(gradient, grad_output, overwrite=overwrite)
+        return scaled

@@ -1,0 +1,237 @@
+"""What a launch is made of: the variant of the kernel that is compiled, and the launch numbers.
+
+Counts are of the compiled kernels (``make kernel-report``, docs/gpu-kernels.md); what a GPU would
+have to measure is marked so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Device(NamedTuple):
+    """What the policy knows of a device."""
+
+    kind: str  # "cuda", "hip" or "interpreter"
+    architecture: int  # 90 for sm_90; 0 elsewhere
+    processors: int
+    cache_bytes: int  # of the last cache that all processors share
+    warp: int = 32
+
+
+#: Stands for any GPU where no driver tells (ahead-of-time compilation, emulation): an H100 SXM.
+H100 = Device("cuda", 90, 132, 50 << 20)
+INTERPRETER = Device("interpreter", 0, 2, 1 << 20)
+
+
+@dataclass(frozen=True)
+class LaunchPolicy:
+    """Launch numbers of the row kernel.
+
+    Args:
+        num_warps: of one program.
+        vectors: 16-byte vectors per thread and tile (K): one rescale serves all of them.
+        registers: the most that a thread may use (NVIDIA), so that ``residents`` fit; None: any.
+        residents: programs that a processor holds at once. The row kernel is persistent; a larger
+            grid would only add rows in flight.
+        split: programs that share a row.
+        exchange: how they combine: "none" (split is 1), "spin" (all resident, they wait for each
+            other) or "launch" (the next launch reads what this one left).
+        programs: the grid.
+    """
+
+    num_warps: int
+    vectors: int
+    registers: int | None
+    residents: int
+    split: int
+    exchange: str
+    programs: int
+
+
+#: 8 warps of 16 bf16 per thread are a tile of 4096 columns. Forward KL + CE + gradient fits into 64
+#: registers without a spill on every target, so that 4 programs share an SM: 32 warps with 2 x 32
+#: bytes each in flight are 64 KB, three times what 0.7 us of H200 latency needs. (One vector per
+#: thread would bring 0.25 instead of 0.12 special-function operations of rescaling per element.)
+NUM_WARPS = 8
+#: A mixture of logarithms or a softcap hold more at once: 16 elements per thread would spill, 8
+#: need 77 registers (jsd, sm_90); the alpha-beta divergence, or both together, need 96 and more.
+#: (vectors, registers, residents) by how many of these a problem has.
+TILES = ((2, 64, 4), (1, 80, 3), (1, 128, 2))
+#: Share of the cache that rows in flight may fill, so that their second reading finds them there.
+#: An estimate: an H100's or A100's L2 is two halves, and either may keep a copy.
+CACHE_SHARE = 0.4
+#: Up to this many rows the vocabulary is split over separate launches: so few rows cannot fill the
+#: device, and a second launch (2-3 us) costs less than waiting in every program.
+FEW_ROWS = 64
+#: More members share no more than the cache rule asks for at 256k columns of float32 on an A100.
+MAX_SPLIT = 64
+
+
+def choose(
+    device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
+) -> LaunchPolicy:
+    """The launch for this problem.
+
+    Args:
+        row_bytes: of both models' logits of one row.
+        width: W, the columns of one 16-byte vector.
+        sweeps: times that a launch reads a row; the second and later ones should find it in cache.
+        heaviness: an index of TILES.
+    """
+    vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
+    if device.kind == "interpreter":
+        # Its time goes by operations, not by elements: few tiles, but more than one.
+        warps = 1
+        while warps < 32 and 3 * 2 * warps * device.warp * vectors * width <= vocab:
+            warps *= 2
+        programs = max(1, min(rows, device.processors))
+        return LaunchPolicy(warps, vectors, None, 1, 1, "none", programs)
+    vectors *= 8 // width  # as many columns of float32
+    tiles = max(1, vocab // (NUM_WARPS * device.warp * vectors * width))
+    resident = device.processors * residents
+    split, exchange = 1, "none"
+    if rows <= FEW_ROWS:
+        split = min(max(1, resident // max(rows, 1)), tiles, MAX_SPLIT)
+        exchange = "launch" if split > 1 else "none"
+    else:
+        # Waiting for each other needs all programs resident: only where the register limit holds.
+        if device.kind == "cuda":
+            wanted = resident / rows
+            if sweeps > 1:
+                wanted = max(wanted, resident * row_bytes / (CACHE_SHARE * device.cache_bytes))
+            while split < wanted and split * 2 <= min(tiles, MAX_SPLIT):
+                split *= 2
+            exchange = "spin" if split > 1 else "none"
+    return LaunchPolicy(
+        num_warps=NUM_WARPS,
+        vectors=vectors,
+        registers=registers if device.kind == "cuda" else None,
+        residents=residents,
+        split=split,
+        exchange=exchange,
+        programs=programs_for(device, rows, residents, split, exchange),
+    )
+
+
+def programs_for(device: Device, rows: int, residents: int, split: int, exchange: str) -> int:
+    """The grid: all slices at once before another launch, else no more than are resident."""
+    if exchange == "launch":
+        return rows * split
+    return max(1, min(rows, device.processors * residents // split)) * split
+
+
+def key(
+    device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
+) -> str:
+    """What a measured launch is kept under: the arguments of :func:`choose`, rows by doublings."""
+    most_rows = 1 << (rows - 1).bit_length()
+    return (
+        f"{device.kind}{device.architecture}x{device.processors} rows<={most_rows}"
+        f" vocab={vocab} bytes={row_bytes} width={width} sweeps={sweeps} heaviness={heaviness}"
+    )
+
+
+def tuned_file() -> Path:
+    """Where ``kdkernels tune`` keeps what it measured: ``$KDKERNELS_TUNE``, or the user's cache."""
+    named = os.environ.get("KDKERNELS_TUNE")
+    if named:
+        return Path(named)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "kdkernels" / "tune.json"
+
+
+@functools.lru_cache
+def all_tuned() -> dict[str, dict[str, Any]]:
+    """The measured launches by key; read once in a process. A file that is none counts as empty."""
+    try:
+        found = json.loads(tuned_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tuned(device: Device, rows: int, name: str) -> LaunchPolicy | None:
+    """The measured launch of this :func:`key`, for this number of rows."""
+    entry = all_tuned().get(name)
+    if entry is None:
+        return None
+    found = LaunchPolicy(**entry["policy"])
+    programs = programs_for(device, rows, found.residents, found.split, found.exchange)
+    return dataclasses.replace(found, programs=programs)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the row kernel is compiled for; ``P`` in kernels.py."""
+
+    # the tile
+    K: int
+    THREADS: int
+    W: int
+    itemsize: int  # of the student
+    interpreted: bool
+    nvidia: bool
+    # the mathematics
+    divergence: str
+    case: str  # which limit of the alpha-beta divergence
+    power: int  # T if exp(z) is a small power of exp(z / T), else 0
+    extras: bool
+    with_kd: bool
+    kd_in_loss: bool
+    with_ce: bool
+    ce_in_loss: bool
+    smoothing: bool
+    z_loss: bool
+    student_scale: bool
+    teacher_scale: bool
+    student_softcap: bool
+    teacher_softcap: bool
+    # the tensors
+    with_labels: bool
+    with_items: bool
+    with_weights: bool
+    with_upstream: bool
+    unit_student: bool  # columns are neighbours
+    unit_teacher: bool
+    align_student: bool  # 16-byte accesses once the head of the row is peeled off
+    align_teacher: bool
+    align_gradient: bool
+    base_aligned: bool  # all pointers are multiples of 16 bytes
+    single: bool  # the vocabulary has one entry
+    truncated: bool  # the gradient has columns that take no part
+    # the stages of this launch
+    observe: bool
+    evaluate: bool
+    finish: bool
+    differentiate: bool
+    source: str  # of the statistics if not observed: "partials" or "statistics"
+    exchange: str
+    split: int  # programs that share a row in this launch
+    members: int  # slices whose partials are combined
+    collect_sums: bool  # take the evaluation's sums from the partials
+
+    def constants(self) -> dict[str, object]:
+        """The fields and what follows from them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        closed = self.divergence in ("forward_kl", "reverse_kl") and self.with_kd
+        rereads = self.observe and (self.evaluate or self.differentiate)
+        keep = "evict_last"  # the next sweep wants it
+        done = "evict_first"
+        return fields | {
+            "closed": closed,
+            "label_term": self.ce_in_loss or self.z_loss,
+            "members_pow2": 1 << (self.members - 1).bit_length(),
+            "meetings": 1 + int(self.evaluate),
+            "gradient_reads": 2 if self.kd_in_loss else 1,
+            "first_policy": keep if rereads else done,
+            "middle_policy": keep if self.differentiate else done,
+            "last_policy": done,
+            "store_policy": done,
+        }
