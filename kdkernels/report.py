@@ -57,6 +57,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             ["-" if value is None else template.format(value) for value, template in values]
         )
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table, heading first, with aligned columns; all but the first to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
