@@ -32,6 +32,7 @@ _EPILOG = """examples:
   kdkernels info
   kdkernels fetch smollm2
   kdkernels distill examples/smollm2.yaml
+  kdkernels distill examples/minilm.yaml
   kdkernels distill examples/smollm2.yaml --alpha 0.7 --output_dir out
   kdkernels sweep config.yaml --sweep_temperatures 1 2 4 --sweep_steps 40 --output_dir out
   kdkernels init-student --teacher FOLDER --layers uniform:3 --output_dir student
@@ -79,8 +80,8 @@ def _run_command(arguments: list[str]) -> int:
     )
     _student_options(student_parser)
     fetch_parser = commands.add_parser("fetch", help="download what a demo needs; prints its paths")
-    fetch_parser.add_argument("demo", choices=["smollm2"])
-    fetch_parser.set_defaults(command=lambda _: fetch())
+    fetch_parser.add_argument("demo", choices=["smollm2", "minilm"])
+    fetch_parser.set_defaults(command=lambda options: fetch(options.demo))
     info_parser = commands.add_parser(
         "info", help="versions, processor, and which backends can run"
     )
@@ -131,12 +132,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def fetch() -> int:
-    """Download teacher and text of the demo into the cache; prints their folders."""
-    from .demo import fetch_smollm2
+def fetch(demo: str) -> int:
+    """Download teacher and text of a demo into the cache; prints their folders."""
+    from .demo import fetch_assets
 
     try:
-        for folder in fetch_smollm2():
+        for folder in fetch_assets(demo):
             print(folder)
     except (RuntimeError, OSError) as error:
         return _refuse("fetch", error)
@@ -153,9 +154,10 @@ def sweep(arguments: list[str]) -> int:
     from .distill import prepare
 
     try:
-        parsed = parse(arguments, "sweep", [trials.SweepArguments])
-        settings = parsed[-2]
-        experiment = prepare(*parsed[:-2], parsed[-1])
+        model, data, run, args, settings, chosen = parse(
+            arguments, "sweep", [trials.SweepArguments]
+        )
+        experiment = prepare(model, data, run, args, chosen)
         trials.check(experiment, settings)
     except (ValueError, OSError) as error:
         return _refuse("sweep", error)
