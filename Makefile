@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help distill test lint bench clean
+.PHONY: help distill test lint bench kernel-report simulate clean
 help:
 	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
 	@echo "make test      run the tests (sets everything up)"
@@ -37,6 +37,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+# Both need Triton, which is no dependency of the CPU build: `pip install triton` into $(VENV) first.
+simulate: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/simulate
+
+kernel-report: $(VENV)/.installed
+	$(BIN)/python tools/kernel_report.py
 
 clean:
 	rm -rf $(VENV) build kdkernels/_native*.so *.egg-info

@@ -65,8 +65,7 @@ struct Mixture : Relative<X> {
     const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
     const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
     part = of_smaller * this->ratio;
-    // The floor keeps 0 * log 0 at 0 when beta = 0 leaves nothing but a vanished q in the mixture.
-    share = maximum(part + of_larger, X(1e-37));
+    share = part + of_larger;
     log_share = log2_of_share(share, of_smaller * this->shortfall);
   }
 };
@@ -182,7 +181,7 @@ struct SkewForwardKl {
   }
 };
 
-// KL(q || m), m = beta p + (1 - beta) q, 0 <= beta < 1
+// KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
 struct SkewReverseKl {
   static constexpr bool kUsesLog = false;
   double beta;
@@ -198,6 +197,15 @@ struct SkewReverseKl {
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
     return {-X(beta) * Relative<X>(e).excess(e), -X(beta) * e.q};
+  }
+};
+
+// KL(q || q)
+struct Nothing : InUnitsOfOne, Uncentred {
+  static constexpr bool kUsesLog = false;
+  template <class X>
+  KD_INLINE Term<X> operator()(const Entry<X>&) const {
+    return {X(0.0), X(0.0)};
   }
 };
 

@@ -1,7 +1,7 @@
-"""The command line: ``kdkernels distill | fetch | info``.
+"""The command line: ``kdkernels distill | cache-teacher | init-student | fetch | info``.
 
 Exit code 0: done; 2: bad input, one line on stderr, nothing written. transformers is imported only
-by ``distill`` and ``fetch``.
+by the commands that load models.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _EPILOG = """examples:
   kdkernels fetch smollm2
   kdkernels distill examples/smollm2.yaml
   kdkernels distill examples/smollm2.yaml --alpha 0.7 --output_dir out
+  kdkernels init-student --teacher FOLDER --layers uniform:3 --output_dir student
+  kdkernels cache-teacher config.yaml --teacher_cache cache --cache_top_k 64
   kdkernels distill --teacher FOLDER --student_layers 0-5 --train_text notes.txt --output_dir out
 """
 
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["distill"]:  # its options are dataclasses that need transformers
         return distill(arguments[1:])
+    if arguments[:1] == ["cache-teacher"]:
+        return cache(arguments[1:])
     parser = _Parser(
         prog="kdkernels",
         description="Fused knowledge-distillation losses, and distillation of language models.",
@@ -61,6 +65,14 @@ def _run_command(arguments: list[str]) -> int:
     commands.add_parser(
         "distill", help="train a small language model from a large one (distill --help)"
     )
+    commands.add_parser(
+        "cache-teacher",
+        help="write the teacher's outputs for a run into --teacher_cache; options as for distill",
+    )
+    student_parser = commands.add_parser(
+        "init-student", help="make a student from a teacher's layers, in a folder"
+    )
+    _student_options(student_parser)
     fetch_parser = commands.add_parser("fetch", help="download what a demo needs; prints its paths")
     fetch_parser.add_argument("demo", choices=["smollm2"])
     fetch_parser.set_defaults(command=lambda _: fetch())
@@ -129,6 +141,57 @@ def fetch() -> int:
     return 0
 
 
+# ---- init-student, cache-teacher ----------------------------------------------------------------
+
+
+def _student_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True, help="a folder, a hub name, or a .gguf file")
+    parser.add_argument(
+        "--layers",
+        required=True,
+        help="layers to keep, e.g. 0,1,5-7, or a number of them: uniform:3",
+    )
+    parser.add_argument("--task", default="causal-lm", help="what the model is for")
+    parser.add_argument("--dtype", default="float32", help="of the weights; auto: the teacher's")
+    parser.add_argument("--output_dir", required=True, help="folder to be made")
+    parser.set_defaults(command=init_student)
+
+
+def init_student(options: argparse.Namespace) -> int:
+    """``kdkernels init-student --teacher X --layers 0,2,5 --output_dir OUT``."""
+    _quiet_libraries()
+    from .models import parameter_count
+    from .student import make_student
+
+    try:
+        student = make_student(
+            options.teacher,
+            options.layers,
+            Path(options.output_dir),
+            task=options.task,
+            dtype=options.dtype,
+        )
+    except (ValueError, OSError) as error:
+        return _refuse("init-student", error)
+    layers, size = student.config.num_hidden_layers, parameter_count(student) / 1e6
+    print(f"{options.output_dir}: {layers} layers, {size:.1f} M parameters")
+    return 0
+
+
+def cache(arguments: list[str]) -> int:
+    """``kdkernels cache-teacher [config.yaml] --teacher_cache FOLDER [--option value ...]``."""
+    _quiet_libraries()
+    from .distill import write_cache
+
+    try:
+        info = write_cache(*parse(arguments, "cache-teacher"))
+    except (ValueError, OSError) as error:
+        return _refuse("cache-teacher", error)
+    kept = "all logits" if info.top_k is None else f"the top {info.top_k} at T = {info.temperature}"
+    print(f"{info.examples} examples, {info.rows} rows, {kept} of {info.vocab}")
+    return 0
+
+
 # ---- distill ------------------------------------------------------------------------------------
 
 
@@ -146,17 +209,17 @@ def distill(arguments: list[str]) -> int:
         print(_headline(experiment), file=sys.stderr)
     outcome = run(experiment)
     if experiment.args.process_index == 0:
-        print(f"\n{report.table(outcome['rows'])}\n\n{report.LEGEND}")
+        print(f"\n{report.table(outcome['rows'])}\n\n{report.legend(outcome['rows'])}")
         print(f"{outcome['seconds']:.0f} s; results in {experiment.args.output_dir}")
     return 0
 
 
-def parse(arguments: list[str]) -> tuple[Any, ...]:
+def parse(arguments: list[str], command: str = "distill") -> tuple[Any, ...]:
     """Options of ``distill`` -> the arguments of ``prepare``; ValueError if one is bad."""
     from transformers import HfArgumentParser
 
+    from .arguments import DistillationArguments
     from .distill import DataArguments, ModelArguments, RunArguments
-    from .trainer import DistillationArguments
 
     class Parser(_Parser, HfArgumentParser):
         chosen: dict[str, Any]
@@ -171,8 +234,8 @@ def parse(arguments: list[str]) -> tuple[Any, ...]:
     kinds: list[Any] = [ModelArguments, DataArguments, RunArguments, DistillationArguments]
     parser = Parser(
         kinds,
-        prog="kdkernels distill",
-        usage="kdkernels distill [config.yaml] [--option value ...]",
+        prog=f"kdkernels {command}",
+        usage=f"kdkernels {command} [config.yaml] [--option value ...]",
         description="Train a student on a teacher. A YAML file holds the same options as the "
         "command line, which overrides it. Relative paths are relative to the working directory.",
         allow_abbrev=False,
@@ -214,7 +277,8 @@ def _words(name: str, value: Any, takes_list: bool) -> list[str]:
     if isinstance(value, list) and takes_list:
         return [f"--{name}", *map(str, value)]
     if isinstance(value, list):
-        value = ",".join(map(str, value))
+        parts = (":".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)
+        value = ",".join(parts)
     elif isinstance(value, dict):
         value = json.dumps(value)
     return [f"--{name}={value}"]
@@ -228,6 +292,8 @@ def _unknown(kind: str, given: str, known: list[str]) -> str:
 def _quiet_libraries() -> None:
     """Only our own progress bars: those of loading and saving hide the lines that matter."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # it has read the variable already
+        sys.modules["datasets"].disable_progress_bars()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -238,9 +304,13 @@ def _headline(experiment: Experiment) -> str:
     from .models import parameter_count
 
     corpus = experiment.corpus
-    teacher, student = (
-        parameter_count(model) / 1e6 for model in (experiment.teacher, experiment.student)
-    )
+    student = parameter_count(experiment.student) / 1e6
+    if experiment.teacher is None:
+        return (
+            f"teacher from its cache, student {student:.1f} M parameters; "
+            f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
+        )
+    teacher = parameter_count(experiment.teacher) / 1e6
     half = experiment.teacher.dtype in (torch.bfloat16, torch.float16)
     slow = half and experiment.args.device.type == "cpu" and experiment.args.teacher_device is None
     note = "\nnote: half precision is slow on many CPUs; consider --teacher_dtype float32"

@@ -3,9 +3,13 @@
 A source is a text file (.txt, .md), a table with a text column (.jsonl, .json, .csv, .tsv,
 .parquet), a folder of such files, a folder written by ``datasets.save_to_disk``, or the name of a
 dataset.
-Documents are tokenised, joined with the end-of-text token and cut into blocks of equal length
-("packing"): no padding, every token but the first of each block is predicted. Attention crosses the
-borders of documents inside a block.
+For language models documents are tokenised, joined with the end-of-text token and cut into blocks
+of equal length ("packing"): no padding, every token but the first of each block is predicted.
+Attention crosses the borders of documents inside a block. Masked models get the same blocks with
+15 % of the tokens to predict, chosen once for each block.
+
+For classifiers and encoders a row of a table, or a line of a text file, is one example, cut to
+``sequence_length`` and padded within its batch.
 
 Bad input raises ValueError in one line that names the option, its value and what is allowed.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +38,8 @@ READERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+
+Item = TypeVar("Item")
 
 #: Documents given to the tokenizer at once.
 _TOKENIZER_BATCH = 1000
@@ -69,12 +75,69 @@ class TokenBlocks(torch.utils.data.Dataset):
         return TokenBlocks(self.blocks[((torch.arange(keep) + 0.5) * len(self) / keep).long()])
 
 
+class MaskedBlocks(TokenBlocks):
+    """Blocks for a masked language model: item i is ``{"input_ids", "labels"}`` of block i.
+
+    15 % of the tokens that are no special tokens are to be predicted: 80 % of them become the mask
+    token, 10 % a random one, 10 % stay (BERT, Devlin et al. 2019, arXiv:1810.04805). The choice is
+    made once, from ``seed`` and the block's tokens: two runs, and every epoch, see the same.
+    """
+
+    SHARE = 0.15
+
+    def __init__(self, blocks: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+        super().__init__(blocks)
+        self.tokenizer, self.seed = tokenizer, seed
+        generator = torch.Generator().manual_seed(seed)
+        chance = torch.rand(blocks.shape, generator=generator)
+        special = torch.tensor(tokenizer.all_special_ids, dtype=blocks.dtype)
+        chosen = (chance < self.SHARE) & ~torch.isin(blocks, special)
+        self.labels = blocks.masked_fill(~chosen, -100)
+        part = chance / self.SHARE  # uniform within the chosen ones
+        random = torch.randint(len(tokenizer), blocks.shape, generator=generator)
+        self.inputs = blocks.masked_fill(chosen & (part < 0.8), int(tokenizer.mask_token_id))
+        replaced = chosen & (part >= 0.8) & (part < 0.9)
+        self.inputs = torch.where(replaced, random, self.inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+
+
+class Examples(torch.utils.data.Dataset):
+    """Tokenised examples, each of its length; item i holds ``input_ids`` and perhaps ``labels``."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    @property
+    def sequence_length(self) -> int:
+        """The longest example."""
+        return max(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    def evenly(self, max_tokens: int | None) -> Examples:
+        """Examples spread evenly over the text, of about ``max_tokens`` tokens; None: all."""
+        if max_tokens is None or max_tokens >= self.tokens:
+            return self
+        keep = max(1, round(len(self) * max_tokens / self.tokens))
+        return Examples([self.rows[int((i + 0.5) * len(self) / keep)] for i in range(keep)])
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """The two parts of the text; no block is in both."""
+    """The two parts of the text; no block and no example is in both."""
 
-    train: TokenBlocks
-    validation: TokenBlocks
+    train: TokenBlocks | Examples
+    validation: TokenBlocks | Examples
 
 
 def check_source(option: str, source: str) -> None:
@@ -96,32 +159,48 @@ def _reader(option: str, path: Path) -> str:
 
 
 def read_documents(option: str, source: str, text_column: str, split: str) -> Iterator[str]:
-    """The documents of ``source`` in order; empty ones are skipped."""
+    """The documents of ``source`` in order; a text file is one document, empty ones are skipped."""
+    return (text for (text,) in read_rows(option, source, (text_column,), split))
+
+
+def read_rows(
+    option: str, source: str, columns: tuple[str, ...], split: str, lines: bool = False
+) -> Iterator[tuple[Any, ...]]:
+    """These columns of each row of ``source`` in order; rows whose first one is empty are skipped.
+
+    A text file has one column and one row, or, with ``lines``, a row for each line.
+    """
     check_source(option, source)
     path = Path(source).expanduser()
+    rows: Iterable[tuple[Any, ...]]
     if path.is_file():
-        documents = _read_file(option, path, text_column)
+        rows = _read_file(option, path, columns, lines)
     elif path.is_dir() and not (_is_saved_dataset(path)):
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
         if not files:
             raise ValueError(f"{option}: no {', '.join(READERS)} file in folder {source!r}")
-        documents = (text for file in files for text in _read_file(option, file, text_column))
+        rows = (row for file in files for row in _read_file(option, file, columns, lines))
     else:
-        documents = _column(option, source, _load_dataset(option, source, split), text_column)
-    return (text for text in documents if text and not text.isspace())
+        rows = _columns(option, source, _load_dataset(option, source, split), columns)
+    return (row for row in rows if row[0] and not row[0].isspace())
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _read_file(option: str, path: Path, text_column: str) -> Iterable[str]:
+def _read_file(
+    option: str, path: Path, columns: tuple[str, ...], lines: bool
+) -> Iterable[tuple[Any, ...]]:
     reader = _reader(option, path)
     if reader == "text":
+        if len(columns) > 1:
+            raise ValueError(f"{option}: {str(path)!r} is text and has no column {columns[1]!r}")
         try:
-            return [path.read_text(encoding="utf-8")]
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{option}: {str(path)!r} is not UTF-8 text ({error})") from error
+        return [(line.strip(),) for line in text.splitlines()] if lines else [(text,)]
     import datasets
 
     options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
@@ -129,7 +208,7 @@ def _read_file(option: str, path: Path, text_column: str) -> Iterable[str]:
         table = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:  # a parser's own error, whatever its type: the file is not readable
         raise ValueError(f"{option}: cannot read {str(path)!r} as {reader} ({error})") from error
-    return _column(option, str(path), table, text_column)
+    return _columns(option, str(path), table, columns)
 
 
 def _load_dataset(option: str, source: str, split: str) -> Any:
@@ -148,13 +227,59 @@ def _load_dataset(option: str, source: str, split: str) -> Any:
     return loaded[split]
 
 
-def _column(option: str, source: str, table: Any, text_column: str) -> Iterable[str]:
-    if text_column not in table.column_names:
-        raise ValueError(
-            f"text_column: {text_column!r} is not a column of {option} {source!r}; "
-            f"it has {', '.join(table.column_names)}"
-        )
-    return (row[text_column] for row in table)
+def _columns(
+    option: str, source: str, table: Any, columns: tuple[str, ...]
+) -> Iterable[tuple[Any, ...]]:
+    for name, column in zip(("text_column", "label_column"), columns, strict=False):
+        if column not in table.column_names:
+            raise ValueError(
+                f"{name}: {column!r} is not a column of {option} {source!r}; "
+                f"it has {', '.join(table.column_names)}"
+            )
+    return (tuple(row[column] for column in columns) for row in table)
+
+
+def examples(
+    option: str,
+    rows: Iterable[tuple[Any, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    label_ids: dict[str, int] | None = None,
+    max_tokens: int | None = None,
+) -> Examples:
+    """Tokenise rows ``(text,)`` or ``(text, label)``; reading stops after ``max_tokens`` tokens.
+
+    Args:
+        label_ids: the classifier's names of labels; a label is such a name or the id itself.
+
+    Raises:
+        ValueError: no row at all, or a label that the classifier does not have.
+    """
+    found: list[dict[str, Any]] = []
+    total = 0
+    for batch in _batches(rows, _TOKENIZER_BATCH):
+        texts = [row[0] for row in batch]
+        encoded = tokenizer(texts, truncation=True, max_length=sequence_length, verbose=False)
+        for ids, row in zip(encoded["input_ids"], batch, strict=True):
+            labels = {} if label_ids is None else {"labels": _label(option, row[1], label_ids)}
+            found.append({"input_ids": ids} | labels)
+            total += len(ids)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    if not found:
+        raise ValueError(f"{option}: not enough text, there is no example")
+    return Examples(found)
+
+
+def _label(option: str, label: Any, label_ids: dict[str, int]) -> int:
+    if isinstance(label, str) and label in label_ids:
+        return label_ids[label]
+    if isinstance(label, int) and label in label_ids.values():
+        return label
+    raise ValueError(
+        f"{option}: label {label!r} is not one of the teacher's {len(label_ids)}: "
+        f"{', '.join(list(label_ids)[:8])}{', ...' if len(label_ids) > 8 else ''}"
+    )
 
 
 def token_blocks(
@@ -168,7 +293,9 @@ def token_blocks(
 
     Everything is held in memory, 8 bytes a token. ValueError if there is not one whole block.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    last = tokenizer.eos_token_id
+    last = tokenizer.sep_token_id if last is None else last  # BERT has no other end of a text
+    end = [] if last is None else [last]
     pieces: list[np.ndarray] = []
     total = 0
     for batch in _batches(documents, _TOKENIZER_BATCH):
@@ -187,8 +314,8 @@ def token_blocks(
     return TokenBlocks(stream.view(count, sequence_length))
 
 
-def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     for item in items:
         batch.append(item)
         if len(batch) == size:
@@ -198,12 +325,17 @@ def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def split_tail(blocks: TokenBlocks, fraction: float) -> Corpus:
-    """Hold out the last ``fraction`` of the text: contiguous, at least one block on either side."""
-    held_out = max(1, round(len(blocks) * fraction))
-    if held_out >= len(blocks):
+def split_tail(part: TokenBlocks | Examples, fraction: float) -> Corpus:
+    """Hold out the last ``fraction`` of the text: contiguous, at least one item on either side."""
+    held_out = max(1, round(len(part) * fraction))
+    if held_out >= len(part):
+        kind = "example(s)"
+        if isinstance(part, TokenBlocks):
+            kind = f"block(s) of {part.sequence_length} tokens"
         raise ValueError(
-            f"train_text: not enough text, {len(blocks)} block(s) of {blocks.sequence_length} "
-            f"tokens cannot be split with validation_fraction = {fraction}"
+            f"train_text: not enough text, {len(part)} {kind} cannot be split with "
+            f"validation_fraction = {fraction}"
         )
-    return Corpus(TokenBlocks(blocks.blocks[:-held_out]), TokenBlocks(blocks.blocks[-held_out:]))
+    if isinstance(part, Examples):
+        return Corpus(Examples(part.rows[:-held_out]), Examples(part.rows[-held_out:]))
+    return Corpus(TokenBlocks(part.blocks[:-held_out]), TokenBlocks(part.blocks[-held_out:]))

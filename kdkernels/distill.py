@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -23,10 +25,40 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import models, report
-from .data import Corpus, check_source, read_documents, split_tail, token_blocks
+from . import geometry, models, report
+from .arguments import DistillationArguments
+from .cache import CacheInfo, TeacherCache, cache_teacher, fingerprint_of
+from .data import (
+    Corpus,
+    Examples,
+    MaskedBlocks,
+    TokenBlocks,
+    check_source,
+    examples,
+    read_documents,
+    read_rows,
+    split_tail,
+    token_blocks,
+)
 from .models import ModelSource
-from .trainer import DistillationArguments, DistillationTrainer
+from .relations import pooled
+from .tasks import CAUSAL_LM, ENCODER, MASKED_LM, SEQUENCE, TASKS, TOKEN, Task, check_config
+from .terms import DistillationTerms
+from .trainer import DistillationTrainer
+
+#: Changes of the arguments that leave the labels as the only source of learning.
+LABELS_ONLY: dict[str, Any] = {
+    "alpha": 0.0,
+    "alpha_schedule": None,
+    "terms": None,
+    "balance": "fixed",
+}
+
+#: An encoder has no labels: its baseline learns nothing but the teacher's sentence vectors.
+OUTPUT_ONLY: dict[str, Any] = {"terms": {"sentence": 1.0}, "balance": "fixed"}
+
+#: Tasks that the command line has data for; token classifiers are trained from Python.
+CLI_TASKS = tuple(name for name in TASKS if name != TOKEN.name)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +70,11 @@ class ModelArguments:
     _argument_group_name = "models"
 
     teacher: str = field(
-        metadata={"help": "Causal language model: a folder, a hub name, or a .gguf file."}
+        metadata={"help": "The model to learn from: a folder, a hub name, or a .gguf file."}
+    )
+    task: str = field(
+        default=CAUSAL_LM.name,
+        metadata={"help": "What both models are for: " + ", ".join(CLI_TASKS) + "."},
     )
     student: str | None = field(
         default=None, metadata={"help": "Start from this model: a folder or a hub name."}
@@ -53,6 +89,10 @@ class ModelArguments:
     student_dtype: str = field(
         default="float32", metadata={"help": "Student weights: " + ", ".join(DTYPES) + "."}
     )
+    student_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Set every dropout of the student to this; default: as configured."},
+    )
 
     def __post_init__(self) -> None:
         ways = ("student", "student_config", "student_layers")
@@ -62,8 +102,12 @@ class ModelArguments:
                 f"give exactly one of --student, --student_config and --student_layers "
                 f"(given: {', '.join(given) or 'none'})"
             )
+        if self.task not in CLI_TASKS:
+            raise ValueError(f"task: {self.task!r} is not one of {', '.join(CLI_TASKS)}")
         if self.student_dtype not in DTYPES:
             raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {DTYPES}")
+        if self.student_dropout is not None and not 0 <= self.student_dropout < 1:
+            raise ValueError(f"student_dropout: {self.student_dropout} is not in [0, 1)")
 
 
 @dataclass
@@ -89,6 +133,10 @@ class DataArguments:
         },
     )
     text_column: str = field(default="text", metadata={"help": "Column of tables and datasets."})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of labels (names or ids of the teacher's), for classifiers."},
+    )
     train_split: str = field(default="train", metadata={"help": "Split of a dataset to train on."})
     validation_split: str = field(
         default="validation", metadata={"help": "Split of a dataset given as validation_text."}
@@ -124,7 +172,24 @@ class RunArguments:
 
     baseline: bool = field(
         default=True,
-        metadata={"help": "Also train the same student, seed and budget on the labels only."},
+        metadata={
+            "help": "Also train the same student, seed and budget on the labels only (an encoder: "
+            "on the teacher's sentence vectors only)."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the teacher's outputs: `kdkernels cache-teacher` writes it, "
+            "`kdkernels distill` then needs no teacher (only its tokenizer and configuration)."
+        },
+    )
+    cache_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "What cache-teacher keeps of a prediction: this many log-probabilities at the "
+            "run's temperature and the mass of the others; default: all logits."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
@@ -139,11 +204,20 @@ class Experiment:
     data_args: DataArguments
     run_args: RunArguments
     args: DistillationArguments
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None  #: None: its cache is used
+    cache: TeacherCache | None
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     configuration: dict[str, Any]  #: the options that were given, for the record
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.model_args.task]
+
+    @property
+    def collator(self) -> Any:
+        return collator_for(self.corpus, self.tokenizer)
 
     @property
     def output(self) -> Path:
@@ -158,15 +232,21 @@ def output_folder(args: DistillationArguments) -> Path:
 # ---- preparation --------------------------------------------------------------------------------
 
 
-def prepare(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    run_args: RunArguments,
-    args: DistillationArguments,
-    configuration: dict[str, Any],
-) -> Experiment:
-    """Check and load; ValueError (one line) on bad input. Writes nothing."""
-    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before any model is loaded."""
+
+    task: Task
+    teacher: ModelSource
+    student: ModelSource | None  #: None: layers of the teacher
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+
+
+def prepare_inputs(
+    model_args: ModelArguments, data_args: DataArguments, args: DistillationArguments
+) -> Inputs:
+    """Check and read sources, tokenizers and text; ValueError (one line) on bad input."""
     check_source("train_text", data_args.train_text)
     if data_args.validation_text is not None:
         check_source("validation_text", data_args.validation_text)
@@ -177,25 +257,113 @@ def prepare(
     sources = [teacher] if student is None else [teacher, student]
     for source in sources:
         source.check()
+    task = TASKS[model_args.task]
     for source in sources:
-        models.refuse_unless_causal(source.config(), source.option)
+        check_config(task, source.config(), source.option)
+    args.resolved_terms(task is not ENCODER)
     tokenizer = teacher.tokenizer()
+    _check_tokens(task, tokenizer)
     if student is not None and model_args.student is not None:
         _check_tokenizer(student, tokenizer)
-    corpus = load_corpus(data_args, tokenizer)
-    teacher_model = teacher.model(args.teacher_dtype)
-    student_model = build_student(model_args, student, teacher_model, args.seed)
-    _check_vocabulary(student_model, teacher_model, tokenizer, args.vocab_policy)
+    names = teacher.config().label2id or {} if task is SEQUENCE else {}
+    label_ids = {str(name): int(i) for name, i in names.items()} or None
+    corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    return Inputs(task, teacher, student, tokenizer, corpus)
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    configuration: dict[str, Any],
+) -> Experiment:
+    """Check and load; ValueError (one line) on bad input. Writes nothing."""
+    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    if run_args.teacher_cache is not None and model_args.student_layers is not None:
+        raise ValueError(
+            "teacher_cache: student_layers need the teacher itself; make the student first with "
+            "`kdkernels init-student` and name it with --student"
+        )
+    inputs = prepare_inputs(model_args, data_args, args)
+    task, cache, teacher = inputs.task, None, None
+    if run_args.teacher_cache is None:
+        teacher = inputs.teacher.model(args.teacher_dtype, task)
+    else:
+        fingerprint = fingerprint_of(model_args.teacher)
+        cache = TeacherCache(run_args.teacher_cache, inputs.tokenizer, fingerprint)
+    student = build_student(model_args, inputs.student, teacher, args.seed)
+    if model_args.student_dropout is not None:
+        models.set_dropout(student, model_args.student_dropout)
+    if task in (CAUSAL_LM, MASKED_LM):
+        vocab = cache.info.vocab if cache else models.vocab_size(teacher or student)
+        _check_vocabulary(student, vocab, inputs.tokenizer, args.vocab_policy)
+    weights = args.resolved_terms(task is not ENCODER)
+    if set(weights) - {"response"} and teacher is not None:
+        DistillationTerms(args, student, teacher, weights)  # refuses what they lack
+    if cache is not None:
+        ends = args.temperature_over_time()
+        beside = [name for name in weights if name != "response"]
+        cache.check(task, beside, {ends.lowest, ends.highest})
+        if task is SEQUENCE and student.config.num_labels != cache.info.vocab:
+            raise ValueError(
+                f"student: {student.config.num_labels} labels, the cache has {cache.info.vocab}"
+            )
+        cache.require(items_of(inputs.corpus))
     return Experiment(
         model_args,
         data_args,
         run_args,
         args,
-        teacher=teacher_model,
-        student=student_model,
-        tokenizer=tokenizer,
-        corpus=corpus,
+        teacher=teacher,
+        cache=cache,
+        student=student,
+        tokenizer=inputs.tokenizer,
+        corpus=inputs.corpus,
         configuration=configuration,
+    )
+
+
+def collator_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Blocks need no padding, and not every tokenizer can; examples do."""
+    if isinstance(corpus.train, TokenBlocks):
+        return default_data_collator
+    return DataCollatorWithPadding(tokenizer)
+
+
+def items_of(corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """Every example of both parts."""
+    for part in (corpus.train, corpus.validation):
+        yield from (part[i] for i in range(len(part)))
+
+
+def write_cache(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    configuration: dict[str, Any],
+) -> CacheInfo:
+    """``kdkernels cache-teacher``: the teacher's outputs for the texts of a run, into a folder."""
+    if run_args.teacher_cache is None:
+        raise ValueError("teacher_cache: name the folder that is to be written")
+    if args.temperature_schedule is not None and run_args.cache_top_k is not None:
+        raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
+    inputs = prepare_inputs(model_args, data_args, args)
+    teacher = inputs.teacher.model(args.teacher_dtype, inputs.task)
+    module: Any = teacher
+    module.to(args.teacher_device or args.device)
+    return cache_teacher(
+        teacher,
+        inputs.tokenizer,
+        items_of(inputs.corpus),
+        collator_for(inputs.corpus, inputs.tokenizer),
+        run_args.teacher_cache,
+        top_k=run_args.cache_top_k,
+        temperature=args.temperature,
+        batch_size=args.per_device_eval_batch_size,
+        fingerprint=fingerprint_of(model_args.teacher),
+        name=model_args.teacher,
     )
 
 
@@ -219,6 +387,13 @@ def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
         )
 
 
+def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without the special token that the task's batches are made with."""
+    needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
+    if needed is not None and getattr(tokenizer, needed) is None:
+        raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
 def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
     difference = models.tokenizer_difference(student.tokenizer(), teacher_tokenizer)
     if difference is not None:
@@ -227,11 +402,11 @@ def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenize
 
 def _check_vocabulary(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher_vocab: int,
     tokenizer: PreTrainedTokenizerBase,
     policy: str,
 ) -> None:
-    sizes = models.vocab_size(student), models.vocab_size(teacher)
+    sizes = models.vocab_size(student), teacher_vocab
     if sizes[0] != sizes[1] and policy == "error":
         raise ValueError(
             f"student: vocabulary of {sizes[0]}, the teacher's has {sizes[1]}; they must be equal, "
@@ -243,27 +418,49 @@ def _check_vocabulary(
         )
 
 
-def load_corpus(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Read, tokenise, pack and split the text as ``data`` says."""
+def load_corpus(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task = CAUSAL_LM,
+    label_ids: dict[str, int] | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Read, tokenise, pack or cut, and split the text as ``data`` and ``task`` say."""
 
-    def blocks(option: str, source: str, split: str, limit: int | None) -> Any:
-        documents = read_documents(option, source, data.text_column, split)
-        return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+    def part(option: str, source: str, split: str, limit: int | None) -> TokenBlocks | Examples:
+        if task in (CAUSAL_LM, MASKED_LM):
+            documents = read_documents(option, source, data.text_column, split)
+            return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+        labels = (data.label_column,) if task is SEQUENCE else ()
+        columns: tuple[str, ...] = (data.text_column, *labels)
+        rows = read_rows(option, source, columns, split, lines=True)
+        return examples(option, rows, tokenizer, data.sequence_length, label_ids, limit)
 
-    train = blocks("train_text", data.train_text, data.train_split, data.max_train_tokens)
+    train = part("train_text", data.train_text, data.train_split, data.max_train_tokens)
     if data.validation_text is None:
         corpus = split_tail(train, data.validation_fraction)
     else:
         split = data.validation_split
-        corpus = Corpus(train, blocks("validation_text", data.validation_text, split, None))
-    return Corpus(corpus.train, corpus.validation.evenly(data.max_validation_tokens))
+        corpus = Corpus(train, part("validation_text", data.validation_text, split, None))
+    parts = [corpus.train, corpus.validation.evenly(data.max_validation_tokens)]
+    if task is MASKED_LM:
+        parts = [
+            MaskedBlocks(blocks.blocks, tokenizer, seed)
+            for blocks in parts
+            if isinstance(blocks, TokenBlocks)
+        ]
+    return Corpus(*parts)
 
 
 def build_student(
-    model_args: ModelArguments, source: ModelSource | None, teacher: PreTrainedModel, seed: int
+    model_args: ModelArguments,
+    source: ModelSource | None,
+    teacher: PreTrainedModel | None,
+    seed: int,
 ) -> PreTrainedModel:
     """The untrained student, in the way that the options name."""
     if source is None:
+        assert teacher is not None
         layers = models.parse_layers(
             model_args.student_layers or "", teacher.config.num_hidden_layers
         )
@@ -272,8 +469,8 @@ def build_student(
         return student if dtype == "auto" else student.to(getattr(torch, dtype))
     set_seed(seed)
     if model_args.student_config is not None:
-        return models.from_config(source, model_args.student_dtype)
-    return source.model(model_args.student_dtype)
+        return models.from_config(source, model_args.student_dtype, TASKS[model_args.task])
+    return source.model(model_args.student_dtype, TASKS[model_args.task])
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -311,7 +508,7 @@ def make_trainer(
     experiment: Experiment,
     title: str,
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    taught: bool,
     **changes: Any,
 ) -> DistillationTrainer:
     """A trainer of ``model`` with the run's arguments, ``changes`` applied to them."""
@@ -323,10 +520,11 @@ def make_trainer(
     trainer = DistillationTrainer(
         model,
         args,
-        teacher=teacher,
+        teacher=experiment.teacher if taught else None,
+        teacher_cache=experiment.cache if taught else None,
         train_dataset=experiment.corpus.train,
         eval_dataset=experiment.corpus.validation,
-        data_collator=default_data_collator,  # nothing to pad, and not every tokenizer can
+        data_collator=experiment.collator,
         processing_class=experiment.tokenizer,
     )
     # Either prints dictionaries among the results; the curves are in results.json.
@@ -340,50 +538,74 @@ def make_trainer(
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
     """One row of the table: quality on the held-out text, size and speed of ``model``."""
     is_teacher = model is experiment.teacher
-    # Agreement with the teacher is measured for every student, one trained on labels only, too.
-    alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
-    teacher = None if is_teacher else experiment.teacher
-    metrics = make_trainer(experiment, title, model, teacher, alpha=alpha).evaluate()
-    return {
-        "name": title,
-        "parameters": models.parameter_count(model),
-        "loss": metrics["eval_ce_loss"],
-        "perplexity": metrics["eval_perplexity"],
-        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
-        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
-        "accuracy": metrics["eval_accuracy"],
-        "tokens_per_second": forward_speed(model, experiment),
-    }
+    row: dict[str, Any] = {"name": title, "parameters": models.parameter_count(model)}
+    if experiment.task is ENCODER:
+        row |= {} if is_teacher else geometry.compare(*sentence_vectors(experiment, model))
+    else:
+        # Agreement with the teacher is measured for every student, one trained on labels only, too.
+        alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
+        changes = LABELS_ONLY | {"alpha": alpha}
+        trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
+        metrics = trainer.evaluate()
+        row |= {
+            "loss": metrics["eval_ce_loss"],
+            "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
+            "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
+            "accuracy": metrics["eval_accuracy"],
+        }
+        if "eval_perplexity" in metrics:
+            row["perplexity"] = metrics["eval_perplexity"]
+    return row | {"tokens_per_second": forward_speed(model, experiment)}
+
+
+@torch.no_grad()
+def sentence_vectors(experiment: Experiment, student: PreTrainedModel) -> list[Tensor]:
+    """Pooled vectors [N, D] of the student and of the teacher for all held-out examples."""
+    data, size = experiment.corpus.validation, experiment.args.per_device_eval_batch_size
+    found: list[list[Tensor]] = [[], []]
+    for first in range(0, len(data), size):
+        items = [data[i] for i in range(first, min(first + size, len(data)))]
+        batch = experiment.collator(items)
+        for model, vectors in zip((student, experiment.teacher), found, strict=True):
+            assert model is not None
+            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            hidden = model.eval()(**moved).last_hidden_state
+            how = experiment.args.pooling
+            vectors.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
+    return [torch.cat(vectors) for vectors in found]
 
 
 @torch.no_grad()
 def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
     """Tokens per second of the model's forward alone: the median of ``repeats`` batches.
 
-    The evaluation just before it has warmed everything up.
+    Padding is not counted. The first batch warms up and is not timed.
     """
     device = next(model.parameters()).device
-    size = experiment.args.per_device_eval_batch_size
-    batch: Tensor = experiment.corpus.validation.blocks[:size].to(device)
+    data = experiment.corpus.validation
+    size = min(experiment.args.per_device_eval_batch_size, len(data))
+    batch = dict(experiment.collator([data[i] for i in range(size)]))
+    batch.pop("labels", None)
+    mask = batch.get("attention_mask")
+    tokens = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
     model.eval()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
-        model(input_ids=batch)
+        model(**moved)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return batch.numel() / sorted(seconds)[repeats // 2]
+    return tokens / sorted(seconds[1:])[repeats // 2]
 
 
 def train(
-    experiment: Experiment, arm: str, student: PreTrainedModel, alpha: float
+    experiment: Experiment, arm: str, student: PreTrainedModel, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
     folder = experiment.output / report.ARM_FOLDERS[arm]
-    trainer = make_trainer(
-        experiment, arm, student, experiment.teacher, alpha=alpha, output_dir=str(folder)
-    )
+    trainer = make_trainer(experiment, arm, student, True, output_dir=str(folder), **changes)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
@@ -393,7 +615,9 @@ def train(
         folder.rmdir()
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
-    tokens = (result.global_step - first_step) * sequences * experiment.data_args.sequence_length
+    data = experiment.corpus.train
+    mean_length = data.tokens / len(data)
+    tokens = (result.global_step - first_step) * sequences * mean_length
     row = {
         "train_seconds": seconds,
         "train_tokens_per_second": tokens / seconds,
@@ -409,17 +633,27 @@ def run(experiment: Experiment) -> dict[str, Any]:
     main_process = experiment.args.process_index == 0
     if experiment.run_args.overwrite_output_dir and main_process:
         report.remove(experiment.output)
-    rows = [evaluate(experiment, "teacher", experiment.teacher)]
+    if experiment.teacher is None:
+        assert experiment.cache is not None
+        rows: list[dict[str, Any]] = [
+            {"name": "teacher", "parameters": experiment.cache.info.parameters}
+        ]
+    else:
+        rows = [evaluate(experiment, "teacher", experiment.teacher)]
     rows.append(evaluate(experiment, "student, untrained", experiment.student))
     curves: dict[str, list[dict[str, Any]]] = {}
-    alpha = experiment.args.alpha
-    arms = [("distilled", alpha)] if alpha > 0 else []
-    if experiment.run_args.baseline or not arms:
-        arms.insert(0, ("labels only", 0.0))
-    for position, (arm, weight) in enumerate(arms):
+    arms: list[tuple[str, dict[str, Any]]] = []
+    if experiment.task is ENCODER:
+        if experiment.run_args.baseline:
+            arms.append(("output only", OUTPUT_ONLY))
+    elif experiment.run_args.baseline or not experiment.args.uses_teacher:
+        arms.append(("labels only", LABELS_ONLY))
+    if experiment.args.uses_teacher:
+        arms.append(("distilled", {}))
+    for position, (arm, changes) in enumerate(arms):
         last = position == len(arms) - 1
         student = experiment.student if last else copy.deepcopy(experiment.student)
-        training, curves[arm] = train(experiment, arm, student, weight)
+        training, curves[arm] = train(experiment, arm, student, changes)
         rows.append(evaluate(experiment, f"student, {arm}", student) | training)
     results = report.results(experiment, rows, curves, time.perf_counter() - started)
     if main_process:

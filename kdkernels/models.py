@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from .tasks import CAUSAL_LM, Task, check_config
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._load(AutoTokenizer.from_pretrained, "tokenizer")
 
-    def model(self, dtype: str) -> PreTrainedModel:
-        """The causal language model in ``dtype`` ("auto": as stored), on the CPU."""
-        model = self._load(AutoModelForCausalLM.from_pretrained, "model", dtype=dtype)
+    def model(self, dtype: str, task: Task = CAUSAL_LM) -> PreTrainedModel:
+        """The model for ``task`` in ``dtype`` ("auto": as stored), on the CPU."""
+        model = self._load(task.auto_class.from_pretrained, "model", dtype=dtype)
         return _without_gguf(model) if self.is_gguf else model
 
 
@@ -90,19 +90,6 @@ def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     rebuilt.tie_weights()
     rebuilt.generation_config = model.generation_config
     return rebuilt
-
-
-def refuse_unless_causal(config: PretrainedConfig, argument: str) -> None:
-    """ValueError unless ``config`` describes a decoder-only causal language model."""
-    kind = type(config).__name__
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    )
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{argument}: {config.model_type!r} ({kind}) is not a decoder-only causal language "
-            "model; only those can be distilled so far"
-        )
 
 
 def tokenizer_difference(
@@ -128,23 +115,23 @@ def tokenizer_difference(
 
 
 def vocab_size(model: PreTrainedModel) -> int:
-    """Width of the logits: rows of the output embedding, else ``config.vocab_size``."""
+    """Width of a language model's logits: rows of the output embedding, else of the config."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return int(model.config.vocab_size if weight is None else weight.shape[0])
 
 
-def from_config(source: ModelSource, dtype: str) -> PreTrainedModel:
+def from_config(source: ModelSource, dtype: str, task: Task = CAUSAL_LM) -> PreTrainedModel:
     """A student with random weights from the configuration of ``source``."""
     config = source.config()
-    refuse_unless_causal(config, source.option)
+    check_config(task, config, source.option)
     torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    return task.auto_class.from_config(config, dtype=torch_dtype)
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
+def decoder_layers(model: PreTrainedModel, option: str = "student_layers") -> tuple[nn.Module, str]:
     """The module that owns the list of transformer layers, and the list's attribute name.
 
-    ValueError if the model has no list of exactly ``num_hidden_layers`` modules.
+    ValueError, naming ``option``, if no list has exactly ``num_hidden_layers`` modules.
     """
     count = model.config.num_hidden_layers
     for module in model.modules():
@@ -152,7 +139,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, name
     raise ValueError(
-        f"student_layers: {type(model).__name__} has no list of {count} layers to choose from"
+        f"{option}: {type(model).__name__} has no list of {count} layers to choose from"
     )
 
 
@@ -231,3 +218,33 @@ def choose_layers(
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+#: Names under which architectures keep the probability of dropping attention in their config.
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+def attention_dropout(model: PreTrainedModel) -> tuple[str, float]:
+    """The config's name and value of the attention dropout; ("", 0.0) if it has none."""
+    for name in ATTENTION_DROPOUTS:
+        if getattr(model.config, name, None):
+            return name, float(getattr(model.config, name))
+    return "", 0.0
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Every dropout of the model, in its modules and in its config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name in ATTENTION_DROPOUTS:  # Llama and others keep a number instead of a module
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+    for name, value in vars(model.config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(model.config, name, probability)
+
+
+def describe(model: PreTrainedModel) -> str:
+    """``'bert' (BertForMaskedLM)``, for messages."""
+    return f"{model.config.model_type!r} ({type(model).__name__})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import platform
 import shutil
 from pathlib import Path
@@ -17,30 +16,47 @@ if TYPE_CHECKING:
 
 STUDENT_FOLDER = "student"
 #: Arm of the experiment -> folder of its training checkpoints.
-ARM_FOLDERS = {"labels only": "labels-only", "distilled": "distilled"}
+ARM_FOLDERS = {
+    "labels only": "labels-only",
+    "output only": "output-only",
+    "distilled": "distilled",
+}
 RESULT_FILES = ("results.json", "loss.png")
 
 #: Okabe and Ito's palette: told apart by everyone.
-COLOURS = {"labels only": "#D55E00", "distilled": "#0072B2", "teacher": "#555555"}
+COLOURS = {
+    "labels only": "#D55E00",
+    "output only": "#D55E00",
+    "distilled": "#0072B2",
+    "teacher": "#555555",
+}
 
+#: Title, key in a row, format; a column that no row fills is left out.
 _COLUMNS = (
-    ("model", "{name}"),
-    ("parameters", "{millions:.1f} M"),
-    ("held-out loss", "{loss:.4f}"),
-    ("perplexity", "{perplexity:.2f}"),
-    ("agreement", "{agreement:.1%}"),
-    ("divergence", "{divergence:.4f}"),
-    ("tokens/s", "{tokens_per_second:.0f}"),
-    ("training s", "{train_seconds:.0f}"),
+    ("model", "name", "{}"),
+    ("parameters", "millions", "{:.1f} M"),
+    ("held-out loss", "loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("agreement", "agreement", "{:.1%}"),
+    ("divergence", "divergence", "{:.4f}"),
+    ("Spearman", "spearman", "{:.3f}"),
+    ("cosine", "cosine", "{:.3f}"),
+    ("5-NN", "neighbours", "{:.3f}"),
+    ("tokens/s", "tokens_per_second", "{:.0f}"),
+    ("training s", "train_seconds", "{:.0f}"),
 )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table that is also aligned for a terminal."""
-    lines = [[title for title, _ in _COLUMNS]]
+    rows = [row | {"millions": row["parameters"] / 1e6} for row in rows]
+    columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+    lines = [[title for title, _, _ in columns]]
     for row in rows:
-        known = {"train_seconds": math.nan} | row | {"millions": row["parameters"] / 1e6}
-        lines.append([template.format(**known).replace("nan", "-") for _, template in _COLUMNS])
+        values = [(row.get(key), template) for _, key, template in columns]
+        lines.append(
+            ["-" if value is None else template.format(value) for value, template in values]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
@@ -52,11 +68,23 @@ def _table_line(cells: list[str], widths: list[int]) -> str:
     return f"| {' | '.join(aligned)} |"
 
 
-LEGEND = (
-    "held-out loss: cross-entropy in nats per token; perplexity = exp(held-out loss); agreement: "
-    "share of tokens with the teacher's top token; divergence: the distillation term; tokens/s: "
-    "forward alone."
-)
+#: Key of a row -> what its column is.
+_LEGEND = {
+    "loss": "held-out loss: cross-entropy in nats per prediction",
+    "perplexity": "perplexity = exp(held-out loss)",
+    "agreement": "agreement: share of predictions with the teacher's top entry",
+    "divergence": "divergence: the distillation term",
+    "spearman": "Spearman: rank correlation with the teacher of all pairwise cosines of sentence "
+    "vectors",
+    "cosine": "cosine: of a sentence's vectors in student and teacher",
+    "neighbours": "5-NN: share of a sentence's 5 nearest neighbours that both have",
+    "tokens_per_second": "tokens/s: forward alone.",
+}
+
+
+def legend(rows: list[dict[str, Any]]) -> str:
+    """What the table's columns are."""
+    return "; ".join(text for key, text in _LEGEND.items() if any(key in row for row in rows))
 
 
 def results(
@@ -129,19 +157,19 @@ Distilled with kdkernels: {parameters:.1f} M parameters, taught by {teacher}
 {table}
 
 {legend}
-Measured on {validation_tokens} held-out tokens in windows of {sequence_length}, one seed ({seed}):
-differences of a few percent are not significant. Held out from this training; the teacher may have
-seen the text in its own.
+Measured on {validation_tokens} held-out tokens in windows of at most {sequence_length}, one seed
+({seed}): differences of a few percent are not significant. Held out from this training; the teacher
+may have seen the text in its own.
 
 ![Loss curves](loss.png)
 
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {auto_class}.from_pretrained("path/of/this/folder")
 ```
 
 ## Data
@@ -157,6 +185,15 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 ```yaml
 {configuration}```
 """
+
+
+#: Task -> how the Hugging Face hub calls it.
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "sequence-classification": "text-classification",
+    "encoder": "feature-extraction",
+}
 
 
 def teacher_licence(experiment: Experiment) -> str | None:
@@ -188,7 +225,7 @@ def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
     header = ModelCardData(
         license=licence,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES.get(experiment.task.name),
         tags=["knowledge-distillation", "kdkernels"],
     )
     body = _CARD.format(
@@ -196,7 +233,8 @@ def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
         parameters=rows[-1]["parameters"] / 1e6,
         teacher_parameters=rows[0]["parameters"] / 1e6,
         table=table(rows),
-        legend=LEGEND,
+        legend=legend(rows),
+        auto_class=experiment.task.auto_class.__name__,
         seed=experiment.args.seed,
         data=f"{notice}\n\n{data['train_tokens']} training tokens were available.",
         licence_text=f"The teacher's licence: {stated}. A student made from a teacher's layers or "
@@ -233,30 +271,20 @@ def _held_out(outcome: dict[str, Any], arm: str, key: str, row_key: str) -> tupl
 
 
 def plot(outcome: dict[str, Any], path: Path) -> None:
-    """Loss curves of every arm, on the labels (left) and against the teacher (right)."""
+    """The curves of every arm: on the labels, against the teacher, and every other term."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for arm, log in outcome["curves"].items():
-        _draw(left, outcome, arm, "ce_loss", "loss")
-        if any("kd_loss" in entry for entry in log):
-            _draw(right, outcome, arm, "kd_loss", "divergence")
-        else:
-            untrained, trained = (
-                next(row["divergence"] for row in outcome["rows"] if row["name"] == name)
-                for name in ("student, untrained", f"student, {arm}")
-            )
-            last = max(entry["step"] for entry in log)
-            style = {"color": COLOURS[arm], "marker": "o", "markersize": 5, "linestyle": "--"}
-            right.plot([0, last], [untrained, trained], label=f"{arm}, held out", **style)
-    teacher = outcome["rows"][0]["loss"]
-    left.axhline(teacher, color=COLOURS["teacher"], linestyle=":", label=f"teacher ({teacher:.2f})")
-    left.set(title="Loss on the text", ylabel="cross-entropy, nats per token")
-    right.set(title="Distance from the teacher", ylabel="distillation term, nats per token")
-    for axes in (left, right):
+    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][-1] else []
+    panels += [_plot_terms] if _term_names(outcome) else []
+    size = (5.5 * len(panels), 4.4)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        panel(axes, outcome)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -264,6 +292,55 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _plot_labels(axes: Any, outcome: dict[str, Any]) -> None:
+    for arm in outcome["curves"]:
+        _draw(axes, outcome, arm, "ce_loss", "loss")
+    teacher = outcome["rows"][0].get("loss")  # a cached one has none
+    if teacher is not None:
+        style = {"color": COLOURS["teacher"], "linestyle": ":"}
+        axes.axhline(teacher, label=f"teacher ({teacher:.2f})", **style)
+    axes.set(title="Loss on the labels", ylabel="cross-entropy, nats")
+
+
+def _plot_distance(axes: Any, outcome: dict[str, Any]) -> None:
+    for arm, log in outcome["curves"].items():
+        if any("kd_loss" in entry for entry in log):
+            _draw(axes, outcome, arm, "kd_loss", "divergence")
+            continue
+        untrained, trained = (
+            next(row["divergence"] for row in outcome["rows"] if row["name"] == name)
+            for name in ("student, untrained", f"student, {arm}")
+        )
+        last = max(entry["step"] for entry in log)
+        style = {"color": COLOURS[arm], "marker": "o", "markersize": 5, "linestyle": "--"}
+        axes.plot([0, last], [untrained, trained], label=f"{arm}, held out", **style)
+    axes.set(title="Distance from the teacher", ylabel="distillation term, nats")
+
+
+def _term_names(outcome: dict[str, Any]) -> list[str]:
+    """Terms beside the response that some arm was trained on."""
+    keys = {key for log in outcome["curves"].values() for entry in log for key in entry}
+    return sorted(
+        key.removesuffix("_loss")
+        for key in keys - {"kd_loss", "ce_loss"}
+        if key.endswith("_loss") and not key.startswith(("eval_", "train_"))
+    )
+
+
+def _plot_terms(axes: Any, outcome: dict[str, Any]) -> None:
+    """Every term of every arm as a share of its first value: their units differ."""
+    styles = dict(zip(outcome["curves"], ("-", "--", ":"), strict=False))
+    for arm, log in outcome["curves"].items():
+        for at, name in enumerate(_term_names(outcome)):
+            steps, values = _series(log, f"{name}_loss")
+            if values:
+                smooth = _smooth(values, max(1, len(values) // 12))
+                shares = [value / (smooth[0] or 1.0) for value in smooth]
+                label = f"{name} (from {smooth[0]:.3g}), {arm}"
+                axes.plot(steps, shares, color=f"C{at}", linestyle=styles[arm], label=label)
+    axes.set(title="Other terms", ylabel="share of the first value", ylim=(0, None))
 
 
 def _draw(axes: Any, outcome: dict[str, Any], arm: str, key: str, row_key: str) -> None:

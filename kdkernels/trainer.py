@@ -1,153 +1,43 @@
-"""Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer` and its arguments.
+"""Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer`.
 
-No mathematics here: the loss is :func:`kdkernels.fused_kd_loss`, which the trainer calls once per
-micro-batch. What this file owns is bookkeeping that has to be exact: which denominator the loss has
-under gradient accumulation and several processes, which numbers are logged, and that the teacher
-stays out of the optimizer and of the checkpoints.
+No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, which the trainer calls once
+per micro-batch, every other term is in :mod:`kdkernels.terms`. What this file owns is bookkeeping
+that has to be exact: which denominator a term has under gradient accumulation and several
+processes, which numbers are logged, and that the teacher stays out of the optimizer and of the
+checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import divergences
-from .dispatch import available_backends
+from .arguments import DistillationArguments
+from .cache import TeacherCache
+from .capture import Features, Needs, Recorder
 from .functional import KDLossOutput, fused_kd_loss
-from .models import refuse_unless_causal, tokenizer_difference, vocab_size
+from .models import describe, tokenizer_difference, vocab_size
+from .tasks import SEQUENCE, TOKEN, check_config, task_of
+from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
 
-VOCAB_POLICIES = ("error", "truncate")
-TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass
-class DistillationArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` plus the options of the distillation loss.
-
-    ``label_smoothing_factor`` of the base class is the smoothing of the label term. A bad value
-    raises ValueError that names the option, the value and what is allowed.
-    """
-
-    output_dir: str | None = field(
-        default="distilled", metadata={"help": "Folder for all results."}
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Softens both distributions; > 0. Usual: 1 for language models, 2 to 4."},
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "Weight of the distillation term in [0, 1]; the labels get 1 - alpha. 0 trains "
-            "on labels only (the teacher is not run), 1 on the teacher only."
-        },
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "Distance of student and teacher: " + ", ".join(divergences.names()) + "."
-        },
-    )
-    beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "Weight of the teacher in the mixture of jsd and the skewed divergences."
-        },
-    )
-    divergence_parameters: list[float] | None = field(
-        default=None,
-        metadata={"help": "All parameters of the divergence, e.g. 0.2 0.7 for alpha_beta."},
-    )
-    temperature_squared: bool = field(
-        default=True,
-        metadata={"help": "Multiply the distillation term by temperature squared (Hinton 2015)."},
-    )
-    z_loss: float = field(
-        default=0.0, metadata={"help": "Weight of the squared log-normaliser of the student; >= 0."}
-    )
-    vocab_policy: str = field(
-        default="error",
-        metadata={
-            "help": "Vocabularies of different size: error, or truncate (use the common prefix)."
-        },
-    )
-    loss_backend: str | None = field(
-        default=None,
-        metadata={"help": "Backend of the loss by name; default: the best that can run."},
-    )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={"help": "Teacher weights: auto (as they are), float32, bfloat16, float16."},
-    )
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "Device of the teacher; default: the student's."}
-    )
-    # The base class replaces a NaN loss in the log by the running mean, at the price of one host
-    # synchronisation per micro-batch. A loss library shows NaN and does not synchronise.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and inf losses in the log."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("temperature", self.temperature, self.temperature > 0, "> 0")
-        self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
-        self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
-        smoothing = self.label_smoothing_factor
-        self._check_number("label_smoothing_factor", smoothing, 0 <= smoothing < 1, "in [0, 1)")
-        self._check_choice("divergence", self.divergence, divergences.names())
-        self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
-        self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        self.resolved_divergence()
-        if self.loss_backend is not None:
-            self._check_backend(self.loss_backend)
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
-                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
-            )
-
-    @staticmethod
-    def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:
-        if not (allowed and math.isfinite(value)):
-            raise ValueError(f"{name}: {value!r} is not allowed; it must be finite and {interval}")
-
-    @staticmethod
-    def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-        if value not in allowed:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-
-    @staticmethod
-    def _check_backend(name: str) -> None:
-        backends = available_backends()
-        if name not in backends:
-            raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
-        if backends[name]:
-            raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
-
-    def resolved_divergence(self) -> divergences.Divergence:
-        """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
-        if self.divergence_parameters is None:
-            return divergences.resolve(self.divergence, self.beta)
-        try:
-            return divergences.build(self.divergence, self.divergence_parameters).canonical()
-        except TypeError as error:
-            raise ValueError(
-                f"divergence_parameters: {self.divergence_parameters!r} do not fit "
-                f"{self.divergence!r} ({error})"
-            ) from error
+#: In a checkpoint: what the terms have learnt (projections, log variances, factors).
+TERMS_FILE = "distillation_terms.safetensors"
+_TERMS_NAME = "kdkernels_terms"
 
 
 class Sums:
@@ -177,34 +67,47 @@ class Sums:
 
 
 class DistillationTrainer(Trainer):
-    """``transformers.Trainer`` for a causal student, ``alpha * T^2 * D + (1 - alpha) * CE``.
+    """``transformers.Trainer`` with a teacher: ``alpha * T^2 * D + (1 - alpha) * CE`` and more.
 
-    The denominator is the number of predicted tokens of the whole update (all micro-batches, and
-    all processes unless ``average_tokens_across_devices=False``), so the update does not depend on
-    how a batch is cut. Batches hold ``labels`` in the Hugging Face convention: not shifted, -100
-    where nothing is to be learnt. A batch without any label has loss 0 and gradient 0.
+    The student is a causal or masked language model, a sequence or token classifier, or an encoder
+    without a head; the teacher is of the same kind. The loss is a weighted sum of terms
+    (``args.terms``, :data:`kdkernels.terms.TERMS`): the response, which is the default, features of
+    chosen layers, and relations. An encoder has no response and needs other terms.
+
+    The response's denominator is the number of predicted tokens (or labelled examples) of the whole
+    update (all micro-batches, and all processes unless ``average_tokens_across_devices=False``), so
+    the update does not depend on how a batch is cut. Batches hold ``labels`` in the Hugging Face
+    convention: not shifted, -100 where nothing is to be learnt. A batch without any label has loss
+    0 and gradient 0. Terms of tokens divide by the update's tokens that are no padding, terms of
+    examples by its examples; a relation between examples exists within one micro-batch only.
 
     The teacher is switched to ``eval()``, its parameters to ``requires_grad=False``; it is moved
     (in place, as ``nn.Module.to`` does) to ``args.teacher_dtype`` and ``args.teacher_device``.
-    It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0.
+    It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0 and
+    there is no other term. What terms learn (projections) is trained with the student, saved beside
+    it in checkpoints (``distillation_terms.safetensors``) and not a part of it.
 
     Logged next to ``loss``: ``kd_loss`` (with T^2, without alpha), ``ce_loss`` (nats per token),
     ``agreement`` (share of tokens with the same argmax as the teacher), ``accuracy``. Evaluation
     logs them with the prefix ``eval_``, averaged over tokens, and ``eval_perplexity =
-    exp(ce_loss)``; there, labels are never smoothed.
+    exp(ce_loss)`` of language models; there, labels are never smoothed. Every other term is logged
+    as ``<term>_loss``, without its weight.
 
     Args:
         model: the student; or leave it out and give ``model_init``.
         args: :class:`DistillationArguments`.
-        teacher: a causal language model; required unless ``args.alpha`` is 0.
+        teacher: a model for the student's task; required unless only labels are learnt.
         teacher_processing_class: the teacher's tokenizer; given together with ``processing_class``,
             the two must map the same tokens to the same ids.
+        teacher_cache: instead of ``teacher``, for the response term only; it must hold every
+            example of both data sets.
         trainer_kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
         TypeError: ``args`` is not a :class:`DistillationArguments`.
-        ValueError: no teacher, not a causal language model, different vocabularies or tokenizers,
-            a teacher that shares parameters with the student, or ``compute_loss_func``.
+        ValueError: no teacher, another task, different vocabularies, labels or tokenizers, a
+            teacher that shares parameters with the student, layers that do not exist, or
+            ``compute_loss_func``.
     """
 
     args: DistillationArguments
@@ -217,49 +120,100 @@ class DistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         if not isinstance(args, DistillationArguments):
             raise TypeError(f"args: {type(args).__name__} is not a DistillationArguments")
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: not used here; the loss is fused_kd_loss")
-        if teacher is None and args.alpha > 0:
-            raise ValueError(
-                f"teacher: None, but alpha = {args.alpha} needs one (alpha=0 does not)"
-            )
         super().__init__(model=model, args=args, **trainer_kwargs)
         # Both make the base class count the predicted tokens of an update, for any architecture:
         # the labels are shifted inside the loss, whatever the model's own loss would do.
+        self.task = task_of(self.model)
+        check_config(self.task, self.model.config, "model")
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = self.task.shift
         self.teacher = teacher
+        self._weights = args.resolved_terms(self.task.labels is not None)
+        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
+        self.teacher_cache = teacher_cache
+        self._check_presence(teacher, teacher_cache)
         self._divergence = args.resolved_divergence()
         self._logged = Sums()
         self._log_first_step = 0
         self._evaluated = Sums()
-        refuse_unless_causal(self.model.config, "model")
+        self._update: Counts | None = None
+        self._starts_update = True
+        self.terms: DistillationTerms | None = None
         if teacher is not None:
             self._check_teacher(teacher, teacher_processing_class)
             self._place_teacher(teacher)
+            if self._beside_response:
+                self.terms = DistillationTerms(args, self.model, teacher, self._weights)
+
+    def _check_presence(self, teacher: PreTrainedModel | None, cache: TeacherCache | None) -> None:
+        self._beside_response = [name for name in self._weights if name != "response"]
+        if teacher is not None and cache is not None:
+            raise ValueError("teacher_cache: give a teacher or its cache, not both")
+        if cache is not None:
+            self._check_cache(cache)
+        if teacher is not None or cache is not None:
+            return
+        if self._beside_response:
+            raise ValueError(
+                f"teacher: None, but terms: {', '.join(self._beside_response)} need one"
+            )
+        if self.args.alpha_over_time().highest > 0:
+            raise ValueError(
+                f"teacher: None, but alpha = {self.args.alpha} needs one (alpha=0 does not)"
+            )
+
+    def _check_cache(self, cache: TeacherCache) -> None:
+        temperatures = {self._temperature.lowest, self._temperature.highest}
+        cache.check(self.task, self._beside_response, temperatures)
+        self._compare_widths(cache.info.vocab)
 
     def _check_teacher(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        refuse_unless_causal(teacher.config, "teacher")
+        if task_of(teacher) is not self.task:
+            raise ValueError(
+                f"teacher: {describe(teacher)} is for {task_of(teacher).name}, model: "
+                f"{describe(self.model)} for {self.task.name}; both must be for one task"
+            )
+        check_config(self.task, teacher.config, "teacher")
         own = {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) in own for parameter in teacher.parameters()):
             raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
-        student_vocab, teacher_vocab = vocab_size(self.model), vocab_size(teacher)
-        if student_vocab != teacher_vocab and self.args.vocab_policy == "error":
-            raise ValueError(
-                f"teacher: vocabulary of {teacher_vocab}, the student's has {student_vocab}; "
-                "they must be equal, or vocab_policy='truncate'"
-            )
+        common = self._check_outputs(teacher)
         if tokenizer is not None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            common = None if student_vocab == teacher_vocab else min(student_vocab, teacher_vocab)
             difference = tokenizer_difference(self.processing_class, tokenizer, common)
             if difference is not None:
                 raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
+
+    def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
+        """The length of the vocabularies' common prefix if they may differ; None: they do not."""
+        if self.task in (SEQUENCE, TOKEN):
+            return self._compare_widths(int(teacher.config.num_labels or 0))
+        return None if self.task.labels is None else self._compare_widths(vocab_size(teacher))
+
+    def _compare_widths(self, theirs: int) -> int | None:
+        if self.task in (SEQUENCE, TOKEN):
+            if self.model.config.num_labels != theirs:
+                raise ValueError(
+                    f"teacher: {theirs} labels, the student has {self.model.config.num_labels}"
+                )
+            return None
+        ours = vocab_size(self.model)
+        if ours == theirs:
+            return None
+        if self.args.vocab_policy == "error":
+            raise ValueError(
+                f"teacher: vocabulary of {theirs}, the student's has {ours}; they must be equal, "
+                "or vocab_policy='truncate'"
+            )
+        return min(ours, theirs)
 
     def _place_teacher(self, teacher: PreTrainedModel) -> None:
         teacher.requires_grad_(False).eval()
@@ -271,19 +225,42 @@ class DistillationTrainer(Trainer):
         elif getattr(teacher, "hf_device_map", None) is None:
             module.to(self.args.device)
         takes_cache = "use_cache" in inspect.signature(teacher.forward).parameters
+        self._no_recorder = Recorder(teacher, Needs(), "teacher")
         self._teacher_kwargs = {"use_cache": False} if takes_cache else {}
 
     # ---- the loss ------------------------------------------------------------------------------
 
-    def teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Logits [B, S, V] of the teacher on the student's device; None when it is not needed."""
-        if self.teacher is None or self.args.alpha == 0:
+    @property
+    def progress(self) -> float:
+        """0 at the first update of the run, 1 at the last; what schedules are a function of."""
+        return self.state.global_step / max(1, self.state.max_steps - 1)
+
+    @property
+    def _response_has_teacher(self) -> bool:
+        taught = self.teacher is not None or self.teacher_cache is not None
+        return self.task.labels is not None and taught and self._alpha.highest > 0
+
+    def student_features(self, model: nn.Module, inputs: dict[str, Any]) -> Features:
+        """One forward of the student, with what the terms compare."""
+        return (
+            Features(model(**inputs))
+            if self.terms is None
+            else self.terms.student.run(model, inputs)
+        )
+
+    def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
+        """What the teacher gives, on the student's device; None when it is not needed."""
+        if self.teacher_cache is not None and self._response_has_teacher:
+            logits = self.teacher_cache.logits(inputs).to(self.args.device)
+            return Features(SimpleNamespace(logits=logits))
+        if self.teacher is None or not (self._response_has_teacher or self.terms):
             return None
         device = next(self.teacher.parameters()).device
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        recorder = self._no_recorder if self.terms is None else self.terms.teacher
         with torch.no_grad():
-            logits = self.teacher(**moved, **self._teacher_kwargs).logits
-        return logits.to(self.args.device)
+            features = recorder.run(self.teacher, moved, **self._teacher_kwargs)
+        return features.to(self.args.device)
 
     def distillation_loss(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, **options: Any
@@ -292,23 +269,24 @@ class DistillationTrainer(Trainer):
         args = self.args
         settings: dict[str, Any] = {
             "temperature": args.temperature,
-            "alpha": args.alpha if teacher_logits is not None else 0.0,
+            "alpha": args.alpha,
             "divergence": self._divergence,
             "temperature_squared": args.temperature_squared,
             "label_smoothing": args.label_smoothing_factor,
             "z_loss": args.z_loss,
             "vocab_policy": args.vocab_policy,
             "backend": args.loss_backend,
-        }
+        } | options
         # With alpha = 0 the teacher term is multiplied by 0; the student stands in for the teacher.
-        teacher_logits = student_logits.detach() if teacher_logits is None else teacher_logits
+        if teacher_logits is None:
+            teacher_logits, settings["alpha"] = student_logits.detach(), 0.0
         output = fused_kd_loss(
             student_logits,
             teacher_logits,
             labels,
-            shift=True,
+            shift=self.task.shift,
             return_outputs=True,
-            **settings | options,
+            **settings,
         )
         assert isinstance(output, KDLossOutput)
         return output
@@ -322,28 +300,93 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of one micro-batch over ``num_items_in_batch`` tokens (None: its own tokens)."""
         labels, inputs = self._take_labels(inputs)
-        outputs = model(**inputs)
-        teacher_logits = self.teacher_logits(inputs)
-        num_items = num_items_in_batch
-        parts = self.distillation_loss(outputs.logits, teacher_logits, labels, num_items=num_items)
+        student = self.student_features(model, inputs)
+        teacher = self.teacher_features(inputs)
+        num_items, progress = num_items_in_batch, self.progress
+        parts = self._response(
+            student,
+            teacher,
+            labels,
+            num_items=num_items,
+            alpha=self._alpha.at(progress),
+            temperature=self._temperature.at(progress),
+        )
         # DistributedDataParallel averages gradients over processes; the denominator already counts
         # the tokens of all of them.
         scale = 1
         if self.args.average_tokens_across_devices and num_items is not None:
             scale = self.accelerator.num_processes // self.get_tp_size()
+        if self.terms is None or teacher is None:
+            assert parts is not None
+            values: dict[str, Tensor] = {}
+            loss = parts.loss * self._weights["response"].at(progress)
+        else:
+            mask = _token_mask(inputs)
+            own = Counts.of(mask)
+            counts = own if num_items is None or self._update is None else self._update
+            values = self.terms(student, teacher, mask, counts)
+            response = {} if parts is None else {"response": parts.loss}
+            loss = self._combined(model, response | values, own.examples / counts.examples)
         if model.training:
-            self._observe_step(parts, labels, num_items, scale)
-        loss = parts.loss * scale
-        return (loss, outputs) if return_outputs else loss
+            self._observe_step(parts, labels, num_items, scale, values)
+        loss = loss * scale
+        return (loss, student.outputs) if return_outputs else loss
 
-    @staticmethod
-    def _take_labels(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _response(
+        self, student: Features, teacher: Features | None, labels: Tensor | None, **options: Any
+    ) -> KDLossOutput | None:
+        """The response term; None for a model without a head."""
+        if labels is None:
+            return None
+        assert student.logits is not None
+        taught = teacher.logits if teacher is not None and self._response_has_teacher else None
+        return self.distillation_loss(student.logits, taught, labels, **options)
+
+    def _combined(self, model: nn.Module, values: dict[str, Tensor], share: Tensor) -> Tensor:
+        """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
+        assert self.terms is not None
+        due = self._starts_update and self.state.global_step % self.args.balance_steps == 0
+        if self.args.balance == "gradient_norm" and model.training and due:
+            trained = [p for p in self._student_parameters() if p.requires_grad]
+            norms = self.terms.gradient_norms(values, trained)
+            self.terms.rebalance(self.accelerator.reduce(norms, reduction="mean"))
+        self._starts_update = False
+        return self.terms.total(values, self.progress, share)
+
+    def _student_parameters(self) -> list[nn.Parameter]:
+        own = {id(parameter) for parameter in self.terms.parameters()} if self.terms else set()
+        return [p for p in self.model.parameters() if id(p) not in own]
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> Tensor | int | None:
+        """The base class's number of predicted tokens; also counts what the terms divide by."""
+        self._starts_update = True
+        if self.terms is not None:
+            counts = [Counts.of(_token_mask(batch)) for batch in batch_samples]
+            total = torch.stack([torch.stack(c) for c in counts]).sum(0).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._update = Counts(*total.unbind())
+        if self.task.labels is None and self._update is not None:
+            return self._update.positions
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _take_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """The labels, None for a model without a head, and everything else."""
+        others = {k: v for k, v in inputs.items() if k != "labels"}
+        if self.task.labels is None:
+            return None, others
         if inputs.get("labels") is None:
             raise ValueError(
                 f"labels: missing in the batch (it has {', '.join(inputs)}); distillation needs "
                 "them to know which tokens count, -100 marks those that do not"
             )
-        return inputs["labels"], {k: v for k, v in inputs.items() if k != "labels"}
+        return inputs["labels"], others
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """How many labels are predicted."""
+        return (labels[..., 1:] if self.task.shift else labels).ne(-100).sum()
 
     # ---- what is logged ------------------------------------------------------------------------
 
@@ -353,23 +396,30 @@ class DistillationTrainer(Trainer):
         ``agreement`` and ``accuracy`` come as shares of this batch's tokens and are turned into
         numbers of tokens.
         """
-        tokens = labels[..., 1:].ne(-100).sum()
+        tokens = self._counted(labels)
         assert parts.ce_loss is not None and parts.accuracy is not None  # there are labels
         named = {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
-        if self.teacher is not None and self.args.alpha > 0:
+        if self._response_has_teacher:
             named |= {"kd_loss": parts.kd_loss, "agreement": parts.agreement * tokens}
         return named
 
     def _observe_step(
-        self, parts: KDLossOutput, labels: Tensor, num_items: Tensor | int | None, scale: int
+        self,
+        parts: KDLossOutput | None,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        scale: int,
+        values: dict[str, Tensor],
     ) -> None:
-        named = self._parts(parts, labels)
-        denominator = torch.as_tensor(
-            labels[..., 1:].ne(-100).sum() if num_items is None else num_items
-        ).clamp(min=1)
-        for share in ("accuracy", "agreement"):
-            if share in named:
-                named[share] = named[share] / denominator
+        named = {f"{name}_loss": value.detach() for name, value in values.items()}
+        if parts is not None and labels is not None:
+            named |= self._parts(parts, labels)
+            denominator = torch.as_tensor(
+                self._counted(labels) if num_items is None else num_items
+            ).clamp(min=1)
+            for share in ("accuracy", "agreement"):
+                if share in named:
+                    named[share] = named[share] / denominator
         if self._logged.empty:
             self._log_first_step = self.state.global_step
         self._logged.add(**{name: value * scale for name, value in named.items()})
@@ -380,7 +430,15 @@ class DistillationTrainer(Trainer):
             steps = max(1, self.state.global_step - self._log_first_step)
             parts = self._logged.take(self, "mean")
             logs |= {name: value / steps for name, value in parts.items()}
+            logs |= self._scheduled()
         super().log(logs, start_time)
+
+    def _scheduled(self) -> dict[str, float]:
+        """What changes during training: its values at the update just made."""
+        progress = max(0, self.state.global_step - 1) / max(1, self.state.max_steps - 1)
+        settings = {"alpha": self._alpha, "temperature": self._temperature}
+        changing = {n: s.at(progress) for n, s in settings.items() if s.kind != "constant"}
+        return changing if self.terms is None else changing | self.terms.state_to_log(progress)
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -393,28 +451,43 @@ class DistillationTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Adds one batch to the token-weighted sums, from which the losses are computed."""
         labels, inputs = self._take_labels(self._prepare_inputs(inputs))
-        counted = self._without_surplus(labels)
+        mask = _token_mask(inputs)
+        real = self._real_examples(len(mask), mask.device)
+        counted = None
+        if labels is not None:
+            counted = labels.masked_fill(~real.view(-1, *[1] * (labels.ndim - 1)), -100)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-            sums = self.distillation_loss(
-                logits, self.teacher_logits(inputs), counted, num_items=1, label_smoothing=0.0
-            )
-        tokens = counted[..., 1:].ne(-100).sum()
-        self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **self._parts(sums, counted))
-        return (None, None, None) if prediction_loss_only else (None, logits, labels)
+            student, teacher = self.student_features(model, inputs), self.teacher_features(inputs)
+            sums = self._response(student, teacher, counted, num_items=1, label_smoothing=0.0)
+            if self.terms is not None and teacher is not None:
+                self._evaluate_terms(student, teacher, mask & real[:, None])
+        if sums is not None and counted is not None:
+            tokens = self._counted(counted)
+            parts = self._parts(sums, counted)
+            self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **parts)
+        if prediction_loss_only:
+            return (None, None, None)
+        first = student.outputs[0] if student.logits is None else student.logits
+        return (None, first, labels)
 
-    def _without_surplus(self, labels: Tensor) -> Tensor:
-        """Labels with -100 in the examples that only fill up the last batch of all processes."""
+    def _evaluate_terms(self, student: Features, teacher: Features, mask: Tensor) -> None:
+        assert self.terms is not None
+        one = torch.ones((), device=mask.device)
+        values = self.terms(student, teacher, mask, Counts(one, one))
+        counts = Counts.of(mask)._asdict()
+        self._evaluated.add(**counts, **{f"{name}_loss": value for name, value in values.items()})
+
+    def _real_examples(self, count: int, device: torch.device) -> Tensor:
+        """Bool [count]: False for examples that only fill up the last batch of all processes."""
         state = self.accelerator.gradient_state
         if (
             self.accelerator.num_processes == 1
             or not state.end_of_dataloader
             or state.remainder < 1
         ):
-            return labels
-        first = self.accelerator.process_index * len(labels)
-        real = torch.arange(first, first + len(labels), device=labels.device) < state.remainder
-        return labels.masked_fill(~real[:, None], -100)
+            return torch.ones(count, dtype=torch.bool, device=device)
+        first = self.accelerator.process_index * count
+        return torch.arange(first, first + count, device=device) < state.remainder
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The base class's loop; losses and shares are means over all predicted tokens."""
@@ -427,14 +500,104 @@ class DistillationTrainer(Trainer):
             # then leave it without DistributedDataParallel: every process would train alone.
             vars(self.model).pop(mark, None)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        sums = self._evaluated.take(self, "sum")
-        tokens = sums.pop("tokens", 0.0)
-        means = {name: value / max(tokens, 1.0) for name, value in sums.items()}
-        if "ce_loss" in means:
-            means["perplexity"] = _exp(means["ce_loss"])
+        means = self._means(self._evaluated.take(self, "sum"))
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Every sum over its own denominator; ``loss`` is of all terms, at end weights."""
+        counts = {name: sums.pop(name, 0.0) for name in ("tokens", "positions", "examples")}
+        denominators = {name: max(count, 1.0) for name, count in counts.items()}
+        weights = self._weights
+        kinds = {f"{n}_loss": "examples" if n in EXAMPLE_TERMS else "positions" for n in weights}
+        means = {n: value / denominators[kinds.get(n, "tokens")] for n, value in sums.items()}
+        if means:
+            response = weights["response"].end * means["loss"] if "loss" in means else 0.0
+            beside = [name for name in weights if f"{name}_loss" in means]
+            means["loss"] = response + sum(weights[n].end * means[f"{n}_loss"] for n in beside)
+        if "ce_loss" in means and self.task not in (SEQUENCE, TOKEN):
+            means["perplexity"] = _exp(means["ce_loss"])
+        return means
+
+    # ---- what the terms learn ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _attached_terms(self, attached: bool) -> Iterator[None]:
+        """The terms' parameters as a part of the student, for the optimizer and DDP, or not.
+
+        They are attached while training only, and taken off to save or load the student.
+        """
+        modules = self.model._modules
+        before = modules.get(_TERMS_NAME)
+        if self.terms is not None and attached:
+            modules[_TERMS_NAME] = self.terms
+        else:
+            modules.pop(_TERMS_NAME, None)
+        try:
+            yield
+        finally:
+            modules.pop(_TERMS_NAME, None)
+            if before is not None:
+                modules[_TERMS_NAME] = before
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.terms is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        # DistributedDataParallel takes parameters that its own forward does not use for unused.
+        # Their gradients are averaged in training_step; they start equal in every process, since
+        # the base class's constructor seeds right before they are made.
+        names = [f"{_TERMS_NAME}.{name}" for name in self.terms.state_dict()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.model, names
+        )
+        with self._attached_terms(True):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        several = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients
+        if self.terms is not None and several:
+            for parameter in self.terms.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The student alone, and what the terms have learnt in a file of its own."""
+        if state_dict is not None:
+            prefix = f"{_TERMS_NAME}."
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        with self._attached_terms(False):
+            super()._save(output_dir, state_dict)
+        if self.terms is not None and self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            save_file(self.terms.state_dict(), folder / TERMS_FILE)
+
+    def _load_terms(self, folder: str) -> None:
+        if self.terms is not None and (Path(folder) / TERMS_FILE).exists():
+            self.terms.load_state_dict(load_file(Path(folder) / TERMS_FILE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with self._attached_terms(False):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_terms(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._attached_terms(False):
+            super()._load_best_model()
+        self._load_terms(str(self.state.best_model_checkpoint))
+
+
+def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Bool [B, S]: the tokens of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    tokens = inputs["input_ids"]
+    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
 
 
 def _exp(value: float) -> float:

@@ -92,6 +92,20 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
 
 
+def test_a_run_with_terms_from_yaml(assets: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    layer_map, terms = [[0, 0], [1, 2], [2, 4]], {"hidden": 1, "gram": "warmup:1:0.5"}
+    settings = {"layer_map": layer_map, "terms": terms, "temperature_schedule": "linear:2:1"}
+    config.write_text(yaml.safe_dump(settings))
+    command = options(assets, tmp_path / "out", max_steps=2, student_dropout=0.0)
+    assert cli.main(["distill", str(config), *command[1:]]) == 0
+    curves = json.loads((tmp_path / "out" / "results.json").read_text())["curves"]
+    assert {"hidden_loss", "gram_loss", "gram_weight", "temperature"} <= curves["distilled"][
+        0
+    ].keys()
+    assert "hidden_loss" not in curves["labels only"][0]
+
+
 def test_a_run_on_local_files_asks_no_network(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +180,7 @@ def test_resuming_and_overwriting(
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     assert cli.main(options(assets, through, **saving)) == 0
     assert cli.main(options(assets, resumed, **saving)) == 0
-    for arm in report.ARM_FOLDERS.values():  # as if it had been stopped after step 2
+    for arm in ("labels-only", "distilled"):  # as if it had been stopped after step 2
         (resumed / arm / "checkpoint-4").rename(tmp_path / f"{arm}-gone")
     again = options(assets, resumed, **saving, resume_from_checkpoint="true")
     assert cli.main(again) == 0
@@ -214,6 +228,10 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 0}, "temperature: 0.0"),
     ({"temperature": "hot"}, "argument --temperature: invalid float value: 'hot'"),
     ({"divergence": "kl"}, "divergence: 'kl' is not one of forward_kl"),
+    ({"terms": "hiden=1"}, "terms: 'hiden' is not one of response, hidden"),
+    ({"terms": "hidden=1", "layer_map": "1:5"}, "teacher layer 5 of pair 1:5 does not exist"),
+    ({"terms": "minilm=1", "relation_heads": 3}, "relation_heads: 3 does not divide"),
+    ({"student_dropout": 1}, "student_dropout: 1.0 is not in [0, 1)"),
     ({"divergens": "kl"}, "unknown option '--divergens=kl'; did you mean '--divergence'?"),
     ({"loss_backend": "tpu"}, "loss_backend: 'tpu' is not one of"),
     ({"student_dtype": "int8"}, "student_dtype: 'int8' is not one of"),

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, Qwen3Config, Qwen3ForCausalLM, T5Config
 
-from kdkernels import models
+from kdkernels import models, tasks
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
@@ -83,11 +83,11 @@ def test_bad_layer_lists(text: str) -> None:
 
 
 def test_only_decoders_are_causal() -> None:
-    models.refuse_unless_causal(tiny_models.llama(1, seed=1).config, "teacher")
-    models.refuse_unless_causal(BertConfig(is_decoder=True), "teacher")
+    tasks.check_config(tasks.CAUSAL_LM, tiny_models.llama(1, seed=1).config, "teacher")
+    tasks.check_config(tasks.CAUSAL_LM, BertConfig(is_decoder=True), "teacher")
     for config in (BertConfig(), T5Config()):
         with pytest.raises(ValueError, match=f"teacher: '{config.model_type}'"):
-            models.refuse_unless_causal(config, "teacher")
+            tasks.check_config(tasks.CAUSAL_LM, config, "teacher")
 
 
 def test_tokenizers_are_compared_token_by_token() -> None:

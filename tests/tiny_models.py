@@ -100,7 +100,13 @@ def two_processes(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def trainer(output: Path, teacher: Any = "default", **arguments: Any) -> DistillationTrainer:
+def trainer(
+    output: Path,
+    teacher: Any = "default",
+    student: Any = None,
+    teacher_cache: Any = None,
+    **arguments: Any,
+) -> DistillationTrainer:
     """A trainer of a 1-layer student of a 2-layer teacher; SGD, so that updates are gradients."""
     defaults: dict[str, Any] = {
         "max_steps": 3,
@@ -118,9 +124,10 @@ def trainer(output: Path, teacher: Any = "default", **arguments: Any) -> Distill
         "alpha": 0.7,
     }
     return DistillationTrainer(
-        llama(1, seed=1),
+        student or llama(1, seed=1),
         DistillationArguments(output_dir=str(output), **defaults | arguments),
         teacher=llama(2, seed=2) if teacher == "default" else teacher,
+        teacher_cache=teacher_cache,
         train_dataset=dataset(12),
         eval_dataset=dataset(7, seed=6),
     )

@@ -1,0 +1,159 @@
+"""The options of :class:`kdkernels.trainer.DistillationTrainer`, checked at construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from . import divergences, schedules
+from .dispatch import available_backends
+from .terms import TermArguments
+
+VOCAB_POLICIES = ("error", "truncate")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class DistillationArguments(TermArguments, TrainingArguments):
+    """``transformers.TrainingArguments`` plus the options of the distillation loss and its terms.
+
+    ``label_smoothing_factor`` of the base class is the smoothing of the label term. A bad value
+    raises ValueError that names the option, the value and what is allowed.
+    """
+
+    output_dir: str | None = field(
+        default="distilled", metadata={"help": "Folder for all results."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Softens both distributions; > 0. Usual: 1 for language models, 2 to 4."},
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the distillation term in [0, 1]; the labels get 1 - alpha. 0 trains "
+            "on labels only (the teacher is not run), 1 on the teacher only."
+        },
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "Distance of student and teacher: " + ", ".join(divergences.names()) + "."
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher in the mixture of jsd and the skewed divergences."
+        },
+    )
+    divergence_parameters: list[float] | None = field(
+        default=None,
+        metadata={"help": "All parameters of the divergence, e.g. 0.2 0.7 for alpha_beta."},
+    )
+    temperature_squared: bool = field(
+        default=True,
+        metadata={"help": "Multiply the distillation term by temperature squared (Hinton 2015)."},
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-normaliser of the student; >= 0."}
+    )
+    vocab_policy: str = field(
+        default="error",
+        metadata={
+            "help": "Vocabularies of different size: error, or truncate (use the common prefix)."
+        },
+    )
+    loss_backend: str | None = field(
+        default=None,
+        metadata={"help": "Backend of the loss by name; default: the best that can run."},
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Teacher weights: auto (as they are), float32, bfloat16, float16."},
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "Device of the teacher; default: the student's."}
+    )
+    # The base class replaces a NaN loss in the log by the running mean, at the price of one host
+    # synchronisation per micro-batch. A loss library shows NaN and does not synchronise.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and inf losses in the log."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_terms()
+        # Evaluations are comparable along a run: they use what the schedules end with.
+        if self.alpha_schedule is not None:
+            ends = self.alpha_over_time()
+            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
+            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
+            self.alpha = ends.end
+        if self.temperature_schedule is not None:
+            ends = self.temperature_over_time()
+            self._check_number("temperature_schedule", ends.lowest, ends.lowest > 0, "> 0")
+            self.temperature = ends.end
+        self._check_number("temperature", self.temperature, self.temperature > 0, "> 0")
+        self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
+        self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
+        smoothing = self.label_smoothing_factor
+        self._check_number("label_smoothing_factor", smoothing, 0 <= smoothing < 1, "in [0, 1)")
+        self._check_choice("divergence", self.divergence, divergences.names())
+        self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
+        self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        self.resolved_divergence()
+        if self.loss_backend is not None:
+            self._check_backend(self.loss_backend)
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
+                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
+            )
+
+    @staticmethod
+    def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:
+        if not (allowed and math.isfinite(value)):
+            raise ValueError(f"{name}: {value!r} is not allowed; it must be finite and {interval}")
+
+    @staticmethod
+    def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+    @staticmethod
+    def _check_backend(name: str) -> None:
+        backends = available_backends()
+        if name not in backends:
+            raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
+        if backends[name]:
+            raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
+
+    def alpha_over_time(self) -> schedules.Schedule:
+        """``alpha_schedule``, or the constant ``alpha``."""
+        given = self.alpha if self.alpha_schedule is None else self.alpha_schedule
+        return schedules.parse("alpha_schedule", given)
+
+    def temperature_over_time(self) -> schedules.Schedule:
+        """``temperature_schedule``, or the constant ``temperature``."""
+        given = self.temperature if self.temperature_schedule is None else self.temperature_schedule
+        return schedules.parse("temperature_schedule", given)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether anything is learnt from the teacher at all."""
+        return self.alpha_over_time().highest > 0 or len(self.resolved_terms()) > 1
+
+    def resolved_divergence(self) -> divergences.Divergence:
+        """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
+        if self.divergence_parameters is None:
+            return divergences.resolve(self.divergence, self.beta)
+        try:
+            return divergences.build(self.divergence, self.divergence_parameters).canonical()
+        except TypeError as error:
+            raise ValueError(
+                f"divergence_parameters: {self.divergence_parameters!r} do not fit "
+                f"{self.divergence!r} ({error})"
+            ) from error

@@ -1,0 +1,389 @@
+"""The teacher's outputs on disk, so that a second run needs no teacher.
+
+A cache is a folder: ``cache.json`` (written last: a folder without it is unfinished) and shards
+``rows-00000.safetensors``. A row is one prediction: a token, or a classifier's example. Examples
+are found by their token ids, so order, batch size and padding do not matter; which examples a
+cache has is fixed.
+
+* **Full** (``top_k=None``): the logits as the teacher gave them. The loss is bitwise that of the
+  teacher itself, at every temperature.
+* **Top-k**: for one temperature T the k largest log-probabilities of softmax(z / T), their ids, and
+  the mass m of all others. Reading spreads m evenly over the other V - k entries. With p the
+  teacher's, q the student's probabilities at T and p_k the k-th largest p, forward KL (before T^2)
+  then differs from the teacher's own by at most :func:`forward_kl_bound`::
+
+      m * (log((V - k) * p_k / m) + max_tail log q - min_tail log q)
+
+  (the tail's negative entropy is at most ``m log p_k`` and at least that of the even spread; moving
+  the mass m within the tail changes ``sum p log q`` by at most m times the range of log q there.)
+  The gradient in the student's logits, ``T (q - p)``, differs by at most ``2 m T`` in the 1-norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .tasks import Task, task_of
+
+META_FILE = "cache.json"
+FORMAT = 1
+
+#: A shard is written once it holds this many bytes.
+_SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What ``cache.json`` holds."""
+
+    format: int
+    task: str
+    model: str  #: fingerprint of the teacher
+    tokenizer: str  #: fingerprint of its tokenizer
+    name: str  #: what the teacher was called
+    parameters: int  #: of the teacher
+    vocab: int
+    top_k: int | None  #: None: full logits
+    temperature: float  #: of a top-k cache
+    examples: int
+    rows: int
+
+
+# ---- fingerprints -------------------------------------------------------------------------------
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that decides which ids a text becomes."""
+    parts: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        settings = json.loads(backend.to_str())
+        for changing in ("truncation", "padding"):  # whatever the last call asked for
+            settings.pop(changing, None)
+        parts.append(settings)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of names, dtypes, shapes and values of all weights in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_fingerprint(source: Path) -> str:
+    """SHA-256 of a model's configuration and weights as they lie on disk: a folder or a file."""
+    suffixes = (".safetensors", ".bin", ".gguf")
+    files = [source]
+    if source.is_dir():
+        files = [f for f in source.iterdir() if f.suffix in suffixes or f.name == "config.json"]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _key(ids: Tensor) -> str:
+    """The name of an example: a hash of its token ids, without padding."""
+    data = ids.to(device="cpu", dtype=torch.int64).contiguous().numpy().data
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _examples(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """(key, bool [S] of its tokens) of each example of a batch, on the CPU."""
+    ids = inputs["input_ids"].cpu()
+    mask = inputs.get("attention_mask")
+    masks = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    return [(_key(row[tokens]), tokens) for row, tokens in zip(ids, masks, strict=True)]
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Collects rows and writes a shard whenever there are enough."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys: set[str] = set()
+        self.rows = self.shards = self.bytes = 0
+        self._names: list[str] = []
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+        self.keys.add(key)
+        self._names.append(key)
+        self._parts.append(tensors)
+        self.rows += len(next(iter(tensors.values())))
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        if self.bytes >= _SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._parts:
+            return
+        lengths = [len(next(iter(part.values()))) for part in self._parts]
+        shard = {name: torch.cat([p[name] for p in self._parts]) for name in self._parts[0]}
+        metadata = {"keys": json.dumps(self._names), "lengths": json.dumps(lengths)}
+        file = self.folder / f"rows-{self.shards:05}.safetensors"
+        save_file(shard, file, metadata=metadata)
+        self.shards, self.bytes, self._names, self._parts = self.shards + 1, 0, [], []
+
+
+def _rows(logits: Tensor, top_k: int | None, temperature: float) -> dict[str, Tensor]:
+    """What is kept of logits [R, V]."""
+    if top_k is None:
+        return {"logits": logits.cpu().contiguous()}
+    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    kept, ids = log_p.topk(top_k, dim=-1)
+    # Summed over the tail itself: 1 - sum(top) would be rounding noise where the tail is small.
+    tail = log_p.scatter(-1, ids, -math.inf).exp().sum(-1)
+    return {"log_probs": kept.cpu(), "ids": ids.int().cpu(), "tail": tail.cpu()}
+
+
+@torch.no_grad()
+def cache_teacher(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Iterable[dict[str, Any]],
+    collator: Callable[[list[dict[str, Any]]], Any],
+    folder: str | Path,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    fingerprint: str | None = None,
+    name: str = "teacher",
+) -> CacheInfo:
+    """Run the teacher once over ``items`` and write what it says.
+
+    Args:
+        teacher: in the dtype and on the device in which it is to run; switched to ``eval()``.
+        items: of a data set, with ``input_ids``; labels are not used. One that comes twice is
+            written once.
+        collator: makes a batch of a list of items.
+        folder: is made; must not exist, or be empty.
+        top_k: how many log-probabilities of a row are kept; None: its logits.
+        temperature: of a top-k cache; only this one can be read from it.
+        fingerprint: of the teacher; default: :func:`model_fingerprint`.
+
+    Raises:
+        ValueError: the folder is not empty, ``top_k`` is not in 1..V - 1, or the teacher has no
+            logits.
+    """
+    output, task = Path(folder), task_of(teacher)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"teacher_cache: {str(output)!r} exists and is not an empty folder")
+    if task.labels is None:
+        raise ValueError("teacher_cache: a model without a head has no outputs that can be cached")
+    output.mkdir(parents=True, exist_ok=True)
+    writer, vocab = _Writer(output), 0
+    for batch in _batches(items, batch_size):
+        inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
+        fresh = [key not in writer.keys for key, _ in _examples(inputs)]
+        moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
+        logits = teacher.eval()(**moved).logits
+        vocab = logits.shape[-1]
+        if top_k is not None and not 1 <= top_k < vocab:
+            raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
+        for at, (key, tokens) in enumerate(_examples(inputs)):
+            if fresh[at] and key not in writer.keys:
+                of_tokens = task.labels == "token"
+                rows = logits[at][tokens.to(logits.device)] if of_tokens else logits[at : at + 1]
+                writer.add(key, _rows(rows, top_k, temperature))
+    writer.flush()
+    info = CacheInfo(
+        format=FORMAT,
+        task=task.name,
+        model=fingerprint or model_fingerprint(teacher),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        name=name,
+        parameters=sum(p.numel() for p in teacher.parameters()),
+        vocab=vocab,
+        top_k=top_k,
+        temperature=temperature,
+        examples=len(writer.keys),
+        rows=writer.rows,
+    )
+    (output / META_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n")
+    return info
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class TeacherCache:
+    """A cache, opened for reading: stands in for the teacher of ``DistillationTrainer``.
+
+    Args:
+        folder: written by :func:`cache_teacher`.
+        tokenizer: the one that the new run uses; its fingerprint is compared.
+        fingerprint: of the teacher that the new run names; compared if given.
+
+    Raises:
+        ValueError: no finished cache, or made with another tokenizer or model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        where = f"teacher_cache: {str(self.folder)!r}"
+        try:
+            settings = json.loads((self.folder / META_FILE).read_text())
+            self.info = CacheInfo(**settings)
+        except FileNotFoundError:
+            raise ValueError(f"{where} holds no finished cache (no {META_FILE})") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {META_FILE} cannot be read ({error})") from error
+        if self.info.format != FORMAT:
+            raise ValueError(f"{where} has format {self.info.format}, this version reads {FORMAT}")
+        if tokenizer is not None:
+            self._compare(where, "tokenizer", tokenizer_fingerprint(tokenizer), self.info.tokenizer)
+        if fingerprint is not None:
+            self._compare(where, "model", fingerprint, self.info.model)
+        self._shards: list[Any] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for file in sorted(self.folder.glob("rows-*.safetensors")):
+            self._open(file)
+        if len(self._places) != self.info.examples:
+            raise ValueError(f"{where}: {len(self._places)} examples of {self.info.examples}")
+
+    def _compare(self, where: str, what: str, now: str, then: str) -> None:
+        if now != then:
+            raise ValueError(
+                f"{where} was made with another {what} (of {self.info.name!r}, fingerprint "
+                f"{then[:12]}; this run's is {now[:12]})"
+            )
+
+    def _open(self, file: Path) -> None:
+        shard = safe_open(file, "pt")
+        metadata = shard.metadata()
+        first = 0
+        keys, lengths = json.loads(metadata["keys"]), json.loads(metadata["lengths"])
+        for key, length in zip(keys, lengths, strict=True):
+            self._places[key] = (len(self._shards), first, first + length)
+            first += length
+        self._shards.append(shard)
+
+    def check(self, task: Task, beside_response: list[str], temperatures: set[float]) -> None:
+        """ValueError if a run with these terms and temperatures cannot use the cache."""
+        info = self.info
+        if beside_response:
+            raise ValueError(
+                f"teacher_cache: terms: {', '.join(beside_response)} need the teacher itself"
+            )
+        if info.task != task.name:
+            raise ValueError(f"teacher_cache: made for {info.task}, the student is {task.name}")
+        if info.top_k is not None and temperatures != {info.temperature}:
+            raise ValueError(
+                f"teacher_cache: the top {info.top_k} at temperature {info.temperature} cannot be "
+                f"used at {', '.join(map(str, sorted(temperatures)))}"
+            )
+
+    def require(self, items: Iterable[dict[str, Any]]) -> None:
+        """ValueError unless the cache holds every one of these examples."""
+        missing = total = 0
+        for item in items:
+            total += 1
+            missing += _key(torch.as_tensor(item["input_ids"])) not in self._places
+        if missing:
+            raise ValueError(
+                f"teacher_cache: {str(self.folder)!r} lacks {missing} of {total} examples; it has "
+                "to be made from the same text, sequence_length and seed"
+            )
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        """Teacher logits of a batch, [B, S, V] or [B, V], on the CPU; 0 where there is padding.
+
+        ValueError if an example is not in the cache.
+        """
+        examples = _examples(inputs)
+        found = [self._example(at, key) for at, (key, _) in enumerate(examples)]
+        if self.info.task == "sequence-classification":
+            return torch.cat(found)
+        shape = (*inputs["input_ids"].shape, self.info.vocab)
+        logits = torch.zeros(shape, dtype=found[0].dtype)
+        for at, (_, tokens) in enumerate(examples):
+            logits[at, tokens] = found[at]
+        return logits
+
+    def _example(self, at: int, key: str) -> Tensor:
+        """Logits [R, V] of one example."""
+        if key not in self._places:
+            raise ValueError(
+                f"teacher_cache: {str(self.folder)!r} does not hold example {at} of this batch; it "
+                "has to be made from the same text, sequence_length and seed"
+            )
+        shard_index, first, last = self._places[key]
+        shard = self._shards[shard_index]
+        if self.info.top_k is None:
+            return shard.get_slice("logits")[first:last]
+        parts = (shard.get_slice(name)[first:last] for name in ("log_probs", "ids", "tail"))
+        log_p = spread(*parts, vocab=self.info.vocab)
+        return log_p * self.info.temperature  # softmax(z / T) is what was kept
+
+
+def spread(log_probs: Tensor, ids: Tensor, tail: Tensor, *, vocab: int) -> Tensor:
+    """Log-probabilities [R, V]: the kept ones, and the tail's mass spread evenly over the others.
+
+    Args:
+        log_probs: [R, k]. ids: integers [R, k]. tail: [R], the mass of what was not kept.
+    """
+    share = tail.clamp_min(torch.finfo(tail.dtype).tiny).log() - math.log(vocab - ids.shape[-1])
+    dense = share[:, None].expand(-1, vocab).contiguous()
+    return dense.scatter_(-1, ids.long(), log_probs)
+
+
+def forward_kl_bound(
+    log_probs: Tensor, ids: Tensor, tail: Tensor, student_log_probs: Tensor
+) -> Tensor:
+    """The most by which a row's forward KL from a top-k cache can differ from the teacher's, [R].
+
+    Args:
+        log_probs, ids, tail: as in :func:`spread`. student_log_probs: [R, V], at the same T.
+    """
+    others = student_log_probs.shape[-1] - ids.shape[-1]
+    kept = torch.zeros_like(student_log_probs, dtype=torch.bool).scatter_(-1, ids.long(), True)
+    low = student_log_probs.masked_fill(kept, math.inf).amin(-1)
+    high = student_log_probs.masked_fill(kept, -math.inf).amax(-1)
+    mass = tail.clamp_min(torch.finfo(tail.dtype).tiny)
+    entropy = (math.log(others) + log_probs.amin(-1) - mass.log()).clamp_min(0)
+    return mass * (entropy + high - low)
+
+
+def fingerprint_of(source: str) -> str:
+    """The fingerprint of a teacher by its name: its files' where it is local, else the name."""
+    path = Path(source).expanduser()
+    return file_fingerprint(path) if path.exists() else f"name:{source}"

@@ -1,0 +1,60 @@
+"""How much of an encoder's geometry a student keeps: three numbers over held-out examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .masking import unit
+
+#: Neighbours of an example that are compared.
+NEIGHBOURS = 5
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """Cosines [N, N] of vectors [N, D]."""
+    rows = unit(vectors.double())
+    return rows @ rows.T
+
+
+def spearman(student: Tensor, teacher: Tensor) -> float:
+    """Rank correlation, in [-1, 1], of all N (N - 1) / 2 pairwise cosines of both models.
+
+    Args:
+        student: [N, D_s]. teacher: [N, D_t]. N >= 3.
+    """
+    first, second = torch.triu_indices(len(student), len(student), offset=1)
+    ranks = []
+    for vectors in (student, teacher):
+        cosines = _cosines(vectors)[first, second]
+        rank = torch.empty_like(cosines)  # ties (identical sentences) get neighbouring ranks
+        rank[cosines.argsort(stable=True)] = torch.arange(len(cosines), dtype=rank.dtype)
+        ranks.append(rank - rank.mean())
+    return float((unit(ranks[0]) * unit(ranks[1])).sum())
+
+
+def neighbour_overlap(student: Tensor, teacher: Tensor, k: int = NEIGHBOURS) -> float:
+    """Mean share of an example's k nearest (by cosine) that both models agree on, in [0, 1]."""
+    k = min(k, len(student) - 1)
+    nearest = []
+    for vectors in (student, teacher):
+        cosines = _cosines(vectors).fill_diagonal_(-torch.inf)
+        hits = torch.zeros_like(cosines).scatter_(1, cosines.topk(k, dim=1).indices, 1.0)
+        nearest.append(hits)
+    return float((nearest[0] * nearest[1]).sum(1).mean() / k)
+
+
+def mean_cosine(student: Tensor, teacher: Tensor) -> float | None:
+    """Mean cosine of the two models' vectors of one example; None if the widths differ."""
+    if student.shape != teacher.shape:
+        return None
+    return float((unit(student.double()) * unit(teacher.double())).sum(-1).mean())
+
+
+def compare(student: Tensor, teacher: Tensor) -> dict[str, float | None]:
+    """The three of them, by the names that the table uses."""
+    return {
+        "spearman": spearman(student, teacher),
+        "cosine": mean_cosine(student, teacher),
+        "neighbours": neighbour_overlap(student, teacher),
+    }

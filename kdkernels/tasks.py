@@ -1,0 +1,102 @@
+"""What a model is for, and what follows: its class, its labels, whether they are shifted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One kind of model that can be distilled.
+
+    ``labels``: what one label belongs to, ``"token"``, ``"example"`` or nothing (``None``: a model
+    without a head, which has no response term).
+    """
+
+    name: str
+    auto_class: Any  #: the class whose ``from_pretrained`` loads such a model
+    mapping: Any  #: configuration class -> model class
+    names: Any  #: model type -> name of the model class
+    labels: str | None
+    shift: bool = False
+
+    def model_names(self) -> set[str]:
+        """Names of all classes of such models."""
+        names: set[str] = set()
+        for name in self.names.values():
+            names |= {name} if isinstance(name, str) else set(name)
+        return names
+
+
+CAUSAL_LM = Task(
+    "causal-lm",
+    auto.AutoModelForCausalLM,
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "token",
+    shift=True,
+)
+MASKED_LM = Task(
+    "masked-lm",
+    auto.AutoModelForMaskedLM,
+    auto.MODEL_FOR_MASKED_LM_MAPPING,
+    auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "token",
+)
+SEQUENCE = Task(
+    "sequence-classification",
+    auto.AutoModelForSequenceClassification,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "example",
+)
+TOKEN = Task(
+    "token-classification",
+    auto.AutoModelForTokenClassification,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "token",
+)
+ENCODER = Task("encoder", auto.AutoModel, auto.MODEL_MAPPING, auto.MODEL_MAPPING_NAMES, None)
+
+TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, ENCODER)}
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """The task that the class of ``model`` is for; a class nobody knows is a causal model.
+
+    A class that is a causal as well as a masked language model (XLM) is what its config says.
+    """
+    name = type(model).__name__
+    for task in (SEQUENCE, TOKEN, MASKED_LM, CAUSAL_LM, ENCODER):
+        decoder = getattr(model.config, "is_decoder", False)
+        if name in task.model_names() and not (task is MASKED_LM and decoder):
+            return task
+    return CAUSAL_LM
+
+
+def check_config(task: Task, config: PretrainedConfig, argument: str) -> None:
+    """ValueError unless a model with this configuration can be distilled for this task."""
+    kind = f"{config.model_type!r} ({type(config).__name__})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{argument}: {kind} is an encoder-decoder; those cannot be distilled")
+    if task is CAUSAL_LM:
+        decoder = getattr(config, "is_decoder", False)
+        if type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not decoder:
+            raise ValueError(
+                f"{argument}: {kind} is not a decoder-only causal language model; name its task "
+                f"({', '.join(name for name in TASKS if name != task.name)})"
+            )
+    elif type(config) not in task.mapping:
+        raise ValueError(f"{argument}: {kind} has no model for the task {task.name}")
+    if task is SEQUENCE:
+        labels, problem = config.num_labels, getattr(config, "problem_type", None)
+        if labels == 1 or problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"{argument}: {kind} has {labels} label(s), problem_type {problem!r}; only "
+                "classifiers with one label an example can be distilled"
+            )
