@@ -266,16 +266,17 @@ struct AlphaBeta : Uncentred {
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const double s = a + b;
     const auto student_larger = e.delta > X(0.0);
-    const X distance = absolute(e.delta);
     const X scale = power_of<kFalls>(s, e.log_larger);
-    const X cross = select(student_larger, X(a), X(b));
-    const X crossed = less_one_of<kFalls>(-cross * distance);
-    const X smaller = less_one_of<kFalls>(X(-s) * distance);
-    const X value = crossed - cross * X(1.0 / s) * smaller;
+    // Both powers start from the same rounded exponent: where the two are small they must cancel.
+    const X descent = X(-s) * absolute(e.delta);
+    const X part = select(student_larger, X(a / s), X(b / s));
+    const X smaller = less_one_of<kFalls>(descent);
+    const X crossed = less_one_of<kFalls>(part * descent);
+    const X value = multiply_subtract(part, smaller, crossed);
     const X slope = select(student_larger, X(0.0), smaller) - crossed;
     return settle<kFalls>(e, scaled<kFalls>(scale, value), scaled<kFalls>(scale, slope));
   }
-  KD_INLINE Term<double> unit() const { return {-1.0 / (a * b), 1.0 / a}; }
+  KD_INLINE Term<double> unit() const { return {1.0 / (a * b), 1.0 / a}; }
 };
 
 // b = 0: (1/a^2) [p^a ln(p^a/q^a) - p^a + q^a]; kFalls: a is positive

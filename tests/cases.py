@@ -398,13 +398,15 @@ def _rounding_of_divergence(
     d_p, d_q, value = (t.detach().abs() for t in (d_p, d_q, value))
     slope = d_q + s_p.abs() * size_p + s_q.abs() * size_q
     p, q = log_p.detach().exp(), log_q.detach().exp()
+    eps = torch.finfo(torch.float32).eps
     if spec.name == "tvd":  # sign(q - p) is undecided within the rounding of p and q
-        eps = torch.finfo(torch.float32).eps
         slope = slope + ((p - q).abs() <= ULPS * eps * (p * size_p + q * size_q)) * q / eps
     if spec.name.startswith("skew"):  # a softmax entry has an ulp of its own, though it cancels
         slope = slope + q * size_q
     through_sum = slope.sum(-1, keepdim=True) + size_q * d_q.sum(-1, keepdim=True)
-    return value + d_p * size_p + d_q * size_q, slope + q * through_sum
+    # Where p = q the first order vanishes and the second is what is left.
+    second_order = eps / 2 * size_q * (s_p.abs() * size_p + s_q.abs() * size_q)
+    return value + d_p * size_p + d_q * size_q + second_order, slope + q * through_sum
 
 
 def noise(
@@ -512,7 +514,7 @@ def assert_as_accurate(
     worst = eager_error.amax(-1, keepdim=True) if eager_error.ndim else eager_error
     info = torch.finfo(measured.dtype)
     rounding = (exact.abs() * info.eps / 2).clamp(min=info.smallest_normal * info.eps / 2)
-    allowed = worst + ULPS * epsilon * unit + 1.01 * rounding
+    allowed = 1.01 * (worst + rounding) + ULPS * epsilon * unit
     same = (measured_64 == exact) | (measured_64.isnan() & exact.isnan())
     bad = ~(same | (error <= allowed))
     if bad.any():
@@ -596,6 +598,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "items_number": {"num_items": 11},
     "items_tensor": {"num_items": "tensor"},
     "shift": {"shift": True},
+    "shift_weights": {"shift": True, "token_weights": "tensor"},
+    "shift_truncate": {"shift": True, "vocab_policy": "truncate", "extra": (2, 0), "z_loss": 1e-2},
     "ignore_index": {"ignore_index": 0},
     "student_larger": {"vocab_policy": "truncate", "extra": (5, 0)},
     "teacher_larger": {"vocab_policy": "truncate", "extra": (0, 3)},

@@ -398,6 +398,16 @@ def test_a_bad_row_is_nan_and_no_other(side, poison, extras):
     assert loss.isfinite().all() and (gradient[1] == 0).all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_soft_cap_does_not_hide_a_nan(side):
+    pair = random_case(3, 1500, torch.float32, seed=2)
+    pair[side][1, 7] = math.nan
+    o = {"student_softcap": 5.0, "teacher_softcap": 5.0, "reduce": False}
+    _, loss, gradient, _ = call(*pair, **o)
+    assert loss[1].isnan() and gradient[1].isnan().all()
+    assert loss[[0, 2]].isfinite().all() and gradient[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("extras", [False, True])
 def test_a_teacher_without_weight_cannot_spoil_the_loss(extras):
     student, teacher, labels = random_case(3, 1500, torch.float32, seed=4)
@@ -408,6 +418,31 @@ def test_a_teacher_without_weight_cannot_spoil_the_loss(extras):
     assert relative(gradient, expected_gradient) < 1e-6
     if extras:
         assert s[1, 1].isnan() and s[1, 0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("jsd", (0.5,)),
+        ("jsd", (0.9,)),
+        ("skew_reverse_kl", (0.99,)),
+        ("alpha_beta", (0.2, 0.7)),
+        ("alpha_beta", (0.01, 0.2)),
+        ("alpha_beta", (3.0, 1.5)),
+    ],
+)
+@pytest.mark.parametrize("apart", [1e-3, 1e-2, 1.0, 3.0])
+def test_near_and_far_students(name, parameters, apart):
+    """From a student that is all but its teacher to one that puts its mass elsewhere."""
+    teacher, noise, _ = random_case(4, 5000, torch.float32, seed=12)
+    student = teacher + apart * noise
+    for temperature in (1.0, 2.0, 20.0):
+        o = {"divergence": name, "parameters": parameters, "temperature": temperature, "alpha": 1.0}
+        expected, expected_gradient = oracle(student, teacher, **o)
+        _, loss, gradient, _ = call(student, teacher, **o)
+        loss_error, gradient_error = eager_error(student, teacher, None, **o)
+        assert relative(loss, expected) < 1e-6 + 2 * loss_error
+        assert relative(gradient, expected_gradient) < 1e-6 + 2 * gradient_error
 
 
 def test_a_student_without_mass_where_the_teacher_has_some():
