@@ -36,14 +36,16 @@ KD_INLINE Entry<double> make_entry(double log_p, double log_q) {
 // `shortfall` and `excess` are exactly zero.
 template <class X>
 struct Relative {
-  X distance;   // |delta|, bounded
+  X distance;   // |delta| in nats, bounded
   X ratio;      // smaller / larger
   X shortfall;  // ratio - 1
   X larger;
 
-  KD_INLINE explicit Relative(const Entry<X>& e)
-      : distance(bounded(absolute(e.delta))), larger(maximum(e.p, e.q)) {
-    decay(distance, ratio, shortfall);
+  KD_INLINE explicit Relative(const Entry<X>& e) : larger(maximum(e.p, e.q)) {
+    const X bits = bounded(absolute(e.delta));
+    decay(bits, ratio, shortfall);
+    // By the same constant that `shortfall` starts with: where the two agree they must cancel.
+    distance = X(kLn2) * bits;
   }
   // q - p
   KD_INLINE X excess(const Entry<X>& e) const {
@@ -58,7 +60,7 @@ template <class X>
 struct Mixture : Relative<X> {
   X part;       // what the smaller of the two adds to the share
   X share;      // m / larger, in (0, 1]
-  X log_share;  // log2 of it
+  X log_share;  // log of it
 
   KD_INLINE Mixture(const Entry<X>& e, double beta) : Relative<X>(e) {
     const auto student_larger = e.delta > X(0.0);
@@ -66,11 +68,11 @@ struct Mixture : Relative<X> {
     const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
     part = of_smaller * this->ratio;
     share = part + of_larger;
-    log_share = log2_of_share(share, of_smaller * this->shortfall);
+    log_share = log_of_share(share, of_smaller * this->shortfall);
   }
 };
 
-// log2(m / q)
+// log(m / q)
 template <class X>
 KD_INLINE X mixture_over_student(X delta, X distance, X log_share) {
   return select(delta > X(0.0), X(0.0), distance) + log_share;
@@ -133,7 +135,7 @@ struct Jsd : Uncentred {
     const X surprise = multiply_add(m.share, m.log_share, m.part * m.distance);
     return {m.larger * surprise, e.q * mixture_over_student(e.delta, m.distance, m.log_share)};
   }
-  KD_INLINE Term<double> unit() const { return {-kLn2, -kLn2 * (1.0 - beta)}; }
+  KD_INLINE Term<double> unit() const { return {-1.0, beta - 1.0}; }
 };
 
 // The same at beta = 1/2, where the share is at least 1/2.
@@ -142,11 +144,11 @@ struct EvenJsd : Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const Relative<X> r(e);
-    const X log_share = log2_of_half_share(r.shortfall);
+    const X log_share = log_of_half_share(r.shortfall);
     const X surprise = multiply_add(X(1.0) + r.ratio, log_share, r.ratio * r.distance);
     return {r.larger * surprise, e.q * mixture_over_student(e.delta, r.distance, log_share)};
   }
-  KD_INLINE Term<double> unit() const { return {-0.5 * kLn2, -0.5 * kLn2}; }
+  KD_INLINE Term<double> unit() const { return {-0.5, -0.5}; }
 };
 
 // sum |p - q| / 2; the slope is 0 where they agree
@@ -172,7 +174,7 @@ struct SkewForwardKl {
     const X excess = m.excess(e);
     const X log_m_over_p = m.log_share + select(student_larger, m.distance, X(0.0));
     const X q_over_m = select(student_larger, X(1.0), m.ratio) / m.share;
-    return {X(1.0 - beta) * excess - X(kLn2) * e.p * log_m_over_p, excess * q_over_m};
+    return {X(1.0 - beta) * excess - e.p * log_m_over_p, excess * q_over_m};
   }
   KD_INLINE Term<double> unit() const { return {1.0, (1.0 - beta) * (1.0 - beta)}; }
   template <class X>
@@ -188,12 +190,12 @@ struct SkewReverseKl {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const Mixture<X> m(e, beta);
-    const X excess = X(beta * kLog2E) * m.excess(e);
+    const X excess = X(beta) * m.excess(e);
     const X q_over_m = select(e.delta > X(0.0), X(1.0), m.ratio) / m.share;
     const X push = e.q * mixture_over_student(e.delta, m.distance, m.log_share);
     return {push + excess, multiply_add(X(1.0 - beta) * excess, q_over_m, push)};
   }
-  KD_INLINE Term<double> unit() const { return {-kLn2, -kLn2}; }
+  KD_INLINE Term<double> unit() const { return {-1.0, -1.0}; }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
     return {-X(beta) * Relative<X>(e).excess(e), -X(beta) * e.q};

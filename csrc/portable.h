@@ -35,13 +35,11 @@ KD_INLINE void grow(double a, double& power, double& less_one) {
 KD_INLINE double bounded(double a) { return minimum(a, 1021.0); }
 // 2^-a and 2^-a - 1 for a bounded a, not much below 0, where nothing need look after overflow.
 KD_INLINE void decay(double a, double& power, double& less_one) { grow(-a, power, less_one); }
-// log2(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
-KD_INLINE double log2_of_share(double u, double u_minus_one) {
-  return u > 0.5 ? log1p(u_minus_one) * kLog2E : log2(u);
+// log(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
+KD_INLINE double log_of_share(double u, double u_minus_one) {
+  return u > 0.5 ? log1p(u_minus_one) : log(u);
 }
-// log2((1 + r) / 2) for 0 <= r <= 1, given r - 1.
-KD_INLINE double log2_of_half_share(double r_minus_one) {
-  return log1p(0.5 * r_minus_one) * kLog2E;
-}
+// log((1 + r) / 2) for 0 <= r <= 1, given r - 1.
+KD_INLINE double log_of_half_share(double r_minus_one) { return log1p(0.5 * r_minus_one); }
 
 }  // namespace kd
