@@ -65,7 +65,8 @@ struct Mixture : Relative<X> {
   KD_INLINE Mixture(const Entry<X>& e, double beta) : Relative<X>(e) {
     const auto student_larger = e.delta > X(0.0);
     const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
-    const X of_larger = select(student_larger, X(1.0 - beta), X(beta));
+    // The floor: a share of 0, where q has vanished beside p, would be divided by.
+    const X of_larger = select(student_larger, X(1.0 - beta), X(maximum(beta, 1e-37)));
     part = of_smaller * this->ratio;
     share = part + of_larger;
     log_share = log_of_share(share, of_smaller * this->shortfall);

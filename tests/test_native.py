@@ -420,6 +420,17 @@ def test_a_teacher_without_weight_cannot_spoil_the_loss(extras):
         assert s[1, 1].isnan() and s[1, 0].isfinite()
 
 
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_a_mixture_with_next_to_nothing_of_the_teacher(name):
+    """A beta that is 0 as a float32, and a student that has vanished beside its teacher."""
+    student, teacher, _ = random_case(3, 1500, torch.float32, seed=4)
+    student[0, :700] = -300.0
+    student[1, :700] = -INF
+    o = {"divergence": name, "parameters": (1e-50,), "alpha": 1.0}
+    _, loss, gradient, _ = call(student, teacher, **o)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
