@@ -9,6 +9,8 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 help:
 	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
 	@echo "make test      run the tests (sets everything up)"
+	@echo "make simulate  the compiled GPU kernels in an emulator, if that is there"
+	@echo "make kernel-report  registers, spills, instructions and bytes of the GPU kernels"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove the environment and build results; results of runs stay"
@@ -27,8 +29,10 @@ distill: $(VENV)/.installed
 	$(BIN)/kdkernels fetch smollm2
 	$(BIN)/kdkernels distill examples/smollm2.yaml --output_dir $(OUTPUT)
 
+# The second run is the Triton kernels in Triton's interpreter: the matrix, and what is their own.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/simulate
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_matrix.py -k triton
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -38,7 +42,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
-# Both need Triton, which is no dependency of the CPU build: `pip install triton` into $(VENV) first.
+# What is proven of the GPU kernels without a GPU: their PTX executed in ptxsim (skipped where it is
+# neither in $$KDKERNELS_PTXSIM nor beside the checkout), and counts from their machine code.
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
 
