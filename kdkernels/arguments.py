@@ -12,6 +12,7 @@ from .dispatch import available_backends
 from .terms import TermArguments
 
 VOCAB_POLICIES = ("error", "truncate")
+FUSED_LINEAR = ("auto", "true", "false")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -70,6 +71,13 @@ class DistillationArguments(TermArguments, TrainingArguments):
         default=None,
         metadata={"help": "Backend of the loss by name; default: the best that can run."},
     )
+    fused_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the loss from hidden states, so that logits exist only in tiles: auto "
+            "(where the output layer of a language model can be found), true (or refuse) or false."
+        },
+    )
     teacher_dtype: str = field(
         default="auto",
         metadata={"help": "Teacher weights: auto (as they are), float32, bfloat16, float16."},
@@ -102,6 +110,8 @@ class DistillationArguments(TermArguments, TrainingArguments):
         smoothing = self.label_smoothing_factor
         self._check_number("label_smoothing_factor", smoothing, 0 <= smoothing < 1, "in [0, 1)")
         self._check_choice("divergence", self.divergence, divergences.names())
+        self.fused_linear = str(self.fused_linear).lower()  # True and False, too
+        self._check_choice("fused_linear", self.fused_linear, FUSED_LINEAR)
         self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
         self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         self.resolved_divergence()

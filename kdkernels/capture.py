@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .heads import Hidden
 from .models import decoder_layers, describe
 
 #: How architectures call the three linear maps of self-attention.
@@ -36,17 +37,23 @@ class Features(NamedTuple):
     hidden: tuple[Tensor, ...] = ()  #: [B, S, W] each; the embeddings' first
     attentions: tuple[Tensor, ...] = ()  #: [B, heads, S, S] each, probabilities
     relations: tuple[Tensor, ...] = ()  #: queries, keys, values [B, S, W'] before any rotation
+    entered: Hidden | None = None  #: what went into the output layer where it was left out
 
     @property
     def logits(self) -> Tensor | None:
-        return getattr(self.outputs, "logits", None)
+        return None if self.entered is not None else getattr(self.outputs, "logits", None)
+
+    @property
+    def response(self) -> Tensor | Hidden | None:
+        """Logits, or what they are made of; None for a model without a head."""
+        return self.logits if self.entered is None else self.entered
 
     def to(self, device: torch.device) -> Features:
         """All that the loss looks at, on ``device``."""
         if self.logits is not None and self.logits.device != device:
             self.outputs.logits = self.logits.to(device)
-        moved = (tuple(t.to(device) for t in tensors) for tensors in self[1:])
-        return Features(self.outputs, *moved)
+        hidden, attentions, relations = (tuple(t.to(device) for t in ts) for ts in self[1:4])
+        return Features(self.outputs, hidden, attentions, relations, self.entered)
 
 
 class Recorder:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, products
 from .backends import BACKENDS
 from .functional import Call, KDLossOutput, finish, fused_kd_loss, prepare
 from .problem import (
@@ -24,9 +25,6 @@ from .problem import (
 #: its gradient takes over, and the teacher's.
 MAX_CHUNK_BYTES = 256 << 20
 
-#: Bytes of the piece of a half-precision weight that is converted to float32 at a time.
-_WEIGHT_TILE_BYTES = 16 << 20
-
 #: The student's inputs, which have gradients, and the teacher's; in the order of the ops' schema.
 _STUDENT = ("student_hidden", "student_weight", "student_bias", "student_logits")
 _TEACHER = ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits")
@@ -41,10 +39,9 @@ class _Head(NamedTuple):
 
     def tile(self, rows: Tensor | slice, memory: Tensor) -> Tensor:
         """The rows' logits in the dtype of ``memory`` [>= rows, vocab]: never rounded to less."""
-        hidden = self.hidden[rows].to(memory.dtype)
+        hidden = self.hidden[rows]
         out = memory[: hidden.shape[0]]
-        for part, weight in _weight_tiles(self.weight, out.dtype):
-            torch.mm(hidden, weight.t(), out=out[:, part])
+        products.project(hidden, self.weight, out)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -53,29 +50,17 @@ class _Given(NamedTuple):
 
     logits: Tensor
 
+    def copies(self, rows: Tensor | slice) -> bool:
+        """Whether a tile is memory of its own: a slice of a matrix is a view."""
+        return not (isinstance(rows, slice) and self.logits.ndim == 2)
+
     def tile(self, rows: Tensor | slice, memory: Tensor) -> Tensor:
-        """The rows as they are; a slice of a matrix is not copied."""
+        """The rows as they are."""
+        if not self.copies(rows):
+            return self.logits[rows]
         if isinstance(rows, slice):
-            if self.logits.ndim == 2:
-                return self.logits[rows]
             rows = torch.arange(rows.start, rows.stop, device=self.logits.device)
         return self.logits[torch.unravel_index(rows, self.logits.shape[:-1])]
-
-
-def _weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in ``dtype``: whole if it has it, else converted piece by piece.
-
-    A CPU without half-precision matrix instructions multiplies bfloat16 at 1 % of its float32 rate,
-    so half-precision weights go through float32 products; in pieces, because a float32 copy of the
-    whole weight would be as large as its gradient.
-    """
-    if weight.dtype == dtype:
-        yield slice(None), weight
-        return
-    step = max(1, _WEIGHT_TILE_BYTES // (weight.shape[1] * torch.finfo(dtype).bits // 8))
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, min(start + step, weight.shape[0]))
-        yield part, weight[part].to(dtype)
 
 
 #: A model's hidden states, weight and bias, or else its logits.
@@ -165,13 +150,14 @@ class _Gradients:
             assert self.logits is not None
             self.logits.view(-1, self.logits.shape[-1])[rows, : self.vocab] = tile
             return
-        if self.hidden is not None:
-            hidden = tile.new_zeros((tile.shape[0], source.hidden.shape[1]))
-            for part, weight in _weight_tiles(source.weight, tile.dtype):
-                hidden.addmm_(tile[:, part], weight)
-            self.hidden.view(-1, hidden.shape[-1])[rows] = hidden
-        if self.weight is not None:
-            self.weight[: self.vocab].addmm_(tile.t(), source.hidden[rows].to(tile.dtype))
+        hidden = source.hidden[rows]
+        to_hidden = (
+            None if self.hidden is None else hidden.new_zeros(hidden.shape, dtype=tile.dtype)
+        )
+        to_weight = None if self.weight is None else self.weight[: self.vocab]
+        products.propagate(tile, hidden, source.weight, to_hidden, to_weight)
+        if self.hidden is not None and to_hidden is not None:
+            self.hidden.view(-1, hidden.shape[1])[rows] = to_hidden
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
 
@@ -216,14 +202,17 @@ class _Sweep:
         self.teacher = problem.logits_of(problem.teacher)
         rows = problem.leading_shape.numel()
         self.total = rows if self.counted is None else self.counted.numel()
-        heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
         dtype, vocab = problem.logits_dtype, problem.vocab
-        row_bytes = vocab * torch.finfo(dtype).bits // 8 * heads
-        self.step = max(1, min(max_chunk_bytes // row_bytes, self.total))
+        # Two tiles, whatever is given: of given logits the rows that count are copied, or the
+        # gradient needs memory.
+        most = max(1, max_chunk_bytes // (2 * vocab * dtype.itemsize))
+        tiles = max(1, math.ceil(self.total / most))
+        self.step = max(1, math.ceil(self.total / tiles))  # tiles of one size: a short one is slow
+        heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
+        # Freed with the call: keeping it for the next one would save 1.3 %, and raise the peak of
+        # what else a training step does.
         device = problem.student_input.device
-        self.memory = [
-            torch.empty((self.step, vocab), dtype=dtype, device=device) for _ in range(heads)
-        ]
+        self.memory = torch.empty((heads, self.step, vocab), dtype=dtype, device=device)
 
     def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem]]:
         """Each tile's rows (of the flattened leading shape) and its problem."""
@@ -242,9 +231,11 @@ class _Sweep:
                 ),
             )
 
-    def own_memory(self, tile: Problem) -> Tensor | None:
+    def own_memory(self, rows: Tensor | slice, tile: Problem) -> Tensor | None:
         """The tile's student logits if they are ours to be overwritten by their gradient."""
-        return tile.student if isinstance(self.student, _Head) else None
+        if isinstance(self.student, _Given) and not self.student.copies(rows):
+            return None
+        return tile.student
 
 
 def _picked(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
@@ -273,7 +264,7 @@ def _run_forward(
             tile,
             want_gradient=any(wanted),
             extras=extras,
-            gradient_out=sweep.own_memory(tile) if any(wanted) else None,
+            gradient_out=sweep.own_memory(rows, tile) if any(wanted) else None,
         )
         statistics[:, rows] = result.statistics
         if per_row:
@@ -283,7 +274,7 @@ def _run_forward(
         if result.gradient is not None:
             gradients.add(sweep.student, rows, result.gradient)
     loss = losses.reshape(shape) if per_row else sum_rows(torch.stack(sums) if sums else losses)
-    return loss, statistics.reshape(-1, *shape), gradients.tensors(loss)
+    return loss, statistics.reshape(height, *shape), gradients.tensors(loss)
 
 
 def _run_backward(
@@ -297,13 +288,15 @@ def _run_backward(
     """The wanted gradients, recomputed from the inputs, times grad_output."""
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(problem, wanted)
-    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, -1)
+    # Not -1: with no rows it could be anything.
+    count = problem.leading_shape.numel()
+    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, count)
     for rows, tile in sweep:
         gradient = BACKENDS[backend].backward(
             tile,
             statistics[:, rows],
             grad_output if grad_output.ndim == 0 else grad_output.reshape(-1)[rows],
-            gradient_out=sweep.own_memory(tile),
+            gradient_out=sweep.own_memory(rows, tile),
         )
         gradients.add(sweep.student, rows, gradient)
     return gradients.tensors(statistics)
@@ -455,9 +448,14 @@ def fused_linear_kd_loss(
     Args:
         student_hidden, teacher_hidden: [..., H_s] and [..., H_t], any floating dtype; H may differ.
         student_weight, teacher_weight: [V, H_s] and [V, H_t]. A DTensor (FSDP2) is gathered once a
-            call by ``full_tensor()``, and its gradient scattered back.
+            call, and its gradient is the mean over the processes of its mesh, scattered back, as
+            FSDP2 itself reduces: every process of the mesh has to call this function, and its
+            backward. A weight that ZeRO-3 has partitioned needs
+            ``deepspeed.zero.GatheredParameters`` around the call. Tied embeddings are an ordinary
+            case: autograd sums the gradients of both uses.
         labels: [...], as in ``fused_kd_loss``.
-        student_bias, teacher_bias: [V].
+        student_bias, teacher_bias: [V], may hold -inf (entries of the vocabulary that are masked
+            in both models).
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
         max_chunk_bytes: memory of the tiles of logits, > 0. The default, 256 MiB, holds 667 rows of
@@ -474,11 +472,10 @@ def fused_linear_kd_loss(
     unknown = set(options) - set(fused_kd_loss.__kwdefaults__ or ())
     if unknown:
         raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
-    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes <= 0:
+    if type(max_chunk_bytes) is not int or max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes: {max_chunk_bytes!r} is not an int > 0")
-    student_weight, teacher_weight = _gathered(student_weight), _gathered(teacher_weight)
-    student = (student_hidden, student_weight, student_bias, student_logits)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    student = (student_hidden, _gathered(student_weight), _gathered(student_bias), student_logits)
+    teacher = (teacher_hidden, _gathered(teacher_weight), _gathered(teacher_bias), teacher_logits)
     _check_source(_STUDENT, student)
     _check_source(_TEACHER, teacher)
     if student_logits is not None and teacher_logits is not None:
@@ -500,9 +497,30 @@ def fused_linear_kd_loss(
     return finish(call, loss, statistics, return_outputs)
 
 
-def _gathered(weight: Any) -> Any:
-    """A sharded weight as a whole; differentiable."""
-    return weight.full_tensor() if type(weight).__name__ == "DTensor" else weight
+class _Gather(torch.autograd.Function):
+    """A DTensor as a whole. Its gradient is the mean over the mesh, placed as the DTensor is."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: Any) -> Tensor:
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return sharded.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        partial = [Partial()] * ctx.mesh.ndim
+        summed = DTensor.from_local(gradient, ctx.mesh, partial, run_check=False)
+        return summed.redistribute(placements=ctx.placements) / ctx.mesh.size()
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    return type(tensor).__name__ == "DTensor"
+
+
+def _gathered(tensor: Any) -> Any:
+    """A sharded weight or bias as a whole; differentiable."""
+    return _Gather.apply(tensor) if _is_dtensor(tensor) else tensor
 
 
 def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
@@ -510,6 +528,8 @@ def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
     for name, tensor in zip(names, source, strict=True):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if _is_dtensor(tensor):
+            raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
         if tensor is not None and tensor.dtype not in LOGIT_DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
             raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
@@ -520,6 +540,11 @@ def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
         return
     if hidden is None or weight is None:
         raise ValueError(f"{names[0]}, {names[1]}: both are needed unless {names[3]} is given")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{names[1]}: partitioned by DeepSpeed ZeRO-3; call within "
+            "deepspeed.zero.GatheredParameters(weight)"
+        )
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{names[1]}: shape {tuple(weight.shape)} is not [V, H] with H the last size of "

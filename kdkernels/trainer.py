@@ -1,18 +1,20 @@
 """Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer`.
 
-No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, which the trainer calls once
-per micro-batch, every other term is in :mod:`kdkernels.terms`. What this file owns is bookkeeping
-that has to be exact: which denominator a term has under gradient accumulation and several
-processes, which numbers are logged, and that the teacher stays out of the optimizer and of the
-checkpoints.
+No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, or
+:func:`kdkernels.fused_linear_kd_loss` where output layers can be left out of the models' forward;
+one of them is called once per micro-batch. Every other term is in :mod:`kdkernels.terms`. What this
+file owns is bookkeeping that has to be exact: which denominator a term has under gradient
+accumulation and several processes, which numbers are logged, and that the teacher stays out of the
+optimizer and of the checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +33,13 @@ from .arguments import DistillationArguments
 from .cache import TeacherCache
 from .capture import Features, Needs, Recorder
 from .functional import KDLossOutput, fused_kd_loss
+from .heads import Head, Hidden, NoHead
+from .linear import fused_linear_kd_loss
 from .models import describe, tokenizer_difference, vocab_size
-from .tasks import SEQUENCE, TOKEN, check_config, task_of
+from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
 from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
+
+logger = logging.getLogger(__name__)
 
 #: In a checkpoint: what the terms have learnt (projections, log variances, factors).
 TERMS_FILE = "distillation_terms.safetensors"
@@ -86,6 +92,11 @@ class DistillationTrainer(Trainer):
     It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0 and
     there is no other term. What terms learn (projections) is trained with the student, saved beside
     it in checkpoints (``distillation_terms.safetensors``) and not a part of it.
+
+    Where the output layer of a language model can be found, it is left out of the forward and the
+    loss is computed from what goes into it, so that logits exist only in tiles
+    (``args.fused_linear``, :mod:`kdkernels.heads`); not where outputs are asked for
+    (``compute_metrics``, ``predict``).
 
     Logged next to ``loss``: ``kd_loss`` (with T^2, without alpha), ``ce_loss`` (nats per token),
     ``agreement`` (share of tokens with the same argmax as the teacher), ``accuracy``. Evaluation
@@ -151,6 +162,7 @@ class DistillationTrainer(Trainer):
             self._place_teacher(teacher)
             if self._beside_response:
                 self.terms = DistillationTerms(args, self.model, teacher, self._weights)
+        self._student_head, self._teacher_head = self._find_heads()
 
     def _check_presence(self, teacher: PreTrainedModel | None, cache: TeacherCache | None) -> None:
         self._beside_response = [name for name in self._weights if name != "response"]
@@ -228,6 +240,73 @@ class DistillationTrainer(Trainer):
         self._no_recorder = Recorder(teacher, Needs(), "teacher")
         self._teacher_kwargs = {"use_cache": False} if takes_cache else {}
 
+    # ---- output layers that are left out -------------------------------------------------------
+
+    def _find_heads(self) -> tuple[Head | None, Head | None]:
+        """The student's and the teacher's output layers; None for one whose logits are needed."""
+        wanted = self.args.fused_linear
+        if wanted == "false":
+            return None, None
+        general = self._no_fused_linear()
+        if general is None and wanted == "auto":
+            general = self._slow_fused_linear()
+        models = {"student": self.model} | ({"teacher": self.teacher} if self.teacher else {})
+        heads: dict[str, Head] = {}
+        reasons = {} if general is None else dict.fromkeys(models, general)
+        for role, model in models.items() if general is None else ():
+            try:
+                if role == "teacher" and next(model.parameters()).device != self.args.device:
+                    raise NoHead("it is on another device")
+                heads[role] = Head(model)
+            except NoHead as error:
+                reasons[role] = f"{describe(model)}: {error}"
+        if reasons and wanted == "true":
+            raise ValueError(
+                "fused_linear: " + "; ".join(f"{r}: {why}" for r, why in reasons.items())
+            )
+        if self.task in (CAUSAL_LM, MASKED_LM):
+            self._log_heads(heads, reasons)
+        return heads.get("student"), heads.get("teacher")
+
+    def _no_fused_linear(self) -> str | None:
+        """Why no output layer can be left out here."""
+        if self.task not in (CAUSAL_LM, MASKED_LM):
+            return f"a model for {self.task.name} has no logits over a vocabulary"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return (
+                "FSDP and DeepSpeed manage the weights; fused_linear_kd_loss itself takes DTensors"
+            )
+        if self.args.torch_compile:
+            return "torch_compile compiles the whole forward"
+        return None
+
+    def _slow_fused_linear(self) -> str | None:
+        """Why leaving it out can cost more than it saves."""
+        if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
+            return "autocast multiplies in half precision, fused_linear_kd_loss as the weight is"
+        return None
+
+    @staticmethod
+    def _log_heads(heads: dict[str, Head], reasons: dict[str, str]) -> None:
+        tiles = [f"{role} ({head})" for role, head in heads.items()]
+        whole = [f"{role} ({reason})" for role, reason in reasons.items()]
+        parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
+        parts += ["as a whole: " + ", ".join(whole)] if whole else []
+        logger.log(
+            logging.WARNING if whole else logging.INFO, "fused_linear: logits %s", "; ".join(parts)
+        )
+
+    @staticmethod
+    def _without(
+        head: Head | None, model: PreTrainedModel, run: Callable[[], Features]
+    ) -> Features:
+        """``run()``, a forward of ``model`` that makes no logits if there is a head."""
+        if head is None:
+            return run()
+        with head.left_out(model) as entered:
+            features = run()
+        return features._replace(entered=entered())
+
     # ---- the loss ------------------------------------------------------------------------------
 
     @property
@@ -240,13 +319,16 @@ class DistillationTrainer(Trainer):
         taught = self.teacher is not None or self.teacher_cache is not None
         return self.task.labels is not None and taught and self._alpha.highest > 0
 
-    def student_features(self, model: nn.Module, inputs: dict[str, Any]) -> Features:
-        """One forward of the student, with what the terms compare."""
-        return (
-            Features(model(**inputs))
-            if self.terms is None
-            else self.terms.student.run(model, inputs)
-        )
+    def student_features(
+        self, model: nn.Module, inputs: dict[str, Any], with_logits: bool = False
+    ) -> Features:
+        """One forward of the student, with what the terms compare; its logits if asked for."""
+        recorder = None if self.terms is None else self.terms.student
+
+        def run() -> Features:
+            return Features(model(**inputs)) if recorder is None else recorder.run(model, inputs)
+
+        return self._without(None if with_logits else self._student_head, self.model, run)
 
     def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
         """What the teacher gives, on the student's device; None when it is not needed."""
@@ -258,14 +340,23 @@ class DistillationTrainer(Trainer):
         device = next(self.teacher.parameters()).device
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         recorder = self._no_recorder if self.terms is None else self.terms.teacher
+        teacher = self.teacher
+
+        def run() -> Features:
+            return recorder.run(teacher, moved, **self._teacher_kwargs)
+
         with torch.no_grad():
-            features = recorder.run(self.teacher, moved, **self._teacher_kwargs)
+            features = self._without(self._teacher_head, teacher, run)
         return features.to(self.args.device)
 
     def distillation_loss(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, **options: Any
+        self,
+        student: Tensor | Hidden,
+        teacher: Tensor | Hidden | None,
+        labels: Tensor,
+        **options: Any,
     ) -> KDLossOutput:
-        """The one call of ``fused_kd_loss``; ``options`` override the arguments."""
+        """The one call of the loss, on logits or hidden states; ``options`` override arguments."""
         args = self.args
         settings: dict[str, Any] = {
             "temperature": args.temperature,
@@ -277,15 +368,23 @@ class DistillationTrainer(Trainer):
             "vocab_policy": args.vocab_policy,
             "backend": args.loss_backend,
         } | options
-        # With alpha = 0 the teacher term is multiplied by 0; the student stands in for the teacher.
-        if teacher_logits is None:
-            teacher_logits, settings["alpha"] = student_logits.detach(), 0.0
-        output = fused_kd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
+        # With alpha = 0 the teacher term is multiplied by 0: any logits will do.
+        if teacher is None:
+            teacher = student.no_teacher() if isinstance(student, Hidden) else student.detach()
+            settings["alpha"] = 0.0
+        loss: Callable[..., Any] = fused_kd_loss
+        if isinstance(student, Hidden) or isinstance(teacher, Hidden):
+            loss = fused_linear_kd_loss
+            for name in ("softcap", "scale"):
+                settings[f"logit_{name}"] = tuple(
+                    getattr(x, name, None) for x in (student, teacher)
+                )
+        output = loss(
+            labels=labels,
             shift=self.task.shift,
             return_outputs=True,
+            **_source("student", student),
+            **_source("teacher", teacher),
             **settings,
         )
         assert isinstance(output, KDLossOutput)
@@ -300,7 +399,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of one micro-batch over ``num_items_in_batch`` tokens (None: its own tokens)."""
         labels, inputs = self._take_labels(inputs)
-        student = self.student_features(model, inputs)
+        student = self.student_features(model, inputs, with_logits=return_outputs)
         teacher = self.teacher_features(inputs)
         num_items, progress = num_items_in_batch, self.progress
         parts = self._response(
@@ -338,9 +437,10 @@ class DistillationTrainer(Trainer):
         """The response term; None for a model without a head."""
         if labels is None:
             return None
-        assert student.logits is not None
-        taught = teacher.logits if teacher is not None and self._response_has_teacher else None
-        return self.distillation_loss(student.logits, taught, labels, **options)
+        own = student.response
+        assert own is not None
+        taught = teacher.response if teacher is not None and self._response_has_teacher else None
+        return self.distillation_loss(own, taught, labels, **options)
 
     def _combined(self, model: nn.Module, values: dict[str, Tensor], share: Tensor) -> Tensor:
         """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
@@ -457,7 +557,8 @@ class DistillationTrainer(Trainer):
         if labels is not None:
             counted = labels.masked_fill(~real.view(-1, *[1] * (labels.ndim - 1)), -100)
         with torch.no_grad(), self.compute_loss_context_manager():
-            student, teacher = self.student_features(model, inputs), self.teacher_features(inputs)
+            student = self.student_features(model, inputs, with_logits=not prediction_loss_only)
+            teacher = self.teacher_features(inputs)
             sums = self._response(student, teacher, counted, num_items=1, label_smoothing=0.0)
             if self.terms is not None and teacher is not None:
                 self._evaluate_terms(student, teacher, mask & real[:, None])
@@ -589,6 +690,14 @@ class DistillationTrainer(Trainer):
         with self._attached_terms(False):
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
+
+
+def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:
+    """The arguments of a loss that say what a model gave."""
+    if isinstance(given, Hidden):
+        names = ("hidden", "weight", "bias")
+        return {f"{role}_{name}": getattr(given, name) for name in names}
+    return {f"{role}_logits": given}
 
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
