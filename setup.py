@@ -4,11 +4,11 @@ The extension is optional where no C++ compiler exists: the package then install
 one printed line says why. A compiler that is present and fails is an error of the build, never a
 silent fallback.
 
-The CUDA kernels take minutes to compile. KDKERNELS_CUDA=auto (the default) compiles them where there
-is nvcc and a GPU, for that GPU alone, and prints why it does not; 1 compiles them for every
+The CUDA kernels take minutes to compile. KDKERNELS_CUDA=auto (the default) compiles them where
+there is nvcc and a GPU, for that GPU alone, and prints why it does not; 1 compiles them for every
 architecture, or fails; 0 leaves them out. KDKERNELS_CUDA_ARCHS="80;90" chooses architectures.
-KDKERNELS_CUDART=shared links the shared CUDA runtime and keeps only PTX: what the simulated
-tests need (tests/simulate).
+KDKERNELS_CUDART=shared links the shared CUDA runtime and keeps only PTX: what the simulated tests
+need (tests/simulate).
 """
 
 import os

@@ -158,7 +158,9 @@ def test_offsets_beyond_two_to_the_31() -> None:
     one = evaluate(student, teacher, None, reduction="none", gradient="recompute").loss
     with torch.no_grad():
         many = fused_kd_loss(
-            student.expand(rows, vocab), teacher.expand(rows, vocab), reduction="none",
+            student.expand(rows, vocab),
+            teacher.expand(rows, vocab),
+            reduction="none",
             backend="cuda",
         )
     assert torch.equal(many, one.expand(rows))

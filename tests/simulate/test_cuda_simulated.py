@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator, through the real host launcher: numbers, races, bounds, traffic.
+"""The CUDA kernels in the emulator, through the real host launcher: numbers, races, bounds, bytes.
 
 Each run raises on any access outside the tensors, any data race and any missing wait; the tests add
 what the numbers have to be. See simulator.py for what only a device can prove.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.kernel_report``: what can be counted of the CUDA kernels without a GPU.
+"""What can be counted of the CUDA kernels without a GPU: a part of ``tools/kernel_report.py``.
 
 Traffic, special functions and bank conflicts come from ptxsim (tests/simulate), which runs the real
 launcher and PTX; registers, spills and machine instructions from nvcc and a disassembler. A part
@@ -7,27 +7,32 @@ whose tool is missing says so.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from . import machine_code
+import sass
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90", "100", "120")
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 ROWS = 4
 
 
-def simulated_traffic() -> None:
+def print_traffic() -> None:
     """One line per vocabulary, dtype and temperature: forward and gradient of KL + CE."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "simulate")]
     import cases
     import simulator
     import torch
 
-    if reason := simulator.why_not():
+    if reason := simulator.why_no_nvcc() or simulator.why_no_ptxsim():
         print(f"traffic: not counted ({reason})")
         return
     print("KL + CE with gradient, labels, sm_90; bytes and operations per element; * is per row")
@@ -44,7 +49,7 @@ def simulated_traffic() -> None:
                 print(_line(recorder.launches, dtype.itemsize, str(dtype)[6:], vocab, temperature))
 
 
-def _line(launches: list, size: int, dtype: str, vocab: int, temperature: float) -> str:
+def _line(launches: list[Any], size: int, dtype: str, vocab: int, temperature: float) -> str:
     (main,) = (s for s in launches if "register_kernel" in s.kernel or "resident" in s.kernel)
     elements = ROWS * vocab
     logits = [b for k, b in main.buffers.items() if k.startswith(("student", "teacher"))]
@@ -60,41 +65,46 @@ def _line(launches: list, size: int, dtype: str, vocab: int, temperature: float)
     )
 
 
-def compiled_code(archs: tuple[str, ...] = ("80", "90", "100", "120")) -> None:
-    """Registers and spills of every kernel, and the register kernels' hot path."""
-    disassembler = machine_code.find_cuobjdump()
-    print("\nkernel                                        arch  registers  spill  loops  row   MUFU")
+def compile_source(source: Path, arch: str) -> tuple[bytes, str]:
+    """(cubin, ptxas's report) for one architecture with the flags of setup.py."""
+    compiler = os.environ.get("NVCC") or shutil.which("nvcc") or "nvcc"
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-DNDEBUG", f'-DKDKERNELS_CUDA_ARCHS="{arch}"']
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            for arch in archs:
-                target = str(Path(folder, source.stem + arch))
-                call = [*machine_code.nvcc_command(arch), str(source), "-o", target]
-                report = subprocess.run(call, capture_output=True, text=True).stderr
-                code = machine_code.disassemble(disassembler, target) if disassembler else {}
-                for name, spilled, registers in _kernels(report):
-                    print(f"{_short(name):45s} {arch:>4s}  {registers:>9s}  {spilled:>5s}", end="")
-                    print(_hot(name, arch, code))
+        target = Path(folder, "kernels.cubin")
+        call = [compiler, *flags, f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", str(source)]
+        done = subprocess.run([*call, "-o", str(target)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        return target.read_bytes(), done.stderr + done.stdout
 
 
-def _kernels(report: str) -> list[tuple[str, str, str]]:
-    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    return re.findall(pattern, report, re.DOTALL)
+def print_code(architecture: str) -> None:
+    """Registers and spills of every kernel, and the register kernels' hot path per element."""
+    if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+        print("machine code: not counted (nvcc was not found)")
+        return
+    print(
+        "kernel                                        arch  registers  spills  sweeps  row   MUFU"
+    )
+    for source in SOURCES:
+        cubin, _ = compile_source(source, architecture)
+        for kernel in sass.read(cubin):
+            spills = kernel.whole.spills
+            print(f"{_short(kernel.name):45s} {architecture:>4s}  {kernel.registers:>9d}", end="")
+            print(f"  {spills:>6d}{_hot(kernel, architecture)}", flush=True)
 
 
 def _short(name: str) -> str:
-    words = re.findall(r"(\w+?_kernel|ForwardKl|ReverseKl|EvenJsd|Jsd|Tvd|Skew\w+?Kl|LogRatio|"
-                       r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Float32|bfloat162|half2|Li\d)",
-                       name.replace("_ZN2kd4cuda", "").lstrip("0123456789"))
+    words = re.findall(
+        r"(\w+?_kernel|ForwardKl|ReverseKl|EvenJsd|Jsd|Tvd|Skew\w+?Kl|LogRatio|"
+        r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Float32|bfloat162|half2|Li\d)",
+        name.replace("_ZN2kd4cuda", "").lstrip("0123456789"),
+    )
     return " ".join(words).replace("Li", "")
 
 
-def _hot(name: str, arch: str, code: dict) -> str:
-    if "register_kernel" not in name or int(arch) < 90 or name not in code:
+def _hot(kernel: sass.Kernel, arch: str) -> str:
+    if "register_kernel" not in kernel.name or int(arch) < 90:
         return ""
-    sweeps, whole, special = machine_code.hot_path(code[name]).per_element()
-    return f"  {sweeps:5.1f}  {whole:4.1f}  {special:4.2f}"
-
-
-if __name__ == "__main__":
-    simulated_traffic()
-    compiled_code()
+    sweeps, whole, special = sass.hot_path(kernel).per_element()
+    return f"  {sweeps:6.1f}  {whole:4.1f}  {special:4.2f}"
