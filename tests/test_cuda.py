@@ -56,6 +56,21 @@ def test_without_a_device_the_reason_is_listed() -> None:
             choose_backend(problem_of(probe, probe), "cuda")
 
 
+def test_what_cuda_refuses_goes_on_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old driver, say: `backend=None` takes Triton, `backend="cuda"` raises with the reason."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(BACKENDS[name]), "unavailable", lambda self: [])
+    monkeypatch.setattr(type(BACKENDS["cpu"]), "why_not", lambda self, problem: ["a GPU tensor"])
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda self, problem: [])
+    monkeypatch.setattr(cuda.CudaBackend, "device_type", "cpu")
+    probe = torch.zeros(2, 3)
+    for refusal, chosen in (("", "cuda"), ("the driver is too old", "triton")):
+        monkeypatch.setattr(cuda, "_device_refusal", lambda index, reason=refusal: reason)
+        assert choose_backend(problem_of(probe, probe), None) == chosen
+    with pytest.raises(RuntimeError, match="cuda: the driver is too old"):
+        choose_backend(problem_of(probe, probe), "cuda")
+
+
 def require_kernels() -> None:
     if cuda._UNAVAILABLE is not None:
         pytest.skip(cuda._UNAVAILABLE)

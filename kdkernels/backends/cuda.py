@@ -43,6 +43,8 @@ def _device_refusal(index: int) -> str:
 def label_error(device: torch.device | str | int) -> Tensor:
     """int32 [1] on the device: 1 after any label there was out of range. ``zero_()`` resets it."""
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _label_errors:
         _label_errors[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _label_errors[device]
@@ -72,6 +74,8 @@ class CudaBackend(Backend):
                 reasons.append(f"it has no kernel for float64 ({name})")
         if problem.options.divergence not in _DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
+        if problem.vocab > 1 << 30:
+            reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
         return reasons
 
     def forward(
