@@ -43,7 +43,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
 # What is proven of the GPU kernels without a GPU: their PTX executed in ptxsim (skipped where it is
-# neither in $$KDKERNELS_PTXSIM nor beside the checkout), and counts from their machine code.
+# neither in $$KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where there is no nvcc),
+# and counts from their machine code.
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
 

@@ -3,6 +3,12 @@
 The extension is optional where no C++ compiler exists: the package then installs as pure Python and
 one printed line says why. A compiler that is present and fails is an error of the build, never a
 silent fallback.
+
+The CUDA kernels take minutes to compile. KDKERNELS_CUDA=auto (the default) compiles them where
+there is nvcc and a GPU, for that GPU alone, and prints why it does not; 1 compiles them for every
+architecture, or fails; 0 leaves them out. KDKERNELS_CUDA_ARCHS="80;90" chooses architectures.
+KDKERNELS_CUDART=shared links the shared CUDA runtime and keeps only PTX: what the simulated tests
+need (tests/simulate).
 """
 
 import os
@@ -37,6 +43,13 @@ UNIT_FLAGS = {
 UNIT_FLAGS["cpu/avx512.cpp"] += ["-mprefer-vector-width=512"]
 
 
+# sm_80 serves 86 and 89 too, and machine code for 100 serves 103.
+DEFAULT_CUDA_ARCHS = ("80", "90", "100", "120")
+# Contraction is off for the same reason as above.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS += ["-DNDEBUG", "-diag-suppress=177", "-Xfatbin=-compress-all"]
+
+
 @dataclass(frozen=True)
 class Unit:
     """One source file, the ninja rule that compiles it, and the flags it needs besides."""
@@ -54,6 +67,9 @@ def units() -> list[Unit]:
         if name in UNIT_FLAGS and not IS_X86:
             continue
         found.append(Unit(source, "cxx", UNIT_FLAGS.get(name, [])))
+    if not why_no_cuda():
+        found.extend(Unit(source, "cxx", []) for source in sorted(SOURCES.glob("cuda/*.cpp")))
+        found.extend(Unit(source, "nvcc", []) for source in sorted(SOURCES.glob("cuda/*.cu")))
     return found
 
 
@@ -62,6 +78,85 @@ def compiler() -> list[str]:
     if chosen := os.environ.get("CXX"):
         return shlex.split(chosen)
     return next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), [])
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: $NVCC, the one of $CUDA_HOME, or the one on PATH."""
+    if chosen := os.environ.get("NVCC"):
+        return shutil.which(chosen)
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return shutil.which(str(Path(home, "bin", "nvcc")))
+    return shutil.which("nvcc")
+
+
+def cuda_homes(compiler_path: Path) -> list[Path]:
+    """Where the toolkit may be: nvcc may be a script that calls the real one."""
+    dry = subprocess.run(
+        [str(compiler_path), "--dryrun", "-c", "-x", "cu", "/dev/null"],
+        capture_output=True,
+        text=True,
+    ).stderr
+    tops = [line.split("TOP=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line]
+    return [Path(top).resolve() for top in tops] + [compiler_path.parent.parent]
+
+
+def gpu_architectures() -> list[str]:
+    """Those of DEFAULT_CUDA_ARCHS that serve this machine's GPUs."""
+    try:
+        call = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(call, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = set()
+    for line in answer.split():
+        major, _, minor = line.partition(".")
+        if major.isdigit() and minor.isdigit():
+            found |= {a for a in DEFAULT_CUDA_ARCHS if a[:-1] == major and a[-1] <= minor}
+    return sorted(found, key=int)
+
+
+def why_no_cuda() -> str | None:
+    """The reason why this build leaves the CUDA kernels out, or None."""
+    wish = os.environ.get("KDKERNELS_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"KDKERNELS_CUDA={wish!r} is not one of auto, 0, 1")
+    if wish == "0":
+        return "KDKERNELS_CUDA=0"
+    reason = None
+    if sys.platform != "linux":
+        reason = f"they are built on Linux only, not on {sys.platform}"
+    elif not nvcc():
+        reason = "nvcc was not found (set NVCC or CUDA_HOME)"
+    if reason and wish == "1":
+        raise SystemExit(f"KDKERNELS_CUDA=1, but {reason}")
+    if not reason and wish == "auto" and not gpu_architectures():
+        reason = (
+            "there is no GPU that they support (KDKERNELS_CUDA=1 builds them anyway, in minutes)"
+        )
+    return reason
+
+
+def cuda_architectures() -> list[str]:
+    """From KDKERNELS_CUDA_ARCHS, this machine's GPUs, or all that this nvcc knows."""
+    if chosen := os.environ.get("KDKERNELS_CUDA_ARCHS"):
+        return chosen.replace(",", ";").split(";")
+    wanted = DEFAULT_CUDA_ARCHS
+    if os.environ.get("KDKERNELS_CUDA", "auto") == "auto":
+        wanted = tuple(gpu_architectures())
+    known = subprocess.run([str(nvcc()), "--list-gpu-code"], capture_output=True, text=True).stdout
+    found = [arch for arch in wanted if f"sm_{arch}" in known.split()]
+    if not found:
+        raise SystemExit(f"{nvcc()} knows none of {wanted}; set KDKERNELS_CUDA_ARCHS")
+    return found
+
+
+def cuda_targets(shared_runtime: bool) -> list[str]:
+    """nvcc's -gencode options: machine code for each architecture, PTX of the last beside it."""
+    archs = cuda_architectures()
+    if shared_runtime:
+        return [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def can_compile(command: list[str], source: str, *flags: str) -> bool:
@@ -138,6 +233,8 @@ class NinjaBuild(build_ext):
             *(["-fopenmp"] if openmp else ["-Wno-unknown-pragmas"]),
         ]
         flags += ["-DKDKERNELS_X86"] if IS_X86 else []
+        cuda_rule, cuda_link = self.cuda_rule()
+        flags += ["-DKDKERNELS_CUDA"] if cuda_rule else []
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         link = [
             "-shared",
@@ -148,8 +245,8 @@ class NinjaBuild(build_ext):
 
         lines = ["ninja_required_version = 1.5", f"cxx = {shlex.join(command)}", "rule cxx"]
         lines += [f"  command = $cxx -MMD -MF $out.d {shlex.join(flags)} $flags -c $in -o $out"]
-        lines += ["  depfile = $out.d", "  deps = gcc", "rule link"]
-        lines += [f"  command = $cxx $in {shlex.join(link)} -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", *cuda_rule, "rule link"]
+        lines += [f"  command = $cxx $in {shlex.join([*link, *cuda_link])} -o $out"]
         objects = []
         for unit in units():
             objects.append(
@@ -159,6 +256,30 @@ class NinjaBuild(build_ext):
             lines += [f"  flags = {shlex.join(unit.flags)}"]
         lines += [f"build {escape(target)}: link {' '.join(map(escape, objects))}"]
         return "\n".join(lines) + "\n"
+
+    def cuda_rule(self) -> tuple[list[str], list[str]]:
+        """The ninja rule that compiles CUDA sources, and what the link needs; empty: no CUDA."""
+        if reason := why_no_cuda():
+            print(f"kdkernels: building without the CUDA kernels: {reason}", file=sys.stderr)
+            return [], []
+        shared = os.environ.get("KDKERNELS_CUDART", "static") == "shared"
+        archs = ", ".join(("compute_" if shared else "sm_") + arch for arch in cuda_architectures())
+        flags = [*CUDA_FLAGS, *cuda_targets(shared), f'-DKDKERNELS_CUDA_ARCHS="{archs}"']
+        compiler_path = Path(str(nvcc())).resolve()
+        library = next(
+            (
+                home / lib
+                for home in cuda_homes(compiler_path)
+                for lib in ("lib64", "lib")
+                if (home / lib / "libcudart_static.a").exists()
+            ),
+            compiler_path.parent.parent / "lib64",
+        )
+        link = [f"-L{library}"]
+        link += ["-lcudart"] if shared else ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        lines = [f"nvcc = {shlex.quote(str(nvcc()))}", "rule nvcc"]
+        lines += [f"  command = $nvcc -MMD -MF $out.d {shlex.join(flags)} $flags -c $in -o $out"]
+        return [*lines, "  depfile = $out.d", "  deps = gcc"], link
 
 
 setup(ext_modules=[Extension("kdkernels._native", sources=[])], cmdclass={"build_ext": NinjaBuild})

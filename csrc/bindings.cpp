@@ -1,21 +1,13 @@
 // The Python module: a Problem from raw addresses, and the mathematics in double for tests.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #include "cpu/kernel.h"
 
 namespace py = pybind11;
 
 namespace kd {
-namespace {
-
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
-using Address = uintptr_t;
 
 Divergence resolve(const std::string& name, const std::vector<double>& parameters) {
   for (const DivergenceName& known : kDivergences) {
@@ -53,6 +45,8 @@ Logits make_logits(Address data, int dtype, const Strides& strides, double scale
           scale,
           softcap};
 }
+
+namespace {
 
 int64_t kd_loss(Address student, int student_dtype, const Strides& student_strides, Address teacher,
                 int teacher_dtype, const Strides& teacher_strides, int64_t outer, int64_t inner,
@@ -160,6 +154,9 @@ void bind_kd_loss(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of kdkernels. Addresses are integers; nothing here knows torch.";
   kd::bind_kd_loss(m);
+#if defined(KDKERNELS_CUDA)
+  kd::bind_cuda(m);
+#endif
   m.def("divergence", &kd::divergence_at, py::arg("name"), py::arg("parameters"), py::arg("log_p"),
         py::arg("log_q"), "(value, slope) of one vocabulary entry, in double.");
   m.def("divergence_names", &kd::divergence_names);
@@ -168,7 +165,8 @@ PYBIND11_MODULE(_native, m) {
       "The instruction set in force; KDKERNELS_CPU_ISA forces one.");
   m.def("cpu_isas", &kd::runnable, "The instruction sets that can run here, slowest first.");
   m.def("build_info", &kd::build_info);
-  py::class_<kd::LogSumExp>(m, "LogSumExp")
+  // Local: the simulated tests load a second build of this module beside the first.
+  py::class_<kd::LogSumExp>(m, "LogSumExp", py::module_local())
       .def(py::init<>())
       .def(py::init([](double max, double sum) { return kd::LogSumExp{max, sum}; }), py::arg("max"),
            py::arg("sum"))

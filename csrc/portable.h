@@ -1,9 +1,11 @@
-// The few operations that the mathematics is written in, for one number of type double. A SIMD
-// register offers the same names (cpu/lanes.inc), found by argument-dependent lookup.
+// The few operations that the mathematics is written in, for one number of type double or, in CUDA
+// kernels, float. A SIMD register offers the same names (cpu/lanes.inc), found by
+// argument-dependent lookup.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 // Everything in the headers is forced inline: a translation unit compiled for AVX-512 must not
 // leave behind a copy of a shared function that the linker could choose for every other unit.
@@ -41,5 +43,89 @@ KD_INLINE double log_of_share(double u, double u_minus_one) {
 }
 // log((1 + r) / 2) for 0 <= r <= 1, given r - 1.
 KD_INLINE double log_of_half_share(double r_minus_one) { return log1p(0.5 * r_minus_one); }
+
+// float as CUDA kernels use it: the constants and the steps are those of cpu/functions.inc, in
+// Horner's scheme, which takes the fewest instructions.
+KD_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+// A NaN in `a` is dropped, one in `b` is returned: maximum(bound, x) keeps the NaN of x.
+KD_INLINE float maximum(float a, float b) { return a > b ? a : b; }
+KD_INLINE float minimum(float a, float b) { return a < b ? a : b; }
+KD_INLINE float absolute(float a) { return fabsf(a); }
+KD_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+KD_INLINE float multiply_subtract(float a, float b, float c) { return fmaf(a, b, -c); }
+KD_INLINE bool is_nan(float a) { return a != a; }
+
+KD_INLINE uint32_t bits_of(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, sizeof(bits));
+  return bits;
+}
+
+KD_INLINE float float_of(uint32_t bits) {
+  float a;
+  memcpy(&a, &bits, sizeof(a));
+  return a;
+}
+
+// Adding 1.5 * 2^23 + 127 rounds to an integer and leaves it in the low bits of the sum, biased as
+// an exponent.
+constexpr float kBiasedMagicNumber = 12582912.0f + 127.0f;
+
+// 2^n (1 + r tail(r)), with n in the low bits of `shifted`.
+KD_INLINE void assemble(float shifted, float r, float& power, float& less_one) {
+  float tail = multiply_add(0.00015453163f, r, 0.0013390863f);
+  tail = multiply_add(tail, r, 0.009618083f);
+  tail = multiply_add(tail, r, 0.05550357f);
+  tail = multiply_add(tail, r, 0.2402265f);
+  tail = multiply_add(tail, r, 0.6931472f) * r;
+  const float scale = float_of(bits_of(shifted) << 23);
+  power = multiply_add(scale, tail, scale);
+  less_one = multiply_add(scale, tail, scale - 1.0f);
+}
+
+// A NaN becomes the bound, whose power is exactly 0: the bits of 2^-127 are none.
+KD_INLINE float bounded(float a) { return fminf(a, 127.0f); }
+
+KD_INLINE void decay(float a, float& power, float& less_one) {
+  const float shifted = kBiasedMagicNumber - a;
+  assemble(shifted, (kBiasedMagicNumber - shifted) - a, power, less_one);
+}
+
+KD_INLINE void grow(float a, float& power, float& less_one) {
+  const bool overflows = a > 127.4f;
+  const float y = maximum(-127.0f, minimum(127.4f, a));
+  const float shifted = y + kBiasedMagicNumber;
+  assemble(shifted, y - (shifted - kBiasedMagicNumber), power, less_one);
+  power = overflows ? INFINITY : power;
+  less_one = overflows ? INFINITY : less_one;
+}
+
+KD_INLINE float log_of_half_share(float f) {
+  float p = multiply_add(0.0027627931f, f, 0.00640466483f);
+  p = multiply_add(p, f, 0.0094431052f);
+  p = multiply_add(p, f, 0.0028274022f);
+  p = multiply_add(p, f, 0.00824035145f);
+  p = multiply_add(p, f, -0.0152301611f);
+  p = multiply_add(p, f, 0.0417040139f);
+  p = multiply_add(p, f, -0.124998808f);
+  p = multiply_add(p, f, 0.5f);
+  return f * p;
+}
+
+KD_INLINE float log_of_share(float u, float u_minus_one) {
+  // The exponent of u / sqrt(1/2), in place.
+  const uint32_t exponent = (bits_of(u) - 0x3f3504f3u) & 0xff800000u;
+  const float f = exponent == 0 ? u_minus_one : float_of(bits_of(u) - exponent) - 1.0f;
+  const float n = static_cast<float>(static_cast<int32_t>(exponent));
+  float p = multiply_add(0.0873484612f, f, -0.143075243f);
+  p = multiply_add(p, f, 0.149179742f);
+  p = multiply_add(p, f, -0.165705085f);
+  p = multiply_add(p, f, 0.199620724f);
+  p = multiply_add(p, f, -0.250017554f);
+  p = multiply_add(p, f, 0.333339512f);
+  p = multiply_add(p, f, -0.499999911f);
+  p = multiply_add(p, f, 1.0f);
+  return multiply_add(n, static_cast<float>(kLn2 * 0x1p-23), f * p);
+}
 
 }  // namespace kd

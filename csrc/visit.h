@@ -37,6 +37,10 @@ struct Divergence {
   double second = 0.0;  // b of alpha_beta
 };
 
+// A visitor may be one for the host alone, which picks a kernel.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class Visitor>
 KD_INLINE auto visit_alpha_beta(double a, double b, Visitor&& visitor) {
   if (a == 0.0 && b == 0.0) return visitor(LogRatio{});
@@ -46,6 +50,9 @@ KD_INLINE auto visit_alpha_beta(double a, double b, Visitor&& visitor) {
   return a > 0.0 && b > 0.0 ? visitor(AlphaBeta<true>(a, b)) : visitor(AlphaBeta<false>(a, b));
 }
 
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class Visitor>
 KD_INLINE auto visit(const Divergence& divergence, Visitor&& visitor) {
   const double beta = divergence.first;

@@ -23,6 +23,7 @@ def report() -> Any:
     if launch.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set: the kernels are interpreted, not compiled")
     load("sass")
+    load("cuda_counts")
     return load("kernel_report")
 
 

@@ -4,7 +4,8 @@
     python tools/kernel_report.py [--target sm_90] [--markdown] [--targets]
 
 Per element means per column of a row, summed over the sweeps; el is elements per thread and loop
-trip. ``--targets`` compiles a few problems for every target and prints registers and spills.
+trip. ``--targets`` compiles a few problems for every target and prints registers and spills. The
+CUDA kernels follow (:mod:`cuda_counts`), whose loops are unrolled and whose bytes are executed.
 
 Another backend joins by a function like :func:`triton_entries` in PROVIDERS.
 """
@@ -18,6 +19,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import cuda_counts
 import sass
 import torch
 import triton
@@ -224,7 +226,15 @@ def main() -> None:
     if arguments.markdown:
         lines.insert(1, ("---",) * len(HEAD))
         print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-        return
+    else:
+        print_columns(lines)
+    print()
+    cuda_counts.print_traffic()
+    print()
+    cuda_counts.print_code(arguments.target[3:])
+
+
+def print_columns(lines: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print(

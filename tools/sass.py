@@ -1,23 +1,32 @@
 """Read NVIDIA machine code without a GPU: registers, spills and what the innermost loops hold.
 
-The disassembler comes with Triton. A loop is a backward branch; the loops that count are the
-innermost ones that read logits, so that code which runs once per row is not taken for a loop over
-the vocabulary.
+The disassembler comes with Triton or the CUDA toolkit. A loop is a backward branch; the loops that
+count are the innermost ones that read logits, so that code which runs once per row is not taken for
+a loop over the vocabulary.
+
+The CUDA register kernels unroll their loops over a thread's columns: there is no loop to count.
+:func:`hot_path` finds the hot path of a row instead, as the shortest way through the control flow
+that passes all code of the two sweeps: the blocks that evaluate exponentials of loaded logits, and
+those with the gradient's 16-byte stores. Whatever else lies on that way (barriers, the exchange,
+factors) is counted apart.
 """
 
 from __future__ import annotations
 
 import collections
-import os
+import heapq
+import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
-
-import triton
+from pathlib import Path
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_TEXT = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+_TARGET = re.compile(r"0x([0-9a-f]+)")
 _RESOURCES = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDTHS = ((".256", 32), (".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
 
@@ -74,18 +83,21 @@ class Kernel:
     stack: int
     whole: Loop  # all of its instructions
     loops: list[Loop]  # innermost, in order, those that load from global memory
+    text: list[tuple[int, str]]  # (address, instruction)
 
 
 def _width(opcode: str) -> int:
     return next((width for suffix, width in _WIDTHS if suffix in opcode), 4)
 
 
-def _tool(name: str) -> str:
-    bundled = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
-    path = bundled if os.path.exists(bundled) else shutil.which(name)
-    if path is None:
-        raise RuntimeError(f"{name} is neither in Triton's wheel nor on PATH")
-    return path
+def tool(name: str) -> str | None:
+    """A program of Triton's wheel, or of the toolkit on PATH."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        if path.exists():
+            return str(path)
+    return shutil.which(name)
 
 
 def _run(*command: str) -> str:
@@ -94,18 +106,22 @@ def _run(*command: str) -> str:
 
 def read(cubin: bytes) -> list[Kernel]:
     """The functions of a cubin or of an ELF file with device code."""
+    disassembler = tool("cuobjdump")
+    if disassembler is None:
+        raise RuntimeError("cuobjdump is neither in Triton's wheel nor on PATH")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
-        text = _run(_tool("cuobjdump"), "-sass", file.name)
+        usage = _run(disassembler, "-res-usage", file.name)
+        listing = _run(disassembler, "-sass", file.name)
     resources = {m[1]: (int(m[2]), int(m[3])) for m in _RESOURCES.finditer(usage)}
     kernels = []
-    for part in re.split(r"Function : ", text)[1:]:
+    for part in re.split(r"Function : ", listing)[1:]:
         name = part.split(None, 1)[0]
         code = [(int(m[1], 16), m[2], m[3]) for m in _LINE.finditer(part)]
         registers, stack = resources[name]
-        kernels.append(Kernel(name, registers, stack, _sum(code), _innermost(code)))
+        text = [(int(m[1], 16), m[2].strip()) for m in map(_TEXT.match, part.splitlines()) if m]
+        kernels.append(Kernel(name, registers, stack, _sum(code), _innermost(code), text))
     return kernels
 
 
@@ -139,3 +155,124 @@ def resident(registers: int, threads: int, shared: int = 0, architecture: int = 
     most_warps = {80: 64, 90: 64, 100: 64, 120: 48}[architecture]
     shared_memory = {80: 164, 90: 228, 100: 228, 120: 100}[architecture] << 10
     return min(65536 // per_warp // warps, most_warps // warps, shared_memory // (shared + 1024))
+
+
+COLUMNS_PER_THREAD = 32  # kColumnsPerThread in csrc/cuda/policy.h
+
+
+@dataclass
+class Block:
+    """Instructions without a jump in or out; `after` are the addresses where it may go on."""
+
+    start: int
+    code: list[str] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in self.code)
+
+
+def _jump(code: str) -> tuple[list[int], bool]:
+    """(addresses a jump may take, whether the next instruction may follow it)."""
+    words = code.split()
+    conditional = words[0].startswith("@") or "BRA.DIV" in code or "BRA.U.ANY" in code
+    operation = words[1] if words[0].startswith("@") else words[0]
+    if operation == "EXIT":
+        return [], conditional
+    if not operation.startswith("BRA") or "BRA.DIV" in code:  # the divergent way is never hot
+        return [], True
+    operands = code[code.index("BRA") :]
+    more = re.search(r"BRA\S*\s+!?U?P\d", operands)
+    target = _TARGET.search(operands)
+    return ([int(target[1], 16)] if target else []), conditional or bool(more)
+
+
+def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
+    following = {a: b for (a, _), (b, _) in itertools.pairwise(code)}
+    heads = {code[0][0]}
+    for address, text in code:
+        targets, falls = _jump(text)
+        if targets or not falls:
+            heads.update(targets)
+            if address in following:
+                heads.add(following[address])
+    blocks: dict[int, Block] = {}
+    block = Block(code[0][0])
+    for address, text in code:
+        if address in heads:
+            if block.code and not block.after and _jump(block.code[-1])[1]:
+                block.after = [address]
+            block = blocks.setdefault(address, Block(address))
+        block.code.append(text)
+        targets, falls = _jump(text)
+        if targets or not falls:
+            block.after = targets + ([following[address]] if falls and address in following else [])
+    return blocks
+
+
+def _shortest(blocks: dict[int, Block], start: int, goal: int) -> list[int]:
+    """The cheapest way from the end of `start` to `goal`, as blocks without `start`."""
+    queue = [(0, start, [])]
+    seen = set()
+    while queue:
+        cost, at, way = heapq.heappop(queue)
+        if at == goal and way:
+            return way
+        if at in seen:
+            continue
+        seen.add(at)
+        for after in blocks[at].after:
+            if after in blocks:
+                heapq.heappush(queue, (cost + len(blocks[after].code), after, [*way, after]))
+    raise ValueError("no way")
+
+
+@dataclass
+class HotPath:
+    """Instructions of one thread for one row of 32 columns."""
+
+    sweeps: int  # blocks of the loops over columns
+    between: int
+    special: int  # MUFU on the whole path
+
+    def per_element(self) -> tuple[float, float, float]:
+        n = COLUMNS_PER_THREAD
+        return self.sweeps / n, (self.sweeps + self.between) / n, self.special / n
+
+
+def hot_path(kernel: Kernel) -> HotPath:
+    """Of a register kernel."""
+    code = kernel.text
+    blocks = blocks_of(code)
+    order = sorted(blocks)
+    stores = [a for a in order if blocks[a].count(r"STG\.E\.EF\.128")]
+    observed = [a for a in order if blocks[a].count(r"MUFU\.EX2") >= 8]
+    # The rare second sums have their own copies; the first run of each kind is the hot one.
+    vectors = 8 if _is_float32(code) else 4
+    observed = observed[:vectors]
+    stores = [a for a in stores if a > observed[-1]]
+    stores = stores[-vectors - 1 : -1] if len(stores) > vectors else stores[:vectors]
+    maxima = [a for a in order if a < observed[0] and blocks[a].count(r"HMNMX2|FMNMX") >= 16]
+    required = [*maxima[-1:], *observed, *stores]
+    way = [required[0]]
+    for goal in required[1:]:
+        way += _shortest(blocks, way[-1], goal)
+    way += _shortest(blocks, way[-1], required[0])[:-1]
+    inside = _column_blocks(way, observed, stores, maxima)
+    lines = {a: len(blocks[a].code) for a in way}
+    sweeps = sum(lines[a] for a in way if a in inside)
+    special = sum(blocks[a].count("MUFU") for a in way)
+    return HotPath(sweeps, sum(lines[a] for a in way) - sweeps, special)
+
+
+def _column_blocks(
+    way: list[int], observed: list[int], stores: list[int], maxima: list[int]
+) -> set[int]:
+    """The blocks of the path that lie within a sweep."""
+    first, last = way.index(observed[0]), way.index(observed[-1])
+    begin, end = way.index(stores[0]), way.index(stores[-1])
+    return {*maxima[-1:], *way[first : last + 1], *way[begin - 2 : end + 1]}
+
+
+def _is_float32(code: list[tuple[int, str]]) -> bool:
+    return not any("F2FP" in text for _, text in code)

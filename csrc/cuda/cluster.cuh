@@ -1,0 +1,119 @@
+// Clusters, their distributed shared memory, and bulk copies onto barriers: sm_90 and later.
+#pragma once
+
+#include "device.cuh"
+
+namespace kd::cuda {
+
+KD_DEVICE unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+KD_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Once, at the start. Not between rows: the release makes it wait for every store to global memory
+// that is still under way (a MEMBAR of the device in the machine code), the gradient's among them.
+KD_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+struct Barrier {
+  uint64_t state;
+
+  KD_DEVICE void initialise() {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&state)) : "memory");
+  }
+  KD_DEVICE void expect(unsigned bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+  // For this block's own bulk copies.
+  KD_DEVICE void wait(unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+  }
+  // For what other blocks sent.
+  KD_DEVICE void wait_for_cluster(unsigned parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(shared_address(&state)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+KD_DEVICE unsigned remote_address(const void* place, int rank) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(place)), "r"(rank));
+  return address;
+}
+
+// A message is 16-byte words that arrive at the same place of another block, and are counted by
+// that block's barrier.
+template <int kWords>
+struct alignas(16) Message {
+  unsigned at[kWords];
+
+  template <class Record>
+  static KD_DEVICE Message of(const Record& record) {
+    static_assert(sizeof(Record) <= sizeof(Message));
+    Message m{};
+    memcpy(m.at, &record, sizeof(Record));
+    return m;
+  }
+
+  template <class Record>
+  KD_DEVICE Record as() const {
+    Record record;
+    memcpy(&record, at, sizeof(Record));
+    return record;
+  }
+
+  KD_DEVICE void send(Message* place, Barrier& barrier, int rank) const {
+    const unsigned to = remote_address(place, rank), on = remote_address(&barrier.state, rank);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
+          "r"(at[i]), "r"(at[i + 1]), "r"(at[i + 2]), "r"(at[i + 3]), "r"(on)
+          : "memory");
+    }
+  }
+};
+
+// After the initialisation of barriers, before the first copy names them.
+KD_DEVICE void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before later bulk copies into it.
+KD_DEVICE void fence_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Both addresses and the size are multiples of 16. The data are read once: evict_first.
+KD_DEVICE void bulk_copy(char* to, const char* from, unsigned bytes, Barrier& barrier,
+                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier.state)), "l"(policy)
+      : "memory");
+}
+
+}  // namespace kd::cuda

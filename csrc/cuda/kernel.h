@@ -1,0 +1,77 @@
+// What the host side offers to the bindings, and the kernels to the launcher.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "task.h"
+
+namespace kd::cuda {
+
+// How the dynamic shared memory of the row-resident kernels is used.
+struct Stages {
+  int count;
+  int teacher_offset, bytes;  // of a stage
+  int cluster, clusters;      // blocks of a cluster; clusters of the grid
+  int each;                   // units of 8 columns that a block has at most
+};
+
+// A kernel's address, and its functor as the bytes of the argument.
+struct Kernel {
+  const void* address = nullptr;
+  alignas(8) unsigned char functor[16] = {};
+};
+
+template <class Functor>
+Kernel make_kernel(const void* address, const Functor& functor) {
+  static_assert(sizeof(Functor) <= sizeof(Kernel::functor));
+  Kernel kernel;
+  kernel.address = address;
+  memcpy(kernel.functor, &functor, sizeof(functor));
+  return kernel;
+}
+
+// One kernel serves exponents of either sign: the functor that expects positive ones saves a few
+// instructions of many.
+template <class Functor>
+Functor general(const Functor& functor) {
+  return functor;
+}
+inline AlphaBeta<false> general(const AlphaBeta<true>& f) { return {f.a, f.b}; }
+inline AlphaOnly<false> general(const AlphaOnly<true>& f) { return AlphaOnly<false>(f.a); }
+inline BetaOnly<false> general(const BetaOnly<true>& f) { return BetaOnly<false>(f.b); }
+
+// By divergence and width of a vector (4, or 8 where both formats have two bytes).
+Kernel stream_kernel_of(const ForwardKl&, int width);
+Kernel stream_kernel_of(const ReverseKl&, int width);
+Kernel stream_kernel_of(const Jsd&, int width);
+Kernel stream_kernel_of(const EvenJsd&, int width);
+Kernel stream_kernel_of(const Tvd&, int width);
+Kernel stream_kernel_of(const SkewForwardKl&, int width);
+Kernel stream_kernel_of(const SkewReverseKl&, int width);
+Kernel stream_kernel_of(const Nothing&, int width);
+Kernel stream_kernel_of(const AlphaBeta<false>&, int width);
+Kernel stream_kernel_of(const AlphaOnly<false>&, int width);
+Kernel stream_kernel_of(const BetaOnly<false>&, int width);
+Kernel stream_kernel_of(const AlphaOpposite&, int width);
+Kernel stream_kernel_of(const LogRatio&, int width);
+
+Kernel resident_kernel_of(const ForwardKl&);
+Kernel resident_kernel_of(const ReverseKl&);
+Kernel resident_kernel_of(const Jsd&);
+Kernel resident_kernel_of(const EvenJsd&);
+Kernel resident_kernel_of(const Tvd&);
+Kernel resident_kernel_of(const SkewForwardKl&);
+Kernel resident_kernel_of(const SkewReverseKl&);
+Kernel resident_kernel_of(const Nothing&);
+Kernel resident_kernel_of(const AlphaBeta<false>&);
+Kernel resident_kernel_of(const AlphaOnly<false>&);
+Kernel resident_kernel_of(const BetaOnly<false>&);
+Kernel resident_kernel_of(const AlphaOpposite&);
+Kernel resident_kernel_of(const LogRatio&);
+
+// Of a KL between plain logits of one format; not for LabelSum::separate.
+Kernel register_kernel_of_float32(bool reverse, LabelSum label_sum);
+Kernel register_kernel_of_bfloat16(bool reverse, LabelSum label_sum);
+Kernel register_kernel_of_float16(bool reverse, LabelSum label_sum);
+
+}  // namespace kd::cuda

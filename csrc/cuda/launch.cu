@@ -1,0 +1,446 @@
+// From a Problem to launches.
+#include "launch.h"
+
+#include <stdlib.h>
+
+#include <map>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <tuple>
+
+#include "finish.cuh"
+#include "kernel.h"
+#include "policy.h"
+
+namespace kd::cuda {
+namespace {
+
+void check(cudaError_t status, const char* call, int device) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a later call must not report this error again
+  throw std::runtime_error(std::string(call) + " failed on cuda:" + std::to_string(device) + ": " +
+                           cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
+}
+
+// The device of the tensors, for the duration of a call.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice", device);
+    changed_ = previous_ != device;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice", device);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute", device);
+  return value;
+}
+
+constexpr int kMostDevices = 64;
+
+const DeviceLimits& limits_of(int device) {
+  static DeviceLimits limits[kMostDevices];
+  static std::once_flag once[kMostDevices];
+  if (device < 0 || device >= kMostDevices) {
+    throw std::runtime_error("device " + std::to_string(device) + " is not one of the first " +
+                             std::to_string(kMostDevices));
+  }
+  std::call_once(once[device], [&] {
+    DeviceLimits& found = limits[device];
+    found.processors = attribute(cudaDevAttrMultiProcessorCount, device);
+    found.architecture = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                         attribute(cudaDevAttrComputeCapabilityMinor, device);
+    found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    found.cache_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  });
+  return limits[device];
+}
+
+Side make_side(const Problem& p, const Logits& logits) {
+  Side side{};
+  side.data = logits.data;
+  const auto last = [](int64_t count, int64_t stride) { return (count - 1) * stride; };
+  const int64_t elements = last(p.outer, logits.outer_stride) + last(p.inner, logits.inner_stride) +
+                           last(p.vocab, logits.column_stride) + 1;
+  side.begin = logits.data;
+  side.end = logits.data + elements * size_of(logits.dtype);
+  side.outer_stride = logits.outer_stride;
+  side.inner_stride = logits.inner_stride;
+  side.column_stride = logits.column_stride;
+  side.dtype = logits.dtype;
+  side.factor = static_cast<float>(kLog2E / p.temperature);
+  side.scale = static_cast<float>(logits.scale);
+  side.softcap = static_cast<float>(logits.softcap);
+  return side;
+}
+
+LabelSum label_sum_of(const Problem& p) {
+  const bool labelled = p.ce_weight() != 0.0 || (p.labels && p.extras);
+  if (!labelled && p.z_loss == 0.0 && !p.extras) return LabelSum::none;
+  if (p.temperature == 1.0) return LabelSum::student;
+  if (p.temperature == 2.0) return LabelSum::square;
+  return p.temperature == 4.0 ? LabelSum::fourth : LabelSum::separate;
+}
+
+bool is_closed(const Divergence& divergence) {
+  return divergence.kind == DivergenceKind::forward_kl ||
+         divergence.kind == DivergenceKind::reverse_kl;
+}
+
+Task make_task(const Problem& p, const Launch& launch) {
+  Task task{};
+  task.student = make_side(p, p.student);
+  task.teacher = make_side(p, p.teacher);
+  // A teacher without weight is not read: the student stands in for it, and cancels.
+  if (p.alpha == 0.0 && !p.extras) task.teacher = task.student;
+  task.outer = p.outer;
+  task.inner = p.inner;
+  task.vocab = static_cast<int>(p.vocab);
+  task.labels = p.labels;
+  task.ignore_index = p.ignore_index;
+  task.row_weights = p.row_weights;
+  task.grad_output = static_cast<const float*>(p.grad_output);
+  task.grad_output_stride = p.grad_output_stride;
+  task.denominator = launch.num_items;
+  // Of no rows the mean is 0.
+  const double rows = p.rows() > 0 ? static_cast<double>(p.rows()) : 1.0;
+  task.scale = static_cast<float>(1.0 / (p.denominator != 0.0 ? p.denominator : rows));
+  task.alpha = static_cast<float>(p.alpha);
+  task.ce_weight = static_cast<float>(p.ce_weight());
+  task.kd_scale = static_cast<float>(p.kd_scale());
+  task.kd_slope = static_cast<float>(p.alpha * p.kd_scale() / p.temperature);
+  const Term<double> unit = visit(p.divergence, [](const auto& functor) { return functor.unit(); });
+  task.value_unit = static_cast<float>(unit.value);
+  task.slope_unit = static_cast<float>(unit.slope);
+  task.label_smoothing = p.labels ? static_cast<float>(p.label_smoothing) : 0.0f;
+  task.z_loss = static_cast<float>(p.z_loss);
+  task.label_sum = label_sum_of(p);
+  // Where the label's exponentials are powers of the student's, its factor must be just that power.
+  task.label_factor = task.label_sum == LabelSum::separate
+                          ? static_cast<float>(kLog2E)
+                          : static_cast<float>(p.temperature) * task.student.factor;
+  task.inverse_temperature = static_cast<float>(1.0 / p.temperature);
+  task.extras = p.extras;
+  task.losses = p.reduce ? nullptr : static_cast<float*>(p.loss);
+  task.statistics = static_cast<float*>(p.statistics);
+  task.label_error = launch.label_error;
+  task.gradient = static_cast<char*>(p.gradient);
+  task.gradient_columns = p.gradient_columns;
+  return task;
+}
+
+void launch_stream(const Kernel& kernel, dim3 grid, int threads, Task& task, Split& split,
+                   const Launch& launch) {
+  void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &split};
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  check(cudaLaunchKernel(kernel.address, grid, threads, arguments, 0, stream), "cudaLaunchKernel",
+        launch.device);
+}
+
+void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
+  const DeviceLimits& limits = limits_of(launch.device);
+  const bool narrow = size_of(task.student.dtype) == 2 && size_of(task.teacher.dtype) == 2;
+  const Kernel kernel = visit(problem.divergence, [&](const auto& functor) {
+    return stream_kernel_of(general(functor), narrow ? 8 : 4);
+  });
+  int blocks_per_processor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel.address,
+                                                      kStreamThreads, 0),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", launch.device);
+  const StreamPolicy policy =
+      stream_policy({task.rows(), task.vocab,
+                     static_cast<int>(size_of(task.student.dtype) + size_of(task.teacher.dtype))},
+                    limits, blocks_per_processor);
+  Split split;
+  split.parts = policy.parts;
+  split.each = static_cast<int>(slice_columns(task.vocab, policy.parts) / 8);
+  const dim3 grid(static_cast<unsigned>(policy.blocks), static_cast<unsigned>(policy.parts));
+  if (policy.parts == 1) return launch_stream(kernel, grid, kStreamThreads, task, split, launch);
+  char* memory = static_cast<char*>(launch.workspace) + kWorkspaceHead;
+  split.observed = reinterpret_cast<Sums*>(memory);
+  split.evaluated = reinterpret_cast<Evaluated*>(split.observed + task.rows() * policy.parts);
+  for (const int step : {observe_step, evaluate_step, differentiate_step}) {
+    if (step == evaluate_step && is_closed(problem.divergence)) continue;
+    split.steps = step;
+    launch_stream(kernel, grid, kStreamThreads, task, split, launch);
+  }
+}
+
+// Whether vectors that start at 16-byte boundaries of the student's rows do so in the teacher's:
+// what bulk copies of both need.
+bool is_congruent(const Task& task) {
+  const Side &s = task.student, &t = task.teacher;
+  const int64_t s_size = size_of(s.dtype), t_size = size_of(t.dtype);
+  const auto differs = [&](int64_t s_bytes, int64_t t_bytes) {
+    return s_size == t_size ? (s_bytes - t_bytes) % 16 != 0
+                            : s_bytes % 16 != 0 || t_bytes % 16 != 0;
+  };
+  if (differs(reinterpret_cast<intptr_t>(s.data), reinterpret_cast<intptr_t>(t.data))) return false;
+  if (task.outer > 1 && differs(s.outer_stride * s_size, t.outer_stride * t_size)) return false;
+  return task.inner == 1 || !differs(s.inner_stride * s_size, t.inner_stride * t_size);
+}
+
+// Why no row-resident kernel can run the problem; null: one can, if the row fits.
+const char* why_not_resident(const Task& task, const DeviceLimits& limits) {
+  if (limits.architecture < 90) return "the device has no clusters (sm_90)";
+  if (task.student.column_stride != 1 || task.teacher.column_stride != 1) {
+    return "a column stride is not 1";
+  }
+  if (!is_congruent(task)) return "student and teacher rows are aligned differently";
+  return nullptr;
+}
+
+const char* why_not_registers(const Problem& problem, const Task& task) {
+  if (!is_closed(problem.divergence)) return "the divergence is not a KL";
+  if (task.student.dtype != task.teacher.dtype) return "the dtypes differ";
+  if (!problem.student.is_plain() || !problem.teacher.is_plain())
+    return "the logits are transformed";
+  if (task.extras || task.label_smoothing != 0.0f) return "label smoothing or extra outputs";
+  if (task.label_sum == LabelSum::separate) return "labels at a temperature other than 1, 2 or 4";
+  return task.is_single() ? "the vocabulary has one entry" : nullptr;
+}
+
+Kernel register_kernel_of(const Problem& problem, const Task& task) {
+  const bool reverse = problem.divergence.kind == DivergenceKind::reverse_kl;
+  if (task.student.dtype == DType::bfloat16) {
+    return register_kernel_of_bfloat16(reverse, task.label_sum);
+  }
+  if (task.student.dtype == DType::float16) {
+    return register_kernel_of_float16(reverse, task.label_sum);
+  }
+  return register_kernel_of_float32(reverse, task.label_sum);
+}
+
+// A launch of a row-resident kernel.
+struct Cluster {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Cluster(const ResidentPolicy& policy, int stage_bytes, const Launch& launch) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = policy.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(policy.cluster);
+    config.blockDim = dim3(policy.threads);
+    config.dynamicSmemBytes = policy.stages * stage_bytes;
+    config.stream = static_cast<cudaStream_t>(launch.stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  Cluster(const Cluster&) = delete;
+  Cluster& operator=(const Cluster&) = delete;
+};
+
+// The number of clusters that the device runs at once, asked once for each configuration; 0: none.
+int active_clusters(const Kernel& kernel, const Cluster& cluster, const Launch& launch) {
+  using Key = std::tuple<const void*, int, unsigned, unsigned, size_t>;
+  static std::mutex mutex;
+  static std::map<Key, int> known;
+  const auto& config = cluster.config;
+  const Key key{kernel.address, launch.device, config.gridDim.x, config.blockDim.x,
+                config.dynamicSmemBytes};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int count = 0;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel.address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveClusters(&count, kernel.address, &config);
+  }
+  // A size that the device refuses is one that it does not run.
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    count = 0;
+  }
+  return known[key] = count;
+}
+
+// The attribute is the kernel's, not the launch's: it only ever grows.
+void allow_shared_memory(const Kernel& kernel, const DeviceLimits& limits, int reserved,
+                         const Launch& launch) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!done.insert({kernel.address, launch.device}).second) return;
+  check(cudaFuncSetAttribute(kernel.address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             limits.shared_bytes - reserved),
+        "cudaFuncSetAttribute", launch.device);
+}
+
+// False: the rows do not fit, or no cluster of the size that they need can be scheduled.
+bool resident_rows(const Kernel& kernel, Task& task, const Launch& launch, int forced_cluster) {
+  const DeviceLimits& limits = limits_of(launch.device);
+  const int s_size = static_cast<int>(size_of(task.student.dtype));
+  const int t_size = static_cast<int>(size_of(task.teacher.dtype));
+  const RowShape shape{task.rows(), task.vocab, s_size + t_size};
+  allow_shared_memory(kernel, limits, kResidentScratchBytes, launch);
+  for (int largest = kMostClusterBlocks; largest >= 1; largest /= 2) {
+    const ResidentPolicy policy =
+        forced_cluster ? resident_policy(shape, limits, forced_cluster, kResidentScratchBytes)
+                       : best_resident_policy(shape, limits, largest, kResidentScratchBytes);
+    if (!policy.cluster) return false;
+    const int stage_bytes = static_cast<int>(policy.slice_columns) * shape.bytes;
+    Cluster cluster(policy, stage_bytes, launch);
+    const int64_t active = active_clusters(kernel, cluster, launch);
+    if (active == 0) {
+      if (forced_cluster) return false;
+      continue;
+    }
+    const int64_t clusters = active < task.rows() ? active : task.rows();
+    Stages stages{policy.stages,
+                  static_cast<int>(policy.slice_columns) * s_size,
+                  stage_bytes,
+                  policy.cluster,
+                  static_cast<int>(clusters),
+                  static_cast<int>(policy.slice_columns) / 8};
+    cluster.config.gridDim.x = static_cast<unsigned>(clusters * policy.cluster);
+    void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &stages};
+    check(cudaLaunchKernelExC(&cluster.config, kernel.address, arguments), "cudaLaunchKernelExC",
+          launch.device);
+    return true;
+  }
+  return false;
+}
+
+// KDKERNELS_CUDA_KERNEL and KDKERNELS_CUDA_CLUSTER name what the tests and measurements want.
+struct Forced {
+  std::string kernel;
+  int cluster = 0;
+
+  Forced() {
+    if (const char* name = getenv("KDKERNELS_CUDA_KERNEL")) kernel = name;
+    if (const char* blocks = getenv("KDKERNELS_CUDA_CLUSTER")) cluster = atoi(blocks);
+    if (!kernel.empty() && kernel != "stream" && kernel != "shared" && kernel != "registers") {
+      throw std::invalid_argument("KDKERNELS_CUDA_KERNEL='" + kernel +
+                                  "' is not one of stream, shared, registers");
+    }
+  }
+  bool allows(const char* name) const { return kernel.empty() || kernel == name; }
+  void refuse(const char* reason) const {
+    if (kernel.empty() && !cluster) return;
+    throw std::invalid_argument("KDKERNELS_CUDA_KERNEL='" + kernel +
+                                "' and KDKERNELS_CUDA_CLUSTER=" + std::to_string(cluster) +
+                                " cannot run this problem: " + reason);
+  }
+};
+
+void run_rows(const Problem& problem, Task& task, const Launch& launch) {
+  const Forced forced;
+  if (forced.kernel == "stream") return stream_rows(problem, task, launch);
+  const char* reason = why_not_resident(task, limits_of(launch.device));
+  if (!reason) {
+    const char* not_registers = why_not_registers(problem, task);
+    if (!not_registers && forced.allows("registers")) {
+      const Kernel kernel = register_kernel_of(problem, task);
+      if (resident_rows(kernel, task, launch, forced.cluster)) return;
+      reason = "the row does not fit";
+    } else if (forced.allows("shared")) {
+      const Kernel kernel = visit(problem.divergence, [](const auto& functor) {
+        return resident_kernel_of(general(functor));
+      });
+      if (resident_rows(kernel, task, launch, forced.cluster)) return;
+      reason = "the row does not fit";
+    } else {
+      reason = not_registers;
+    }
+  }
+  forced.refuse(reason);
+  stream_rows(problem, task, launch);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(int64_t rows) {
+  const int64_t slots = rows <= kSplitRows ? rows * kMostParts : 0;
+  return kWorkspaceHead + slots * static_cast<int64_t>(sizeof(Sums) + sizeof(Evaluated));
+}
+
+void run(const Problem& problem, const Launch& launch) {
+  const DeviceGuard guard(launch.device);
+  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
+  const int64_t rows = problem.rows();
+  Task task = make_task(problem, launch);
+  float* denominator = static_cast<float*>(launch.workspace);
+  if (!launch.num_items && problem.denominator == 0.0 && problem.labels) {
+    count_kernel<<<1, kFinishThreads, 0, stream>>>(problem.labels, problem.ignore_index, rows,
+                                                   denominator);
+    check(cudaGetLastError(), "count_kernel", launch.device);
+    task.denominator = denominator;
+  }
+  if (rows > 0) run_rows(problem, task, launch);
+  if (problem.reduce && problem.loss) {
+    sum_kernel<<<1, kFinishThreads, 0, stream>>>(task.statistics, rows, task.denominator,
+                                                 task.scale, static_cast<float*>(problem.loss));
+    check(cudaGetLastError(), "sum_kernel", launch.device);
+  }
+}
+
+void scale(const void* from, void* to, DType dtype, int64_t rows, int64_t columns,
+           const float* factor, int64_t factor_stride, const Launch& launch) {
+  if (rows == 0 || columns == 0) return;
+  const DeviceGuard guard(launch.device);
+  Scaling job{static_cast<const char*>(from),
+              static_cast<char*>(to),
+              dtype,
+              rows,
+              columns,
+              factor,
+              factor_stride};
+  // One factor: the whole gradient is one row.
+  if (factor_stride == 0) job.columns *= job.rows, job.rows = 1;
+  const int64_t vectors = (job.columns * size_of(dtype) + 15) / 16 / 512 + 1;
+  const int64_t wide = 8 * limits_of(launch.device).processors;
+  const dim3 grid(static_cast<unsigned>(vectors < wide ? vectors : wide),
+                  static_cast<unsigned>(job.rows < 65535 ? job.rows : 65535));
+  scale_kernel<<<grid, 512, 0, static_cast<cudaStream_t>(launch.stream)>>>(job);
+  check(cudaGetLastError(), "scale_kernel", launch.device);
+}
+
+std::string why_not(int device) {
+  int driver = 0, runtime = 0, devices = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  const auto version = [](int v) {
+    return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+  };
+  if (driver == 0) return "there is no CUDA driver";
+  // Within a major version the runtime runs on every driver.
+  if (driver / 1000 < runtime / 1000) {
+    return "the driver supports CUDA " + version(driver) + " but the kernels were built with " +
+           version(runtime);
+  }
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("CUDA does not start: ") + cudaGetErrorString(status);
+  }
+  if (device >= devices) return "there is no device cuda:" + std::to_string(device);
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t built = cudaFuncGetAttributes(&attributes, (const void*)count_kernel);
+  if (built == cudaSuccess) return "";
+  cudaGetLastError();
+  return "the kernels were built for " KDKERNELS_CUDA_ARCHS ", cuda:" + std::to_string(device) +
+         " is sm_" + std::to_string(limits_of(device).architecture) + " (" +
+         cudaGetErrorString(built) + ")";
+}
+
+std::string description() {
+  return "CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+         std::to_string(CUDART_VERSION % 1000 / 10) + " for " KDKERNELS_CUDA_ARCHS;
+}
+
+}  // namespace kd::cuda

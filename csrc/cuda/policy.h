@@ -1,0 +1,123 @@
+// Launch numbers, each with the arithmetic behind it.
+#pragma once
+
+#include <stdint.h>
+
+namespace kd::cuda {
+
+struct DeviceLimits {
+  int processors = 0;
+  int architecture = 0;  // 90 for sm_90
+  int shared_bytes = 0;  // a block's, after opting in
+  int cache_bytes = 0;   // second level
+};
+
+struct RowShape {
+  int64_t rows;
+  int64_t vocab;
+  int bytes;  // student and teacher, one element of each
+};
+
+// The denominator, and space to the next aligned slot.
+constexpr int64_t kWorkspaceHead = 64;
+// Rows are split where there are at most this many: with more, one block per row fills the device.
+constexpr int64_t kSplitRows = 64;
+// A warp sums the parts of a row, one a lane.
+constexpr int kMostParts = 32;
+// Columns that are worth a block of their own: at 256 threads one vector of 8 each.
+constexpr int64_t kLeastColumns = 2048;
+
+constexpr int kStreamThreads = 256;
+
+constexpr int kResidentThreads = 512;
+constexpr int kMostStages = 3;
+constexpr int kMostClusterBlocks = 16;
+// A thread keeps this many exponentials of each model in registers: 64 of its 128.
+constexpr int kColumnsPerThread = 32;
+// The register kernel on sm_120, whose code needs a few registers more: 170 each instead of 128. A
+// stage of theirs is 48 KB in bfloat16, of the 94 that a block can have.
+constexpr int kResidentThreadsOfSm120 = 384;
+// Barriers and exchanged sums: sizeof(ResidentScratch), checked there.
+constexpr int kResidentScratchBytes = 5120;
+struct StreamPolicy {
+  int64_t blocks;
+  int parts;
+};
+
+// Few rows: as many parts as give every processor two blocks. Otherwise a persistent grid, whose
+// rows in flight fit in 40 % of the second-level cache (each of its two partitions may hold a copy)
+// so that the second sweep finds them there; but never fewer blocks than processors, since idle
+// ones cost more than what a miss re-reads.
+inline StreamPolicy stream_policy(const RowShape& shape, const DeviceLimits& limits,
+                                  int blocks_per_processor) {
+  const int64_t processors = limits.processors;
+  if (shape.rows <= kSplitRows && 2 * shape.rows < processors) {
+    int64_t parts = (2 * processors + shape.rows - 1) / shape.rows;
+    const int64_t useful = shape.vocab / kLeastColumns;
+    if (parts > useful) parts = useful;
+    if (parts > kMostParts) parts = kMostParts;
+    if (parts > 1) return {shape.rows, static_cast<int>(parts)};
+  }
+  const int64_t resident = processors * (blocks_per_processor > 0 ? blocks_per_processor : 1);
+  const int64_t cached = limits.cache_bytes * int64_t{2} / 5 / (shape.vocab * shape.bytes);
+  int64_t blocks = cached > processors ? cached : processors;
+  if (blocks > resident) blocks = resident;
+  return {blocks < shape.rows ? blocks : shape.rows, 1};
+}
+
+struct ResidentPolicy {
+  int cluster = 0;  // blocks a row; 0: the row does not fit
+  int threads = 0;
+  int stages = 0;
+  int64_t slice_columns = 0;  // a block's share, in whole units of 8
+};
+
+// A row starts up to 7 columns into its first unit.
+inline int64_t slice_columns(int64_t vocab, int cluster) {
+  const int64_t units = (vocab + 14) / 8;
+  return (units + cluster - 1) / cluster * 8;
+}
+
+// One cluster size. A thread has up to 32 columns, so small slices take small blocks, of which
+// several share a processor: hence the share of shared memory by threads. `reserved` is the
+// kernel's static shared memory.
+inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits& limits,
+                                      int cluster, int reserved) {
+  ResidentPolicy policy;
+  const int64_t columns = slice_columns(shape.vocab, cluster);
+  const int64_t most_threads =
+      limits.architecture >= 120 ? kResidentThreadsOfSm120 : kResidentThreads;
+  if (columns > kColumnsPerThread * most_threads) return policy;
+  const int64_t threads = (columns + kColumnsPerThread * 32 - 1) / (kColumnsPerThread * 32) * 32;
+  const int64_t available = limits.shared_bytes - reserved;
+  const int64_t stage = columns * shape.bytes;
+  if (stage > available) return policy;
+  const int64_t share = available * threads / most_threads;
+  int64_t stages = share / stage;
+  // Never less than two where the processor has room for them: a single stage loads nothing ahead.
+  if (stages < 2) stages = available / stage < 2 ? 1 : 2;
+  policy.cluster = cluster;
+  policy.threads = static_cast<int>(threads);
+  policy.stages = static_cast<int>(stages < kMostStages ? stages : kMostStages);
+  policy.slice_columns = columns;
+  return policy;
+}
+
+// The smallest cluster with three stages; failing that, the one with the most. In bfloat16: 1 block
+// to V = 16k (64 KB a stage), 2 to 32k, 4 to 64k, 8 to 128k, 16 to 256k. float32 has half of that
+// with three stages; 256k takes 16 blocks of one stage of 128 KB. With few rows larger clusters
+// spread them over idle processors, as long as a block keeps kLeastColumns.
+inline ResidentPolicy best_resident_policy(const RowShape& shape, const DeviceLimits& limits,
+                                           int largest_cluster, int reserved) {
+  ResidentPolicy best;
+  for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
+    const ResidentPolicy policy = resident_policy(shape, limits, cluster, reserved);
+    if (!policy.cluster) continue;
+    const bool idle = shape.rows * cluster <= limits.processors &&
+                      slice_columns(shape.vocab, cluster) >= kLeastColumns;
+    if (policy.stages > best.stages || idle) best = policy;
+  }
+  return best;
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,102 @@
+// What a kernel receives: a Problem as float32 numbers, with everything per call worked out.
+#pragma once
+
+#include "../problem.h"
+
+namespace kd::cuda {
+
+// Logits [outer, inner, vocab] of one model. `factor` makes an exponent of a transformed logit:
+// 2^(factor z) = e^(z / T). All of a row's exponents use the same rounded factor, so its rounding
+// is a relative change of T by 2^-25 and nothing else.
+struct Side {
+  const char* data;
+  const char *begin, *end;  // the memory that the tensor's rows span
+  int64_t outer_stride, inner_stride, column_stride;
+  DType dtype;
+  float factor;
+  float scale, softcap;
+};
+
+// How the exponentials at T = 1 come about.
+enum class LabelSum : int {
+  none = 0,      // nothing needs them
+  student = 1,   // T = 1: they are the student's
+  square = 2,    // T = 2: the student's, squared
+  fourth = 4,    // T = 4
+  separate = 3,  // another exponential per element
+};
+
+struct Task {
+  Side student, teacher;
+  int64_t outer, inner;
+  int vocab;
+
+  const int64_t* labels;  // [rows], or null
+  int64_t ignore_index;
+  const float* row_weights;  // [rows], or null
+  const float* grad_output;
+  int64_t grad_output_stride;
+  const float* denominator;  // on the device; null = scale is known already
+  float scale;               // 1 / denominator
+
+  float alpha, ce_weight, kd_scale;
+  float kd_slope;                // alpha kd_scale / T
+  float value_unit, slope_unit;  // of the functor's terms
+  float label_smoothing, z_loss;
+  LabelSum label_sum;
+  float label_factor;  // as Side::factor, at T = 1
+  bool extras;
+  float inverse_temperature;
+
+  float* losses;      // [rows] for reduction "none", or null
+  float* statistics;  // [10, rows], or null
+  int* label_error;   // set to 1 if a label is out of range; may be null
+  char* gradient;     // [rows, gradient_columns] in the student's dtype, or null
+  int64_t gradient_columns;
+
+  KD_INLINE int64_t rows() const { return outer * inner; }
+  // A single entry has probability 1 whatever its logit: it is replaced by 0, so that every
+  // exponent is exactly 0, and kept for the log-sum-exps as the row's top.
+  KD_INLINE bool is_single() const { return vocab == 1; }
+  KD_INLINE const char* row_of(const Side& side, int64_t row) const {
+    // The general case costs a division of 64 bits.
+    const int64_t offset = outer == 1
+                               ? row * side.inner_stride
+                               : row / inner * side.outer_stride + row % inner * side.inner_stride;
+    return side.data + offset * size_of(side.dtype);
+  }
+  KD_INLINE char* gradient_row(int64_t row) const {
+    return gradient + row * gradient_columns * size_of(student.dtype);
+  }
+};
+
+// What blocks tell each other about a row: sums of powers of two, each relative to 2^reference.
+// References are whole numbers, so moving one multiplies by an exact power of two.
+struct alignas(16) Sums {
+  float student_reference, teacher_reference, label_reference;
+  float student, teacher, label;
+  float gap;                             // sum of w (u_t - u_s): see observe_vector
+  float student_moment, teacher_moment;  // sums of e u, for the entropies
+  float logits;                          // sum of the student's logits, for label smoothing
+  float student_top, teacher_top;
+  int student_at, teacher_at;
+  float label_logit;
+  float padding;
+};
+
+struct Evaluated {
+  float value, slope;
+};
+
+// A row whose vocabulary is split between `parts` blocks needs the steps as separate launches.
+enum Steps : int { observe_step = 1, evaluate_step = 2, differentiate_step = 4, all_steps = 7 };
+
+struct Split {
+  int parts = 1;
+  int each = 0;  // units of 8 columns that a part has at most
+  int steps = all_steps;
+  Sums* observed = nullptr;        // [rows, parts]
+  Evaluated* evaluated = nullptr;  // [rows, parts]
+};
+
+}  // namespace kd::cuda

@@ -1,0 +1,197 @@
+"""The CUDA backend: C++ kernels in ``kdkernels._native``, on the caller's device and stream.
+
+Everything is enqueued; nothing waits for the device, so CUDA graphs capture it. The native module
+receives addresses, strides and the stream's handle, and allocates nothing.
+
+A label outside the vocabulary (other than ``ignore_index``) cannot raise without a synchronisation:
+it makes that row's loss and gradient NaN, and sets :func:`label_error` of the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import LOGIT_DTYPES, STATISTICS, Problem, RowLayout, row_layout
+from .base import Backend, Result, empty_gradient
+
+_UNAVAILABLE: str | None = None
+_DIVERGENCES: frozenset[str] = frozenset()
+try:
+    _native: Any = importlib.import_module("kdkernels._native")
+    _DIVERGENCES = frozenset(_native.divergence_names())
+    if not hasattr(_native, "cuda_kd_loss"):
+        _UNAVAILABLE = "the native module was built without the CUDA kernels (KDKERNELS_CUDA)"
+except ImportError as error:  # a pure Python install, or a build for another Python
+    _UNAVAILABLE = f"the native module was not built ({error})"
+
+_device_refusals: dict[int, str] = {}
+_label_errors: dict[torch.device, Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def _device_refusal(index: int) -> str:
+    """Why no kernel of this build can run on this device; empty: they can. Asked once a device."""
+    if index not in _device_refusals:
+        _device_refusals[index] = _native.cuda_why_not(index)
+    return _device_refusals[index]
+
+
+def label_error(device: torch.device | str | int) -> Tensor:
+    """int32 [1] on the device: 1 after any label there was out of range. ``zero_()`` resets it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _label_errors:
+        _label_errors[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _label_errors[device]
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    device_type = "cuda"  # the simulated tests pretend that it is another
+
+    def unavailable(self) -> list[str]:
+        if _UNAVAILABLE is not None:
+            return [_UNAVAILABLE]
+        if torch.version.cuda is None:
+            return ["this torch was built without CUDA"]
+        return [] if torch.cuda.is_available() else ["torch.cuda.is_available() is False"]
+
+    def why_not(self, problem: Problem) -> list[str]:
+        device = problem.student.device
+        if device.type != self.device_type:
+            return [f"it runs on {self.device_type} tensors, not on {device.type}"]
+        reasons = []
+        refusal = _device_refusal(device.index or 0)
+        if refusal:
+            reasons.append(refusal)
+        for name, logits in (("student", problem.student), ("teacher", problem.teacher)):
+            if logits.dtype == torch.float64:
+                reasons.append(f"it has no kernel for float64 ({name})")
+        if problem.options.divergence not in _DIVERGENCES:
+            reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
+        if problem.vocab > 1 << 30:
+            reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
+        return reasons
+
+    def forward(
+        self,
+        problem: Problem,
+        *,
+        want_gradient: bool,
+        extras: bool,
+        gradient_out: Tensor | None = None,
+    ) -> Result:
+        student, shape = problem.student, problem.leading_shape
+        reduce = problem.options.reduction != "none"
+        loss = student.new_empty(() if reduce else shape, dtype=torch.float32)
+        statistics = student.new_empty((len(STATISTICS), *shape), dtype=torch.float32)
+        gradient = gradient_out
+        if gradient is None and want_gradient:
+            gradient = empty_gradient(student)
+        _run(problem, loss, statistics, gradient, None, extras)
+        return Result(loss, statistics, gradient)
+
+    def backward(
+        self,
+        problem: Problem,
+        statistics: Tensor,
+        grad_output: Tensor,
+        *,
+        gradient_out: Tensor | None = None,
+    ) -> Tensor:
+        gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
+        _run(problem, None, None, gradient, grad_output, extras=False)
+        return gradient
+
+    def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
+        if not gradient.is_contiguous():
+            return super().scale_gradient(gradient, grad_output, overwrite=overwrite)
+        out = gradient if overwrite else torch.empty_like(gradient)
+        factor = grad_output.to(torch.float32).contiguous()
+        columns = gradient.shape[-1]
+        _native.cuda_scale_gradient(
+            _pointer(gradient),
+            _pointer(out),
+            LOGIT_DTYPES[gradient.dtype],
+            gradient.numel() // max(columns, 1),
+            columns,
+            _pointer(factor),
+            0 if factor.ndim == 0 else 1,
+            _launch(gradient, None),
+        )
+        return out
+
+
+def _run(
+    problem: Problem,
+    loss: Tensor | None,
+    statistics: Tensor | None,
+    gradient: Tensor | None,
+    grad_output: Tensor | None,
+    extras: bool,
+) -> None:
+    """Enqueue the whole problem; what it needs lives until the stream has passed it."""
+    options, rows = problem.options, problem.rows
+    layout = row_layout(problem.student, problem.teacher)
+    if grad_output is not None:
+        grad_output = grad_output.to(torch.float32).contiguous()
+    workspace = problem.student.new_empty(_native.cuda_workspace_bytes(rows), dtype=torch.uint8)
+    num_items = problem.num_items if options.reduction == "mean" else None
+    denominator = options.denominator if options.reduction == "mean" else 1.0
+    _native.cuda_kd_loss(
+        _logits(layout, 0, options.student_scale, options.student_softcap),
+        _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
+        (layout.outer, layout.inner, problem.vocab, problem.student.shape[-1]),
+        (
+            _pointer(problem.labels),
+            options.ignore_index,
+            _pointer(problem.token_weights),
+            _pointer(grad_output),
+            0 if grad_output is None or grad_output.ndim == 0 else 1,
+            _pointer(num_items),
+        ),
+        (
+            options.temperature,
+            options.temperature_squared,
+            options.alpha,
+            options.label_smoothing,
+            options.z_loss,
+            denominator,
+        ),
+        (options.divergence, tuple(options.parameters)),
+        (
+            _pointer(loss),
+            options.reduction != "none",
+            _pointer(statistics),
+            extras,
+            _pointer(gradient),
+        ),
+        _launch(problem.student, workspace),
+    )
+
+
+def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tuple[Any, ...]:
+    tensor = layout.tensors[which]
+    return (
+        tensor.data_ptr(),
+        LOGIT_DTYPES[tensor.dtype],
+        layout.strides[which],
+        scale,
+        softcap,
+    )
+
+
+def _launch(on: Tensor, workspace: Tensor | None) -> tuple[int, int, int, int]:
+    """(device, the caller's stream, workspace, flag for labels out of range)."""
+    device = on.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return device.index, stream, _pointer(workspace), label_error(device).data_ptr()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,162 @@
+"""The CUDA backend on CPU tensors: its real launcher and PTX, run by the emulator ptxsim.
+
+What this proves: the kernels compute the right numbers, touch only the memory they were given, have
+no race in shared or global memory, and move as many bytes as counted. test_cuda_machine_code.py
+proves registers and spilling. What only a device can prove: speed, and that clusters are scheduled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def folder() -> Path:
+    """Of ptxsim: KDKERNELS_PTXSIM, or ``../shared/ptxsim`` beside the checkout."""
+    chosen = os.environ.get("KDKERNELS_PTXSIM")
+    return Path(chosen) if chosen else ROOT.parent / "shared" / "ptxsim"
+
+
+def why_no_ptxsim() -> str | None:
+    """Why no PTX can be executed here, or None."""
+    if (folder() / "sim.py").exists():
+        return None
+    return f"ptxsim is not at {folder()} (KDKERNELS_PTXSIM names its folder)"
+
+
+def why_no_nvcc() -> str | None:
+    """Why no CUDA source can be compiled here, or None."""
+    if os.environ.get("NVCC") or os.environ.get("CUDA_HOME") or shutil.which("nvcc"):
+        return None
+    return "nvcc was not found"
+
+
+def _import(name: str) -> Any:
+    sys.path.insert(0, str(folder().parent))
+    try:
+        return importlib.import_module(f"{folder().name}{name}")
+    finally:
+        sys.path.pop(0)
+
+
+@functools.cache
+def ptxsim() -> Any:
+    return _import("")
+
+
+@functools.cache
+def fake() -> Any:
+    """The stand-in CUDA runtime of ptxsim."""
+    module = _import(".fake")
+    module.runtime()
+    return module
+
+
+#: Of test files that run the CUDA kernels.
+needs_simulator = pytest.mark.skipif(
+    bool(why_no_nvcc() or why_no_ptxsim()), reason=str(why_no_nvcc() or why_no_ptxsim())
+)
+
+
+@functools.cache
+def native() -> Any:
+    """The native module with the shared CUDA runtime and PTX, built beside the ordinary one."""
+    target = ROOT / "build" / "simulate"
+    options = {"KDKERNELS_CUDA": "1", "KDKERNELS_CUDART": "shared", "KDKERNELS_CUDA_ARCHS": "90"}
+    call = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]
+    call += ["--build-temp", str(target / "objects")]
+    done = subprocess.run(
+        call, cwd=ROOT, env=os.environ | options, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.fail(f"the simulated build fails:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    fake()  # first: the module needs the stand-in's libcudart
+    path = next((target / "kdkernels").glob("_native*.so"))
+    spec = importlib.util.spec_from_file_location("kdkernels_simulated._native", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Recorder:
+    """Stands in for the native module: registers what the backend hands over, keeps the counts."""
+
+    def __init__(self, seed: int) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.launches: list[Any] = []
+        self.seed = seed
+        self.label_error: Tensor | None = None
+
+    def note(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.numel():
+            self.tensors.setdefault(f"{name}{len(self.tensors)}", tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(native(), name)
+        if name not in ("cuda_kd_loss", "cuda_scale_gradient"):
+            return function
+
+        def run(*arguments: Any) -> Any:
+            with fake().Session(options={"seed": self.seed}, **self.tensors) as session:
+                result = function(*arguments)
+            self.launches += session.stats
+            self.tensors.clear()
+            return result
+
+        return run
+
+
+@contextmanager
+def simulated(seed: int = 0) -> Iterator[Recorder]:
+    """Within it the CUDA backend takes CPU tensors; yields the launches with their counts.
+
+    Every error that ptxsim reports (out of bounds, race, ...) raises.
+    """
+    import torch
+
+    from kdkernels.backends import BACKENDS, cuda
+
+    recorder = Recorder(seed)
+    error = torch.zeros(1, dtype=torch.int32)
+    backend = BACKENDS["cuda"]
+    patch = pytest.MonkeyPatch()
+    pointer, logits = cuda._pointer, cuda._logits
+
+    def noted_pointer(tensor: Tensor | None) -> int:
+        recorder.note("tensor", tensor)
+        return pointer(tensor)
+
+    def noted_logits(layout: Any, which: int, *rest: float) -> Any:
+        recorder.note("student" if which == 0 else "teacher", layout.tensors[which])
+        return logits(layout, which, *rest)
+
+    def launch(on: Tensor, workspace: Tensor | None) -> tuple[int, int, int, int]:
+        return 0, 0, noted_pointer(workspace), noted_pointer(error)
+
+    recorder.label_error = error
+    patch.setattr(cuda, "_native", recorder, raising=False)
+    patch.setattr(cuda, "_DIVERGENCES", frozenset(native().divergence_names()))
+    patch.setattr(cuda, "_pointer", noted_pointer)
+    patch.setattr(cuda, "_logits", noted_logits)
+    patch.setattr(cuda, "_launch", launch)
+    patch.setattr(type(backend), "unavailable", lambda self: [])
+    patch.setattr(type(backend), "device_type", "cpu")
+    try:
+        yield recorder
+    finally:
+        patch.undo()

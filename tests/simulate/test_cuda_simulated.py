@@ -1,0 +1,275 @@
+"""The CUDA kernels in the emulator, through the real host launcher: numbers, races, bounds, bytes.
+
+Each run raises on any access outside the tensors, any data race and any missing wait; the tests add
+what the numbers have to be. See simulator.py for what only a device can prove.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cases
+import pytest
+import simulator
+import test_matrix
+import torch
+
+from kdkernels.problem import STATISTICS, Problem, row_scale
+
+pytestmark = simulator.needs_simulator
+
+each_case = pytest.mark.parametrize(
+    "number", range(len(test_matrix.CASES)), ids=lambda n: str(test_matrix.CASES[n])
+)
+each_cluster = pytest.mark.parametrize("cluster", (1, 2, 4, 8, 16))
+each_kernel = pytest.mark.parametrize("kernel", ("registers", "shared", "stream"))
+
+
+def force(monkeypatch: pytest.MonkeyPatch, kernel: str, cluster: int = 0) -> None:
+    monkeypatch.setenv("KDKERNELS_CUDA_KERNEL", kernel)
+    if cluster:
+        monkeypatch.setenv("KDKERNELS_CUDA_CLUSTER", str(cluster))
+
+
+def assert_right(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, **options: Any
+) -> simulator.Recorder:
+    spec = cases.Spec(options.pop("divergence", "forward_kl"), options.pop("parameters", ()))
+    options = {"alpha": None, "temperature": 1.0, **options}
+    standard = cases.standard(student, teacher, labels, spec, **options)
+    with simulator.simulated() as recorder:
+        measured = cases.evaluate(
+            student, teacher, labels, backend="cuda", **options, **spec.arguments
+        )
+    cases.assert_accurate(measured, standard)
+    return recorder
+
+
+@each_case
+def test_loss_and_gradient_are_as_accurate_as_eager(number: int) -> None:
+    with simulator.simulated(seed=number):
+        test_matrix.test_loss_and_gradient_are_as_accurate_as_eager(number, "cuda", "cpu")
+
+
+@each_case
+def test_every_output_equals_the_oracles(number: int) -> None:
+    with simulator.simulated(seed=number):
+        test_matrix.test_every_output_equals_the_oracles(number, "cuda", "cpu")
+
+
+@each_cluster
+@pytest.mark.parametrize("kernel", ("registers", "shared"))
+@cases.each_dtype
+@pytest.mark.parametrize("vocab", (9, 1000, 4099))
+def test_every_cluster_size(
+    kernel: str, cluster: int, dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of every alignment; more rows than the largest clusters, so that stages are reused."""
+    force(monkeypatch, kernel, cluster)
+    student, teacher = cases.pair((20, vocab), dtype, seed=vocab)
+    labels = cases.labels_for((20,), vocab, seed=vocab)
+    for options in ({"temperature": 2.0, "alpha": 0.3}, {"divergence": "reverse_kl"}):
+        assert_right(student, teacher, labels, **options)
+
+
+@each_cluster
+@cases.each_name
+def test_every_divergence_in_clusters(
+    spec: cases.Spec, cluster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, "shared", cluster)
+    student, teacher = cases.pair((9, 512), torch.bfloat16, torch.float32, seed=3)
+    assert_right(student, teacher, None, divergence=spec.name, parameters=spec.parameters)
+
+
+@pytest.mark.parametrize("vocab", (32000, 50257, 128256, 151936, 256000))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_traffic_of_real_vocabularies(vocab: int, dtype: torch.dtype) -> None:
+    """Read once, written once: 3 units, and at most 64 bytes a row and tensor beside."""
+    rows, size = 2, dtype.itemsize
+    student, teacher = cases.pair((rows, vocab), dtype, seed=1)
+    labels = cases.labels_for((rows,), vocab, ignored=0.0)
+    for temperature in (1.0, 2.0):
+        recorder = assert_right(student, teacher, labels, temperature=temperature)
+        (main,) = (s for s in recorder.launches if "register_kernel" in s.kernel)
+        for name in ("student", "teacher"):
+            (read,) = (b["load_bytes"] for k, b in main.buffers.items() if k.startswith(name))
+            assert rows * vocab * size <= read <= rows * (vocab * size + 64)
+        written = sum(b["store_bytes"] for b in main.buffers.values())
+        assert written == rows * (vocab * size + 4 * len(STATISTICS))
+        assert main.mufu / (rows * vocab) <= 3.0
+        assert main.d["local_bytes"] == 0 if "local_bytes" in main.d else True
+
+
+@each_kernel
+def test_hostile_rows(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRACT.md, section 3: rows 1 to 6."""
+    force(monkeypatch, kernel)
+    vocab, inf, nan = 1031, math.inf, math.nan
+    student, teacher = cases.pair((9, vocab), torch.float32)
+    labels = cases.labels_for((9,), vocab, ignored=0.0)
+    labels[8] = -100
+    teacher[0, 17] = -inf
+    student[1, 900:], teacher[1, 900:] = -inf, -inf
+    labels[1] = 5
+    student[2, 3] = -inf  # and the teacher is not
+    student[3, 7], student[4, 9], student[5] = nan, inf, -inf
+    teacher[6, 4] = nan
+    student[7, :1000] = -inf
+    teacher[7, :1000] = -inf
+    labels[7] = 1001
+    student[8], teacher[8, 5], teacher[8, 6] = nan, inf, 3e38
+    options: dict[str, Any] = {"alpha": 0.4, "reduction": "none", "gradient": "forward"}
+    with simulator.simulated():
+        loss, gradient = cases.evaluate(student, teacher, labels, backend="cuda", **options)
+    for row in (0, 1, 7):
+        want = cases.oracle(
+            student[row : row + 1], teacher[row : row + 1], labels[row : row + 1], **options
+        )
+        torch.testing.assert_close(loss[row].double(), want.loss[0], rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(gradient[row].double(), want.gradient[0], rtol=1e-5, atol=1e-8)
+    assert loss[2] == inf and gradient[2].isfinite().all()
+    assert loss[3:7].isnan().all() and gradient[3:7].isnan().all()
+    assert loss[8] == 0 and (gradient[8] == 0).all()
+    assert (gradient[1, 900:] == 0).all() and (gradient[7, :1000] == 0).all()
+
+
+@each_kernel
+@pytest.mark.parametrize("label", (-1, 257, 2**40))
+def test_labels_out_of_range_spoil_their_row_and_set_the_flag(
+    kernel: str, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, kernel)
+    student, teacher = cases.pair((3, 257), torch.bfloat16)
+    labels = torch.tensor([4, label, -100])
+    with simulator.simulated() as recorder:
+        loss, gradient = cases.evaluate(
+            student, teacher, labels, backend="cuda", reduction="none", gradient="forward"
+        )
+    assert recorder.label_error.item() == 1
+    assert loss[1].isnan() and gradient[1].isnan().all()
+    assert loss[0].isfinite() and gradient[0].isfinite().all()
+    assert loss[2] == 0 and (gradient[2] == 0).all()
+
+
+@each_kernel
+def test_a_student_that_is_its_teacher_gets_exactly_nothing(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, kernel)
+    student, _ = cases.pair((4, 2003), torch.bfloat16)
+    for divergence in ("forward_kl", "reverse_kl"):
+        with simulator.simulated():
+            loss, gradient = cases.evaluate(
+                student, student, None, backend="cuda", temperature=2.0, divergence=divergence
+            )
+        assert loss == 0 and (gradient == 0).all()
+
+
+@each_kernel
+def test_distributions_that_almost_agree_keep_their_digits(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed form cancels there; the entries are summed anew."""
+    force(monkeypatch, kernel)
+    student, noise = cases.pair((3, 1501))
+    for divergence in ("forward_kl", "reverse_kl"):
+        options = {"divergence": divergence, "temperature": 3.0 if kernel != "registers" else 2.0}
+        teacher = student + 1e-3 * noise
+        with simulator.simulated():
+            loss, _ = cases.evaluate(student, teacher, None, backend="cuda", **options)
+        want = cases.oracle(student, teacher, None, **options).loss
+        torch.testing.assert_close(loss.double(), want, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("layout", ("odd offset", "stride 2", "shifted", "transposed", "padded"))
+def test_layouts(layout: str) -> None:
+    """Rows that no bulk copy can fetch, or whose two tensors are aligned differently."""
+    vocab = 777
+    student, teacher = cases.pair((2, 6, 2 * vocab + 9), torch.bfloat16)
+    if layout == "odd offset":
+        student, teacher = student[..., 3 : vocab + 3], teacher[..., 2 : vocab + 2]
+    elif layout == "stride 2":
+        student, teacher = student[..., : 2 * vocab : 2], teacher[..., :vocab]
+    elif layout == "shifted":
+        student, teacher = student[:, :-1, :vocab], teacher[:, :-1, :vocab]
+    elif layout == "transposed":
+        student, teacher = (
+            student[..., :vocab].transpose(0, 1),
+            teacher[..., :vocab].transpose(0, 1),
+        )
+    else:
+        student = student[..., :vocab].contiguous()
+        teacher = teacher[..., : vocab + 10].contiguous()[..., :vocab]
+    labels = cases.labels_for(tuple(student.shape[:-1]), vocab)
+    assert_right(student, teacher, labels, alpha=0.5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("per_row", (False, True))
+def test_stored_gradients_are_scaled_on_the_device(dtype: torch.dtype, per_row: bool) -> None:
+    from kdkernels.backends import BACKENDS
+
+    gradient = cases.logits((5, 333), dtype)
+    factor = torch.tensor([2.0, 1.0, 0.0, -0.5, 3.0]) if per_row else torch.tensor(0.25)
+    want = (gradient.float() * (factor[:, None] if per_row else factor)).to(dtype)
+    for overwrite in (False, True):
+        with simulator.simulated():
+            scaled = BACKENDS["cuda"].scale_gradient(gradient.clone(), factor, overwrite=overwrite)
+        assert torch.equal(scaled, want)
+
+
+def test_a_factor_of_1_leaves_the_gradient_unread() -> None:
+    from kdkernels.backends import BACKENDS
+
+    gradient = cases.logits((5, 333), torch.bfloat16)
+    with simulator.simulated() as recorder:
+        BACKENDS["cuda"].scale_gradient(gradient, torch.tensor(1.0), overwrite=True)
+    (scale,) = recorder.launches
+    assert sum(b["store_bytes"] for b in scale.buffers.values()) == 0
+    assert max(b["unique_read_bytes"] for k, b in scale.buffers.items() if "param" not in k) <= 4
+
+
+def test_the_gradient_may_take_the_students_memory() -> None:
+    from kdkernels.backends import BACKENDS
+    from kdkernels.problem import Options
+
+    for kernel_rows in (3, 80):
+        student, teacher = cases.pair((kernel_rows, 2048), torch.bfloat16)
+        labels = cases.labels_for((kernel_rows,), 2048)
+        problem = Problem(student, teacher, labels, None, None, Options(alpha=0.5))
+        want = cases.oracle(student, teacher, labels, alpha=0.5)
+        with simulator.simulated():
+            result = BACKENDS["cuda"].forward(
+                problem, want_gradient=True, extras=False, gradient_out=student
+            )
+        assert result.gradient is student
+        torch.testing.assert_close(result.loss.double(), want.loss, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(student.double(), want.gradient, rtol=5e-3, atol=1e-7)
+        assert isinstance(row_scale(problem), torch.Tensor)
+
+
+def test_runs_give_the_same_bits_whatever_the_schedule() -> None:
+    student, teacher = cases.pair((40, 3001), torch.bfloat16)
+    labels = cases.labels_for((40,), 3001)
+    results = []
+    for seed in (0, 7):
+        with simulator.simulated(seed=seed):
+            results.append(cases.evaluate(student, teacher, labels, backend="cuda", alpha=0.5))
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert torch.equal(results[0].gradient, results[1].gradient)
+
+
+def test_no_rows() -> None:
+    student, teacher = cases.pair((0, 17))
+    with simulator.simulated():
+        loss, gradient = cases.evaluate(student, teacher, None, backend="cuda", reduction="sum")
+    assert loss == 0 and gradient.shape == (0, 17)
+
+
+def test_a_forced_kernel_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "registers")
+    student, teacher = cases.pair((2, 64))
+    with simulator.simulated(), pytest.raises(ValueError, match="the divergence is not a KL"):
+        cases.evaluate(student, teacher, None, backend="cuda", divergence="jsd")
