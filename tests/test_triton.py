@@ -72,8 +72,12 @@ def test_the_package_imports_without_triton() -> None:
     assert "Triton cannot be imported" in run.stdout
 
 
-def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, kdkernels, kdkernels.cli; assert 'triton' not in sys.modules"
+def test_importing_the_package_does_not_import_the_kernels() -> None:
+    """(Parts of torch import Triton by themselves where it is installed.)"""
+    code = (
+        "import sys, kdkernels, kdkernels.cli\n"
+        "assert 'kdkernels.backends.triton.launch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

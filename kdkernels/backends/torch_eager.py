@@ -74,10 +74,10 @@ class _Chunk:
         )
         self.student = transformed(student, options.student_scale, options.student_softcap)
         teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
-        self.log_q = torch.log_softmax(self.student / options.temperature, -1)
-        self.log_p = torch.log_softmax(teacher / options.temperature, -1)
-        self.student_lse = torch.logsumexp(self.student / options.temperature, -1)
-        self.teacher_lse = torch.logsumexp(teacher / options.temperature, -1)
+        student_z, teacher_z = self.student / options.temperature, teacher / options.temperature
+        self.student_lse = torch.logsumexp(student_z, -1)
+        self.teacher_lse = torch.logsumexp(teacher_z, -1)
+        self.log_q, self.log_p = log_softmax(student_z), log_softmax(teacher_z)
         self.label_lse = torch.logsumexp(self.student, -1)
         self.labels = None
         if labels is not None:
@@ -149,6 +149,13 @@ class _Chunk:
             total *= 1 - (self.student / options.student_softcap) ** 2
         total *= (options.student_scale * upstream).unsqueeze(-1)
         return torch.where(self.alive, total, 0.0)
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """``torch.log_softmax`` with pairwise sums: on AVX2 torch sums a row in eight float32 lanes,
+    which at 262,208 entries costs 4e-6 of a loss."""
+    below_top = z - z.amax(-1, keepdim=True)
+    return below_top - torch.logsumexp(below_top, -1, keepdim=True)
 
 
 def _run(
