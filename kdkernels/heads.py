@@ -188,7 +188,7 @@ def _capped(logits: Tensor, softcap: float | None, scale: float | None) -> Tenso
 @contextlib.contextmanager
 def _replaced(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """The layer's forward is this one; hooks around it stay."""
-    layer.forward = forward  # type: ignore[assignment]
+    layer.forward = forward
     try:
         yield
     finally:
