@@ -5,9 +5,10 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help distill test lint bench kernel-report simulate clean
+.PHONY: help distill distill-bert test lint bench kernel-report simulate clean
 help:
 	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
+	@echo "make distill-bert  distil a real sentence encoder by features and relations"
 	@echo "make test      run the tests (sets everything up)"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
 	@echo "make lint      ruff and mypy"
@@ -26,6 +27,11 @@ OUTPUT ?= outputs/smollm2-$(shell date +%Y%m%d-%H%M%S)
 distill: $(VENV)/.installed
 	$(BIN)/kdkernels fetch smollm2
 	$(BIN)/kdkernels distill examples/smollm2.yaml --output_dir $(OUTPUT)
+
+BERT_OUTPUT ?= outputs/minilm-$(shell date +%Y%m%d-%H%M%S)
+distill-bert: $(VENV)/.installed
+	$(BIN)/kdkernels fetch minilm
+	$(BIN)/kdkernels distill examples/minilm.yaml --output_dir $(BERT_OUTPUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
