@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from . import divergences, schedules
@@ -115,6 +116,8 @@ class DistillationArguments(TermArguments, TrainingArguments):
         self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
         self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         self.resolved_divergence()
+        if self.teacher_device is not None:
+            self._check_device("teacher_device", self.teacher_device)
         if self.loss_backend is not None:
             self._check_backend(self.loss_backend)
         if self.n_gpu > 1:
@@ -132,6 +135,20 @@ class DistillationArguments(TermArguments, TrainingArguments):
     def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+    @staticmethod
+    def _check_device(name: str, value: str) -> None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = {"cpu": 1}
+        if accelerator is not None:
+            here[accelerator.type] = torch.accelerator.device_count()
+        try:
+            device = torch.device(value)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or (device.index or 0) >= here.get(device.type, 0):
+            devices = ", ".join(f"{count} {kind}" for kind, count in here.items())
+            raise ValueError(f"{name}: {value!r} is no device of this machine; it has {devices}")
 
     @staticmethod
     def _check_backend(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels distill | cache-teacher | init-student | fetch | info``.
+"""The command line: ``kdkernels distill | sweep | cache-teacher | init-student | ...``.
 
 Exit code 0: done; 2: bad input, one line on stderr, nothing written. transformers is imported only
 by the commands that load models.
@@ -33,7 +33,9 @@ _EPILOG = """examples:
   kdkernels info
   kdkernels fetch smollm2
   kdkernels distill examples/smollm2.yaml
+  kdkernels distill examples/minilm.yaml
   kdkernels distill examples/smollm2.yaml --alpha 0.7 --output_dir out
+  kdkernels sweep config.yaml --sweep_temperatures 1 2 4 --sweep_steps 40 --output_dir out
   kdkernels init-student --teacher FOLDER --layers uniform:3 --output_dir student
   kdkernels cache-teacher config.yaml --teacher_cache cache --cache_top_k 64
   kdkernels distill --teacher FOLDER --student_layers 0-5 --train_text notes.txt --output_dir out
@@ -54,6 +56,8 @@ def _run_command(arguments: list[str]) -> int:
         return distill(arguments[1:])
     if arguments[:1] == ["cache-teacher"]:
         return cache(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        return sweep(arguments[1:])
     parser = _Parser(
         prog="kdkernels",
         description="Fused knowledge-distillation losses, and distillation of language models.",
@@ -69,13 +73,16 @@ def _run_command(arguments: list[str]) -> int:
         "cache-teacher",
         help="write the teacher's outputs for a run into --teacher_cache; options as for distill",
     )
+    commands.add_parser(
+        "sweep", help="find temperature, alpha and divergence on a short budget (sweep --help)"
+    )
     student_parser = commands.add_parser(
         "init-student", help="make a student from a teacher's layers, in a folder"
     )
     _student_options(student_parser)
     fetch_parser = commands.add_parser("fetch", help="download what a demo needs; prints its paths")
-    fetch_parser.add_argument("demo", choices=["smollm2"])
-    fetch_parser.set_defaults(command=lambda _: fetch())
+    fetch_parser.add_argument("demo", choices=["smollm2", "minilm"])
+    fetch_parser.set_defaults(command=lambda options: fetch(options.demo))
     info_parser = commands.add_parser(
         "info", help="versions, processor, and which backends can run"
     )
@@ -129,19 +136,42 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def fetch() -> int:
-    """Download teacher and text of the demo into the cache; prints their folders."""
-    from .demo import fetch_smollm2
+def fetch(demo: str) -> int:
+    """Download teacher and text of a demo into the cache; prints their folders."""
+    from .demo import fetch_assets
 
     try:
-        for folder in fetch_smollm2():
+        for folder in fetch_assets(demo):
             print(folder)
     except (RuntimeError, OSError) as error:
         return _refuse("fetch", error)
     return 0
 
 
-# ---- init-student, cache-teacher ----------------------------------------------------------------
+# ---- sweep, init-student, cache-teacher ---------------------------------------------------------
+
+
+def sweep(arguments: list[str]) -> int:
+    """``kdkernels sweep [config.yaml] [--sweep_temperatures 1 2 4] [--option value ...]``."""
+    _quiet_libraries()
+    from . import sweep as trials
+    from .distill import prepare
+
+    try:
+        model, data, run, args, settings, chosen = parse(
+            arguments, "sweep", [trials.SweepArguments]
+        )
+        experiment = prepare(model, data, run, args, chosen)
+        trials.check(experiment, settings)
+    except (ValueError, OSError) as error:
+        return _refuse("sweep", error)
+    if experiment.args.process_index == 0:
+        print(_headline(experiment), file=sys.stderr)
+    outcome = trials.run(experiment, settings)
+    if experiment.args.process_index == 0:
+        print(f"\n{trials.table(outcome)}\n")
+        print(f"{outcome['seconds']:.0f} s; best.yaml and sweep.png in {experiment.output}")
+    return 0
 
 
 def _student_options(parser: argparse.ArgumentParser) -> None:
@@ -214,8 +244,13 @@ def distill(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str], command: str = "distill") -> tuple[Any, ...]:
-    """Options of ``distill`` -> the arguments of ``prepare``; ValueError if one is bad."""
+def parse(
+    arguments: list[str], command: str = "distill", others: Sequence[Any] = ()
+) -> tuple[Any, ...]:
+    """Options of ``distill`` -> the arguments of ``prepare``; ValueError if one is bad.
+
+    ``others``: further classes of options, whose objects come before the last result.
+    """
     from transformers import HfArgumentParser
 
     from .arguments import DistillationArguments
@@ -231,7 +266,7 @@ def parse(arguments: list[str], command: str = "distill") -> tuple[Any, ...]:
             self.chosen = {name: v for name, v in options if v != self.get_default(name)}
             return found, unknown
 
-    kinds: list[Any] = [ModelArguments, DataArguments, RunArguments, DistillationArguments]
+    kinds: list[Any] = [ModelArguments, DataArguments, RunArguments, DistillationArguments, *others]
     parser = Parser(
         kinds,
         prog=f"kdkernels {command}",

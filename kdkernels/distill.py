@@ -538,7 +538,11 @@ def make_trainer(
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
     """One row of the table: quality on the held-out text, size and speed of ``model``."""
     is_teacher = model is experiment.teacher
-    row: dict[str, Any] = {"name": title, "parameters": models.parameter_count(model)}
+    row: dict[str, Any] = {
+        "name": title,
+        "parameters": models.parameter_count(model),
+        "megabytes": models.weight_bytes(model) / 1e6,
+    }
     if experiment.task is ENCODER:
         row |= {} if is_teacher else geometry.compare(*sentence_vectors(experiment, model))
     else:

@@ -248,3 +248,8 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
 def describe(model: PreTrainedModel) -> str:
     """``'bert' (BertForMaskedLM)``, for messages."""
     return f"{model.config.model_type!r} ({type(model).__name__})"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, shared ones once: the size of the saved model but for its header."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

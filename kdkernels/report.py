@@ -1,7 +1,8 @@
-"""What a run leaves behind: the table, ``results.json``, ``loss.png``, the student and its card."""
+"""What a run leaves behind: report, ``results.json``, ``loss.png``, the student and its card."""
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import json
 import platform
@@ -21,7 +22,7 @@ ARM_FOLDERS = {
     "output only": "output-only",
     "distilled": "distilled",
 }
-RESULT_FILES = ("results.json", "loss.png")
+RESULT_FILES = ("results.json", "loss.png", "report.md", "report.html")
 
 #: Okabe and Ito's palette: told apart by everyone.
 COLOURS = {
@@ -35,6 +36,7 @@ COLOURS = {
 _COLUMNS = (
     ("model", "name", "{}"),
     ("parameters", "millions", "{:.1f} M"),
+    ("MB", "megabytes", "{:.1f}"),
     ("held-out loss", "loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("agreement", "agreement", "{:.1%}"),
@@ -57,6 +59,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             ["-" if value is None else template.format(value) for value, template in values]
         )
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table, heading first, with aligned columns; all but the first to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
@@ -70,6 +77,7 @@ def _table_line(cells: list[str], widths: list[int]) -> str:
 
 #: Key of a row -> what its column is.
 _LEGEND = {
+    "megabytes": "MB: 10^6 bytes of weights, as saved",
     "loss": "held-out loss: cross-entropy in nats per prediction",
     "perplexity": "perplexity = exp(held-out loss)",
     "agreement": "agreement: share of predictions with the teacher's top entry",
@@ -125,7 +133,7 @@ def _version(name: str) -> str:
 
 
 def write(experiment: Experiment, outcome: dict[str, Any]) -> None:
-    """Save student, model card, ``results.json`` and ``loss.png`` in the output folder."""
+    """Save student, model card, report, ``results.json`` and ``loss.png`` in the output folder."""
     output = experiment.output
     output.mkdir(parents=True, exist_ok=True)
     folder = output / STUDENT_FOLDER
@@ -137,6 +145,9 @@ def write(experiment: Experiment, outcome: dict[str, Any]) -> None:
     (folder / "README.md").write_text(model_card(experiment, outcome), encoding="utf-8")
     text = json.dumps(outcome, indent=1, default=str)
     (output / "results.json").write_text(text + "\n", encoding="utf-8")
+    seed = experiment.args.seed
+    (output / "report.md").write_text(report(outcome, seed), encoding="utf-8")
+    (output / "report.html").write_text(_html(outcome, seed), encoding="utf-8")
 
 
 def remove(output: Path) -> None:
@@ -145,6 +156,108 @@ def remove(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
     for name in RESULT_FILES:
         (output / name).unlink(missing_ok=True)
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+_REPORT = """# {title}
+
+{table}
+
+{legend}
+
+{ratios}
+
+One seed ({seed}), {validation_tokens} held-out tokens: differences of a few percent are not
+significant. All students start from the same weights and see the same batches for the same number
+of updates. {seconds:.0f} s in all.
+
+![Curves](loss.png)
+
+## Configuration
+
+```yaml
+{configuration}```
+
+## Data
+
+{data}
+
+## Machine
+
+```yaml
+{machine}```
+"""
+
+#: Key of a row -> how the last row's ratio to the first is told.
+_RATIOS = {
+    "parameters": "{:.2f} times the parameters",
+    "megabytes": "{:.2f} times the bytes",
+    "tokens_per_second": "{:.2f} times the tokens a second",
+}
+
+
+def ratios(rows: list[dict[str, Any]]) -> str:
+    """The last row against the first, the teacher, in one sentence of measured numbers."""
+    first, last = rows[0], rows[-1]
+    found = [t.format(last[k] / first[k]) for k, t in _RATIOS.items() if first.get(k)]
+    if first.get("loss") and last.get("loss"):
+        found.append(f"a held-out loss of {last['loss']:.4f} against {first['loss']:.4f}")
+    return f"{last['name'].capitalize()}, against the teacher: {', '.join(found)}."
+
+
+def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
+    import yaml
+
+    settings = json.loads(json.dumps(outcome["configuration"], default=str))
+    return {
+        "title": f"Student of {settings.get('teacher')}",
+        "table": table(outcome["rows"]),
+        "legend": legend(outcome["rows"]),
+        "ratios": ratios(outcome["rows"]),
+        "seed": seed,
+        "seconds": outcome["seconds"],
+        "validation_tokens": outcome["data"]["validation_tokens"],
+        "configuration": yaml.safe_dump(settings, sort_keys=True),
+        "data": ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in outcome["data"].items()),
+        "machine": yaml.safe_dump(outcome["machine"]),
+    }
+
+
+def report(outcome: dict[str, Any], seed: int) -> str:
+    """``report.md``: table, curves, configuration, data and machine of a run."""
+    return _REPORT.format(**_report_fields(outcome, seed))
+
+
+def _html(outcome: dict[str, Any], seed: int) -> str:
+    """The same as one page of HTML: blocks of the Markdown become paragraphs, tables and code."""
+    style = "body{font:16px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .8em}"
+    style += "td+td,th+th{text-align:right}img{max-width:100%}pre{background:#eee;padding:1em}"
+    blocks = []
+    for position, part in enumerate(report(outcome, seed).split("```")):
+        if position % 2:
+            blocks.append(f"<pre>{html.escape(part.removeprefix('yaml').strip())}</pre>")
+            continue
+        blocks += [_html_block(block) for block in part.strip().split("\n\n") if block]
+    body = "\n".join(blocks)
+    head = f'<meta charset="utf-8"><title>kdkernels</title><style>{style}</style>'
+    return f"<!doctype html>\n<html><head>{head}</head><body>\n{body}\n</body></html>\n"
+
+
+def _html_block(block: str) -> str:
+    if block.startswith("#"):
+        level = len(block) - len(block.lstrip("#"))
+        return f"<h{level}>{html.escape(block.lstrip('# '))}</h{level}>"
+    if block.startswith("!["):
+        return '<img src="loss.png" alt="Curves">'
+    if not block.startswith("|"):
+        return f"<p>{html.escape(block)}</p>"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
+    rows = []
+    for line in (lines[0], *lines[2:]):
+        tag = "th" if line is lines[0] else "td"
+        rows.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line))
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
 # ---- model card ---------------------------------------------------------------------------------

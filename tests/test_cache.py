@@ -190,6 +190,10 @@ def test_a_run_without_the_teacher(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4)
     assert rows[1][0] == {"name": "teacher", "parameters": rows[0][0]["parameters"]}
+    # Nothing of the teacher is timed or weighed: the report tells the parameters alone.
+    report = (tmp_path / "cached" / "report.md").read_text()
+    ratio = rows[1][-1]["parameters"] / rows[1][0]["parameters"]
+    assert f"against the teacher: {ratio:.2f} times the parameters.\n" in report
     capfd.readouterr()
     for wrong, message in [
         ({"teacher": llama_assets / "other"}, "was made with another model"),

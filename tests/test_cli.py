@@ -82,7 +82,13 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows["student, distilled"]["loss"] != rows["student, labels only"]["loss"]
     assert results["configuration"]["student_layers"] == "0,3"
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in output.iterdir()) == ["loss.png", "results.json", "student"]
+    assert {p.name for p in output.iterdir()} == {*report.RESULT_FILES, "student"}
+    saved = (output / "student" / "model.safetensors").stat().st_size
+    assert rows["student, distilled"]["megabytes"] * 1e6 == pytest.approx(saved, rel=0.25)
+    text = (output / "report.md").read_text()
+    assert report.table(results["rows"]) in text and "student_layers: 0,3" in text
+    page = (output / "report.html").read_text()
+    assert "<td>student, distilled</td>" in page and "<pre>" in page and "|" not in page
 
     student = AutoModelForCausalLM.from_pretrained(output / "student")
     assert student.config.num_hidden_layers == 2 and student.config.use_cache
@@ -194,8 +200,8 @@ def test_resuming_and_overwriting(
     assert cli.main(options(assets, through)) == 2
     assert "is not empty" in capsys.readouterr().err
     assert cli.main(options(assets, through, overwrite_output_dir="true", max_steps=1)) == 0
-    names = sorted(p.name for p in through.iterdir())
-    assert names == ["loss.png", "mine.txt", "results.json", "student"]
+    names = {p.name for p in through.iterdir()}
+    assert names == {*report.RESULT_FILES, "mine.txt", "student"}
 
 
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [

@@ -20,6 +20,7 @@ def test_chapters_in_order_of_the_books(tmp_path: Path) -> None:
         "insert into verses values (1, 1, 1, 'd '), (2, 2, 1, 'c'), (2, 1, 2, 'b'), (2, 1, 1, 'a');"
     )
     connection.close()
+    assert [verse[2] for verse in demo._verses(database)] == ["a", "b", "c", "d"]
     assert list(demo._chapters(database)) == [("Genesis", "a b"), ("Genesis", "c"), ("Ruth", "d")]
 
 

@@ -233,6 +233,9 @@ def test_vocabularies_of_different_size_can_be_truncated(tmp_path: Path) -> None
         ("divergence_parameters", [0.1, 0.2]),
         ("vocab_policy", "pad"),
         ("teacher_dtype", "float8"),
+        ("teacher_device", "meta"),
+        ("teacher_device", "cpu:1"),
+        ("teacher_device", "gpu"),
     ],
 )
 def test_bad_arguments_are_named(option: str, value: Any, tmp_path: Path) -> None:
@@ -240,6 +243,13 @@ def test_bad_arguments_are_named(option: str, value: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=option) as caught:
         DistillationArguments(output_dir=str(tmp_path), **{option: value}, **extra)
     assert str(value) in str(caught.value)
+
+
+def test_the_teacher_may_have_a_device_of_its_own(tmp_path: Path) -> None:
+    trainer = tiny_models.trainer(tmp_path, teacher_device="cpu")
+    trainer.train()
+    assert {p.device.type for p in trainer.teacher.parameters()} == {"cpu"}
+    assert math.isfinite(training_logs(trainer)[-1]["kd_loss"])
 
 
 def test_what_the_trainer_refuses(tmp_path: Path) -> None:

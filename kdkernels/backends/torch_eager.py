@@ -70,7 +70,8 @@ class _Chunk:
         self.options, self.divergence = options, problem.divergence
         self.alive = (scale != 0).unsqueeze(-1)
         student, teacher = (
-            torch.where(self.alive, logits.to(dtype), 0.0) for logits in (student, teacher)
+            torch.where(self.alive, logits.to(dtype), 0.0).contiguous()
+            for logits in (student, teacher)
         )
         self.student = transformed(student, options.student_scale, options.student_softcap)
         teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
