@@ -48,7 +48,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
-# What is proven of the GPU kernels without a GPU, in about half an hour: the matrix in Triton's
+# What is proven of the GPU kernels without a GPU, too long for `make test`: the matrix in Triton's
 # interpreter, and their PTX executed in ptxsim (skipped where it is
 # neither in $$KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where there is no nvcc),
 # and counts from their machine code.
