@@ -35,10 +35,8 @@ distill-bert: $(VENV)/.installed
 	$(BIN)/kdkernels fetch minilm
 	$(BIN)/kdkernels distill examples/minilm.yaml --output_dir $(BERT_OUTPUT)
 
-# The second run is the Triton kernels in Triton's interpreter.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests --ignore=tests/simulate
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -52,6 +50,7 @@ bench: $(VENV)/.installed
 # interpreter, and their PTX executed in ptxsim (skipped where it is
 # neither in $$KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where there is no nvcc),
 # and counts from their machine code.
+# Needs `pip install triton` into $(VENV).
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_matrix.py -k triton
