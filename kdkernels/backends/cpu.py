@@ -7,34 +7,27 @@ scale: the two modes give the same bits when grad_output is 1.
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, STATISTICS, Problem, label_error, row_layout
-from .base import Backend, Result, empty_gradient
+from ..problem import LOGIT_DTYPES, Problem, label_error, row_layout
+from .base import empty_gradient
+from .native import DIVERGENCES, WHY_NOT, NativeBackend
+from .native import MODULE as _native
+from .native import pointer as _pointer
 
-_IMPORT_ERROR: str | None = None
-# Asked once: torch.compile traces the choice of a backend, but not into a C++ module.
-_ISAS: tuple[str, ...] = ()
-_DIVERGENCES: frozenset[str] = frozenset()
-try:
-    _native: Any = importlib.import_module("kdkernels._native")
-    _ISAS = tuple(_native.cpu_isas())
-    _DIVERGENCES = frozenset(_native.divergence_names())
-except ImportError as error:  # a pure Python install, or a build for another Python
-    _IMPORT_ERROR = str(error)
+# Asked once, as the divergences are.
+_ISAS: tuple[str, ...] = () if _native is None else tuple(_native.cpu_isas())
 
 
-class CpuBackend(Backend):
+class CpuBackend(NativeBackend):
     name = "cpu"
 
     def unavailable(self) -> list[str]:
-        if _IMPORT_ERROR is not None:
-            return [f"the native module was not built ({_IMPORT_ERROR})"]
+        if WHY_NOT is not None:
+            return [WHY_NOT]
         forced = os.environ.get("KDKERNELS_CPU_ISA")
         if forced and forced not in _ISAS:
             return [f"KDKERNELS_CPU_ISA={forced} is not one of {', '.join(_ISAS)} (this CPU's)"]
@@ -44,27 +37,64 @@ class CpuBackend(Backend):
         reasons = []
         if problem.student.device.type != "cpu":
             reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
-        if problem.options.divergence not in _DIVERGENCES:
+        if problem.options.divergence not in DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         return reasons
 
-    def forward(
+    def run(
         self,
         problem: Problem,
-        *,
-        want_gradient: bool,
+        loss: Tensor | None,
+        statistics: Tensor | None,
+        gradient: Tensor | None,
+        grad_output: Tensor | None,
         extras: bool,
-        gradient_out: Tensor | None = None,
-    ) -> Result:
-        shape = problem.leading_shape
-        reduce = problem.options.reduction != "none"
-        loss = torch.empty(() if reduce else shape, dtype=problem.math_dtype)
-        statistics = torch.empty((len(STATISTICS), *shape), dtype=problem.math_dtype)
-        gradient = gradient_out
-        if gradient is None and want_gradient:
-            gradient = empty_gradient(problem.student)
-        _run(problem, loss, statistics, gradient, None, extras)
-        return Result(loss, statistics, gradient)
+    ) -> None:
+        options = problem.options
+        student, teacher = problem.student, problem.teacher
+        if torch.float64 in (student.dtype, teacher.dtype) and student.dtype != teacher.dtype:
+            teacher = teacher.to(student.dtype)
+        layout = row_layout(student, teacher)
+        student, teacher = layout.tensors
+        if grad_output is not None:
+            grad_output = grad_output.to(problem.math_dtype).contiguous()
+        bad_row = _native.kd_loss(
+            student.data_ptr(),
+            LOGIT_DTYPES[student.dtype],
+            layout.strides[0],
+            teacher.data_ptr(),
+            LOGIT_DTYPES[teacher.dtype],
+            layout.strides[1],
+            layout.outer,
+            layout.inner,
+            problem.vocab,
+            _pointer(problem.labels),
+            options.ignore_index,
+            _pointer(problem.token_weights),
+            _pointer(grad_output),
+            0 if grad_output is None or grad_output.ndim == 0 else 1,
+            _denominator(problem),
+            options.temperature,
+            options.temperature_squared,
+            options.alpha,
+            options.label_smoothing,
+            options.z_loss,
+            options.student_scale,
+            options.teacher_scale,
+            options.student_softcap,
+            options.teacher_softcap,
+            options.divergence,
+            tuple(options.parameters),
+            _pointer(loss),
+            options.reduction != "none",
+            _pointer(statistics),
+            extras,
+            _pointer(gradient),
+            problem.student.shape[-1],
+            torch.get_num_threads(),
+        )
+        if bad_row >= 0:
+            raise label_error(problem, bad_row)
 
     def backward(
         self,
@@ -76,67 +106,8 @@ class CpuBackend(Backend):
     ) -> Tensor:
         loss = torch.empty(grad_output.shape, dtype=problem.math_dtype)
         gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
-        _run(problem, loss, None, gradient, grad_output, extras=False)
+        self.run(problem, loss, None, gradient, grad_output, extras=False)
         return gradient
-
-
-def _run(
-    problem: Problem,
-    loss: Tensor,
-    statistics: Tensor | None,
-    gradient: Tensor | None,
-    grad_output: Tensor | None,
-    extras: bool,
-) -> None:
-    options = problem.options
-    student, teacher = problem.student, problem.teacher
-    if torch.float64 in (student.dtype, teacher.dtype) and student.dtype != teacher.dtype:
-        teacher = teacher.to(student.dtype)
-    layout = row_layout(student, teacher)
-    student, teacher = layout.tensors
-    if grad_output is not None:
-        grad_output = grad_output.to(problem.math_dtype).contiguous()
-    bad_row = _native.kd_loss(
-        student.data_ptr(),
-        LOGIT_DTYPES[student.dtype],
-        layout.strides[0],
-        teacher.data_ptr(),
-        LOGIT_DTYPES[teacher.dtype],
-        layout.strides[1],
-        layout.outer,
-        layout.inner,
-        problem.vocab,
-        _pointer(problem.labels),
-        options.ignore_index,
-        _pointer(problem.token_weights),
-        _pointer(grad_output),
-        0 if grad_output is None or grad_output.ndim == 0 else 1,
-        _denominator(problem),
-        options.temperature,
-        options.temperature_squared,
-        options.alpha,
-        options.label_smoothing,
-        options.z_loss,
-        options.student_scale,
-        options.teacher_scale,
-        options.student_softcap,
-        options.teacher_softcap,
-        options.divergence,
-        tuple(options.parameters),
-        loss.data_ptr(),
-        options.reduction != "none",
-        _pointer(statistics),
-        extras,
-        _pointer(gradient),
-        problem.student.shape[-1],
-        torch.get_num_threads(),
-    )
-    if bad_row >= 0:
-        raise label_error(problem, bad_row)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _denominator(problem: Problem) -> float:

@@ -9,24 +9,21 @@ it makes that row's loss and gradient NaN, and sets :func:`label_error` of the d
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, STATISTICS, Problem, RowLayout, row_layout
-from .base import Backend, Result, empty_gradient
+from ..problem import LOGIT_DTYPES, Problem, RowLayout, row_layout
+from .base import empty_gradient
+from .native import DIVERGENCES as _DIVERGENCES
+from .native import MODULE as _native
+from .native import WHY_NOT, NativeBackend
+from .native import pointer as _pointer
 
-_UNAVAILABLE: str | None = None
-_DIVERGENCES: frozenset[str] = frozenset()
-try:
-    _native: Any = importlib.import_module("kdkernels._native")
-    _DIVERGENCES = frozenset(_native.divergence_names())
-    if not hasattr(_native, "cuda_kd_loss"):
-        _UNAVAILABLE = "the native module was built without the CUDA kernels (KDKERNELS_CUDA)"
-except ImportError as error:  # a pure Python install, or a build for another Python
-    _UNAVAILABLE = f"the native module was not built ({error})"
+_UNAVAILABLE = WHY_NOT
+if _native is not None and not hasattr(_native, "cuda_kd_loss"):
+    _UNAVAILABLE = "the native module was built without the CUDA kernels (KDKERNELS_CUDA)"
 
 _device_refusals: dict[int, str] = {}
 _label_errors: dict[torch.device, Tensor] = {}
@@ -50,7 +47,7 @@ def label_error(device: torch.device | str | int) -> Tensor:
     return _label_errors[device]
 
 
-class CudaBackend(Backend):
+class CudaBackend(NativeBackend):
     name = "cuda"
     device_type = "cuda"  # the simulated tests pretend that it is another
 
@@ -78,23 +75,53 @@ class CudaBackend(Backend):
             reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
         return reasons
 
-    def forward(
+    def run(
         self,
         problem: Problem,
-        *,
-        want_gradient: bool,
+        loss: Tensor | None,
+        statistics: Tensor | None,
+        gradient: Tensor | None,
+        grad_output: Tensor | None,
         extras: bool,
-        gradient_out: Tensor | None = None,
-    ) -> Result:
-        student, shape = problem.student, problem.leading_shape
-        reduce = problem.options.reduction != "none"
-        loss = student.new_empty(() if reduce else shape, dtype=torch.float32)
-        statistics = student.new_empty((len(STATISTICS), *shape), dtype=torch.float32)
-        gradient = gradient_out
-        if gradient is None and want_gradient:
-            gradient = empty_gradient(student)
-        _run(problem, loss, statistics, gradient, None, extras)
-        return Result(loss, statistics, gradient)
+    ) -> None:
+        """Enqueue the whole problem; what it needs lives until the stream has passed it."""
+        options, rows = problem.options, problem.rows
+        layout = row_layout(problem.student, problem.teacher)
+        if grad_output is not None:
+            grad_output = grad_output.to(torch.float32).contiguous()
+        workspace = problem.student.new_empty(_native.cuda_workspace_bytes(rows), dtype=torch.uint8)
+        num_items = problem.num_items if options.reduction == "mean" else None
+        denominator = options.denominator if options.reduction == "mean" else 1.0
+        _native.cuda_kd_loss(
+            _logits(layout, 0, options.student_scale, options.student_softcap),
+            _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
+            (layout.outer, layout.inner, problem.vocab, problem.student.shape[-1]),
+            (
+                _pointer(problem.labels),
+                options.ignore_index,
+                _pointer(problem.token_weights),
+                _pointer(grad_output),
+                0 if grad_output is None or grad_output.ndim == 0 else 1,
+                _pointer(num_items),
+            ),
+            (
+                options.temperature,
+                options.temperature_squared,
+                options.alpha,
+                options.label_smoothing,
+                options.z_loss,
+                denominator,
+            ),
+            (options.divergence, tuple(options.parameters)),
+            (
+                _pointer(loss),
+                options.reduction != "none",
+                _pointer(statistics),
+                extras,
+                _pointer(gradient),
+            ),
+            _launch(problem.student, workspace),
+        )
 
     def backward(
         self,
@@ -105,7 +132,7 @@ class CudaBackend(Backend):
         gradient_out: Tensor | None = None,
     ) -> Tensor:
         gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
-        _run(problem, None, None, gradient, grad_output, extras=False)
+        self.run(problem, None, None, gradient, grad_output, extras=False)
         return gradient
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
@@ -127,54 +154,6 @@ class CudaBackend(Backend):
         return out
 
 
-def _run(
-    problem: Problem,
-    loss: Tensor | None,
-    statistics: Tensor | None,
-    gradient: Tensor | None,
-    grad_output: Tensor | None,
-    extras: bool,
-) -> None:
-    """Enqueue the whole problem; what it needs lives until the stream has passed it."""
-    options, rows = problem.options, problem.rows
-    layout = row_layout(problem.student, problem.teacher)
-    if grad_output is not None:
-        grad_output = grad_output.to(torch.float32).contiguous()
-    workspace = problem.student.new_empty(_native.cuda_workspace_bytes(rows), dtype=torch.uint8)
-    num_items = problem.num_items if options.reduction == "mean" else None
-    denominator = options.denominator if options.reduction == "mean" else 1.0
-    _native.cuda_kd_loss(
-        _logits(layout, 0, options.student_scale, options.student_softcap),
-        _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
-        (layout.outer, layout.inner, problem.vocab, problem.student.shape[-1]),
-        (
-            _pointer(problem.labels),
-            options.ignore_index,
-            _pointer(problem.token_weights),
-            _pointer(grad_output),
-            0 if grad_output is None or grad_output.ndim == 0 else 1,
-            _pointer(num_items),
-        ),
-        (
-            options.temperature,
-            options.temperature_squared,
-            options.alpha,
-            options.label_smoothing,
-            options.z_loss,
-            denominator,
-        ),
-        (options.divergence, tuple(options.parameters)),
-        (
-            _pointer(loss),
-            options.reduction != "none",
-            _pointer(statistics),
-            extras,
-            _pointer(gradient),
-        ),
-        _launch(problem.student, workspace),
-    )
-
-
 def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tuple[Any, ...]:
     tensor = layout.tensors[which]
     return (
@@ -191,7 +170,3 @@ def _launch(on: Tensor, workspace: Tensor | None) -> tuple[int, int, int, int]:
     device = on.device
     stream = torch.cuda.current_stream(device).cuda_stream
     return device.index, stream, _pointer(workspace), label_error(device).data_ptr()
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
