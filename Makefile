@@ -47,10 +47,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
 # What is proven of the GPU kernels without a GPU, too long for `make test`: the matrix in Triton's
-# interpreter, and their PTX executed in ptxsim (skipped where it is
-# neither in $$KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where there is no nvcc),
-# and counts from their machine code.
-# Needs `pip install triton` into $(VENV).
+# interpreter, their PTX executed in ptxsim (skipped where it is neither in KDKERNELS_PTXSIM nor
+# beside the checkout; the CUDA kernels also where there is no nvcc), and counts from their machine
+# code. Both targets need `pip install triton` into $(VENV).
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_matrix.py -k triton

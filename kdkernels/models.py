@@ -220,6 +220,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, shared ones once: the size of the saved model but for its header."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 #: Names under which architectures keep the probability of dropping attention in their config.
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
@@ -248,8 +253,3 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
 def describe(model: PreTrainedModel) -> str:
     """``'bert' (BertForMaskedLM)``, for messages."""
     return f"{model.config.model_type!r} ({type(model).__name__})"
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, shared ones once: the size of the saved model but for its header."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

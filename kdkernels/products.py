@@ -3,7 +3,7 @@
 Inputs of the tile's own dtype are multiplied as they are. Half-precision ones are multiplied
 
 - in float32, in pieces, on a CPU without native half-precision products (oneDNN or MKL emulate
-  them at 1 % of the float32 rate there: 0.84 to 20 GFLOP/s against 100 on a Zen 2);
+  them at 1 % of the float32 rate there: 0.84 to 20 GFLOP/s against 100 on a Zen 3);
 - in bfloat16 with float32 accumulation where the CPU has instructions for it (AVX-512 BF16, AMX;
   550 to 950 GFLOP/s against 170 to 200 in float32 on two threads of a Zen 5). torch rounds such a
   product to bfloat16, which would cost the loss its accuracy; so the logits are computed as the

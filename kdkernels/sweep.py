@@ -143,8 +143,7 @@ def run(experiment: Experiment, sweep: SweepArguments) -> dict[str, Any]:
             sys.stdout.flush()
     if scratch.is_dir() and not any(scratch.iterdir()):
         scratch.rmdir()
-    sign = -1 if METRICS[sweep.sweep_metric] else 1
-    best = min(range(len(rows)), key=lambda at: _order(sign * rows[at][sweep.sweep_metric]))
+    best = min(range(len(rows)), key=lambda at: _rank(rows[at], sweep.sweep_metric))
     outcome = {
         "metric": sweep.sweep_metric,
         "trials": rows,
@@ -157,9 +156,12 @@ def run(experiment: Experiment, sweep: SweepArguments) -> dict[str, Any]:
     return outcome
 
 
-def _order(value: float) -> float:
-    """NaN last."""
-    return math.inf if math.isnan(value) else value
+def _rank(row: dict[str, Any], metric: str) -> float:
+    """Smaller is better; NaN last."""
+    value: float = row[metric]
+    if math.isnan(value):
+        return math.inf
+    return -value if METRICS[metric] else value
 
 
 def _words(setting: dict[str, Any]) -> str:
@@ -169,8 +171,7 @@ def _words(setting: dict[str, Any]) -> str:
 def table(outcome: dict[str, Any]) -> str:
     """All trials as a Markdown table, the best first."""
     metric = outcome["metric"]
-    sign = -1 if METRICS[metric] else 1
-    ordered = sorted(outcome["trials"], key=lambda row: _order(sign * row[metric]))
+    ordered = sorted(outcome["trials"], key=lambda row: _rank(row, metric))
     lines = [["divergence", "T", "alpha", "held-out loss", "agreement", "accuracy"]]
     for row in ordered:
         numbers = [f"{row['temperature']:g}", f"{row['alpha']:g}", f"{row['loss']:.4f}"]
