@@ -33,7 +33,9 @@ def test_numbers_must_be_finite(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", (*NUMBERS, "beta", "num_items"))
-@pytest.mark.parametrize("value", ("2", [2.0, 1.0, 3.0], {}, 1j, object()), ids=repr)
+@pytest.mark.parametrize(
+    "value", ("2", [2.0, 1.0, 3.0], {}, 1j, object()), ids=lambda v: type(v).__name__
+)
 def test_numbers_must_be_numbers(name: str, value: Any) -> None:
     refuse((TypeError, ValueError), name, **{name: value})
 

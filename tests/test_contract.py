@@ -1263,3 +1263,22 @@ def test_no_host_synchronisation_in_the_python_code(backend: str) -> None:
         for options in ({}, {"reduction": "none"}, {"num_items": torch.ones((), device="meta")}):
             loss = fused_kd_loss(student, student.detach(), labels, return_outputs=True, **options)
             loss.loss.sum().backward()
+
+
+@cases.each_mode
+def test_a_nan_upstream_stays_one_whatever_its_payload(
+    gradient: str, backend: str, device: str
+) -> None:
+    """Rounding to bfloat16 by adding to the bits carries 0x7fffffff over to minus zero."""
+    student, teacher = pair((3, 50), torch.bfloat16, device=device)
+    upstream = torch.tensor([1.0, 0.0, 1.0])
+    upstream.view(torch.int32)[1] = 0x7FFFFFFF
+    measured = evaluate(
+        student,
+        teacher,
+        backend=backend,
+        gradient=gradient,
+        reduction="none",
+        grad_output=upstream.to(device),
+    )
+    assert measured.gradient.isnan().all(-1).tolist() == [False, True, False]

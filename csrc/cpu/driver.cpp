@@ -104,7 +104,9 @@ double run_row(const Problem& problem, int64_t row, RowFunction function, double
                Workspace& workspace) {
   const double weight = weight_of(problem, row);
   const bool counted = counts(problem, row);
-  const double share = weigh_term(weight, grad_output_of(problem, row)) / denominator;
+  double share = weigh_term(weight, grad_output_of(problem, row)) / denominator;
+  // A NaN's payload could become any other number in a format with fewer bits.
+  if (share != share) share = NAN;
   char* gradient = problem.gradient_row(row);
   const int64_t size = size_of(problem.student.dtype);
   RowStatistics statistics;
