@@ -35,8 +35,11 @@ distill-bert: $(VENV)/.installed
 	$(BIN)/kdkernels fetch minilm
 	$(BIN)/kdkernels distill examples/minilm.yaml --output_dir $(BERT_OUTPUT)
 
+# The second run: what Triton's kernels compute, in its interpreter.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests --ignore=tests/simulate
+	$(PYTEST) tests --ignore=tests/simulate
+	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_matrix.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,13 +49,11 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
-# What is proven of the GPU kernels without a GPU, too long for `make test`: the matrix in Triton's
-# interpreter, their PTX executed in ptxsim (skipped where it is neither in KDKERNELS_PTXSIM nor
-# beside the checkout; the CUDA kernels also where there is no nvcc), and counts from their machine
-# code. Both targets need `pip install triton` into $(VENV).
+# What is proven of the compiled GPU kernels without a GPU: their PTX executed in ptxsim (skipped
+# where that is neither in KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where
+# there is no nvcc), and counts from their machine code.
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_matrix.py -k triton
 
 kernel-report: $(VENV)/.installed
 	$(BIN)/python tools/kernel_report.py
