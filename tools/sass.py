@@ -252,7 +252,7 @@ def hot_path(kernel: Kernel) -> HotPath:
     observed = observed[:vectors]
     stores = [a for a in stores if a > observed[-1]]
     stores = stores[-vectors - 1 : -1] if len(stores) > vectors else stores[:vectors]
-    maxima = [a for a in order if a < observed[0] and blocks[a].count(r"HMNMX2|FMNMX") >= 16]
+    maxima = [a for a in order if a < observed[0] and blocks[a].count(r"HMNMX|FMNMX") >= 16]
     required = [*maxima[-1:], *observed, *stores]
     way = [required[0]]
     for goal in required[1:]:

@@ -102,6 +102,13 @@ KD_DEVICE float label_power(float e) {
   return e;
 }
 
+// sum + e^kPower
+template <int kPower>
+KD_DEVICE float add_label_power(float e, float sum) {
+  const float root = label_power<kPower / 2>(e);
+  return fmaf(root, root, sum);
+}
+
 template <class Functor, class Format, int kPower>
 KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* student,
                             const char* teacher, Kept<Format>& kept) {
@@ -127,12 +134,13 @@ KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* stud
       es.at[i] = e_s;
       sums.student += e_s;
       sums.teacher += e_t;
-      if constexpr (kPower > 1) sums.label += label_power<kPower>(e_s);
+      if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
       if constexpr (is_forward_kl<Functor>) {
         second.at[i] = e_t;
         add_weighed(sums.gap, e_t, u_t - u_s);
       } else {
-        second.at[i] = e_s > 0.0f ? e_s * (u_t - u_s) : 0.0f;
+        second.at[i] = 0.0f;
+        weigh(second.at[i], e_s, u_t - u_s);
         sums.gap += second.at[i];
       }
     }
@@ -249,6 +257,9 @@ __global__ void __launch_bounds__(kRegisterThreads, 1)
     if (is_writer) logit = label_logit(task, row, plan.label);
     Kept<Format> kept;
     Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
+    // Storing it waits for it: another block, which may overwrite it in memory with its gradient,
+    // does so only after this block's message.
+    if (is_writer) scratch.label_logit = logit;
     const Brief brief =
         exchange.reduce(Brief::of(mine), Brief::of(nothing()),
                         [](Brief& b, auto lanes) { b.reduce<Functor, kPower>(lanes); });
@@ -274,7 +285,7 @@ __global__ void __launch_bounds__(kRegisterThreads, 1)
     }
     if (is_writer) {
       Totals totals(task, sums);
-      totals.sums.label_logit = logit;
+      totals.sums.label_logit = scratch.label_logit;
       totals.close<Functor>();
       if (cancelled) totals.take(task, anew);
       write_outcome(task, row, plan, totals);

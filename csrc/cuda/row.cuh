@@ -277,8 +277,11 @@ KD_DEVICE LabelTerms label_terms(const Task& task, const RowPlan& plan, const Su
 KD_DEVICE void write_row(const Task& task, int64_t row, const float (&values)[10]) {
   if (task.losses) task.losses[row] = values[0];
   if (!task.statistics) return;
+  // The last three nobody asked for without `extras`.
 #pragma unroll
-  for (int i = 0; i < 10; ++i) task.statistics[i * task.rows() + row] = values[i];
+  for (int i = 0; i < 10; ++i) {
+    if (i < 7 || task.extras) task.statistics[i * task.rows() + row] = values[i];
+  }
 }
 
 // By one thread.
