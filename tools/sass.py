@@ -4,11 +4,12 @@ The disassembler comes with Triton or the CUDA toolkit. A loop is a backward bra
 count are the innermost ones that read logits, so that code which runs once per row is not taken for
 a loop over the vocabulary.
 
-The CUDA register kernels unroll their loops over a thread's columns: there is no loop to count.
-:func:`hot_path` finds the hot path of a row instead, as the shortest way through the control flow
-that passes all code of the two sweeps: the blocks that evaluate exponentials of loaded logits, and
-those with the gradient's 16-byte stores. Whatever else lies on that way (barriers, the exchange,
-factors) is counted apart.
+The CUDA register kernels unroll their loops over a thread's columns: their only loop is over rows,
+and counting that would count all code that rarely runs. :func:`hot_path` finds the hot path of a
+row instead, as the shortest way through the control flow that passes all code of the sweeps: the
+block that finds the largest logits, those that evaluate exponentials of loaded logits, and those
+with the gradient's 16-byte stores. Whatever else lies on that way (barriers, the exchange, factors)
+is counted apart.
 """
 
 from __future__ import annotations
@@ -234,6 +235,16 @@ class HotPath:
     sweeps: int  # blocks of the loops over columns
     between: int
     special: int  # MUFU on the whole path
+    # Within the sweeps: what every column needs, so that a block that was missed shows.
+    exponentials: int
+    loads: int  # 16 bytes of shared memory
+    stores: int  # 16 bytes
+
+    def is_complete(self) -> bool:
+        """Two exponentials a column, each vector of both models read twice, one gradient stored."""
+        n = COLUMNS_PER_THREAD
+        read_twice = self.loads == 4 * self.stores
+        return self.exponentials == 2 * n and read_twice and self.stores in (n // 8, n // 4)
 
     def per_element(self) -> tuple[float, float, float]:
         n = COLUMNS_PER_THREAD
@@ -248,31 +259,34 @@ def hot_path(kernel: Kernel) -> HotPath:
     stores = [a for a in order if blocks[a].count(r"STG\.E\.EF\.128")]
     observed = [a for a in order if blocks[a].count(r"MUFU\.EX2") >= 8]
     # The rare second sums have their own copies; the first run of each kind is the hot one.
-    vectors = 8 if _is_float32(code) else 4
+    vectors = 8 if "Float32" in kernel.name else 4
     observed = observed[:vectors]
     stores = [a for a in stores if a > observed[-1]]
     stores = stores[-vectors - 1 : -1] if len(stores) > vectors else stores[:vectors]
-    maxima = [a for a in order if a < observed[0] and blocks[a].count(r"HMNMX|FMNMX") >= 16]
-    required = [*maxima[-1:], *observed, *stores]
+    maxima = [a for a in order if a < observed[0] and _finds_maxima(blocks[a])]
+    required = [*maxima, *observed, *stores]
     way = [required[0]]
     for goal in required[1:]:
         way += _shortest(blocks, way[-1], goal)
     way += _shortest(blocks, way[-1], required[0])[:-1]
-    inside = _column_blocks(way, observed, stores, maxima)
+    inside = _column_blocks(way, [*maxima, *observed], stores)
     lines = {a: len(blocks[a].code) for a in way}
     sweeps = sum(lines[a] for a in way if a in inside)
     special = sum(blocks[a].count("MUFU") for a in way)
-    return HotPath(sweeps, sum(lines[a] for a in way) - sweeps, special)
+    exponentials, loads, written = (
+        sum(blocks[a].count(pattern) for a in way if a in inside)
+        for pattern in (r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128")
+    )
+    between = sum(lines.values()) - sweeps
+    return HotPath(sweeps, between, special, exponentials, loads, written)
 
 
-def _column_blocks(
-    way: list[int], observed: list[int], stores: list[int], maxima: list[int]
-) -> set[int]:
+def _finds_maxima(block: Block) -> bool:
+    return block.count(r"LDS\.128") > 0 and block.count("HMNMX|FMNMX") > 0
+
+
+def _column_blocks(way: list[int], read: list[int], stores: list[int]) -> set[int]:
     """The blocks of the path that lie within a sweep."""
-    first, last = way.index(observed[0]), way.index(observed[-1])
+    first, last = way.index(read[0]), way.index(read[-1])
     begin, end = way.index(stores[0]), way.index(stores[-1])
-    return {*maxima[-1:], *way[first : last + 1], *way[begin - 2 : end + 1]}
-
-
-def _is_float32(code: list[tuple[int, str]]) -> bool:
-    return not any("F2FP" in text for _, text in code)
+    return {*way[first : last + 1], *way[begin - 2 : end + 1]}
