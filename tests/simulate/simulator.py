@@ -23,6 +23,9 @@ import pytest
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+#: The setting that runs every case on every architecture.
+ALL = "KDKERNELS_SIMULATE=all"
+WANTS_ALL = os.environ.get("KDKERNELS_SIMULATE") == "all"
 
 
 def folder() -> Path:
