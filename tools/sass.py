@@ -6,10 +6,10 @@ a loop over the vocabulary.
 
 The CUDA register kernels unroll their loops over a thread's columns: their only loop is over rows,
 and counting that would count all code that rarely runs. :func:`hot_path` finds the hot path of a
-row instead, as the shortest way through the control flow that passes all code of the sweeps: the
-block that finds the largest logits, those that evaluate exponentials of loaded logits, and those
-with the gradient's 16-byte stores. Whatever else lies on that way (barriers, the exchange, factors)
-is counted apart.
+row instead, as the shortest way through the control flow that passes the sweeps of a warp that has
+nothing special among its columns: the block that finds the largest logits, the one that evaluates
+exponentials, and the one with the gradient's 16-byte stores. Whatever else lies on that way
+(barriers, the exchange, factors) is counted apart.
 """
 
 from __future__ import annotations
@@ -228,6 +228,9 @@ def _shortest(blocks: dict[int, Block], start: int, goal: int) -> list[int]:
     raise ValueError("no way")
 
 
+_POWER, _LOAD, _STORE = r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128"
+
+
 @dataclass
 class HotPath:
     """Instructions of one thread for one row of 32 columns."""
@@ -253,40 +256,31 @@ class HotPath:
 
 def hot_path(kernel: Kernel) -> HotPath:
     """Of a register kernel."""
-    code = kernel.text
-    blocks = blocks_of(code)
+    blocks = blocks_of(kernel.text)
     order = sorted(blocks)
-    stores = [a for a in order if blocks[a].count(r"STG\.E\.EF\.128")]
-    observed = [a for a in order if blocks[a].count(r"MUFU\.EX2") >= 8]
-    # The rare second sums have their own copies; the first run of each kind is the hot one.
-    vectors = 8 if "Float32" in kernel.name else 4
-    observed = observed[:vectors]
-    stores = [a for a in stores if a > observed[-1]]
-    stores = stores[-vectors - 1 : -1] if len(stores) > vectors else stores[:vectors]
-    maxima = [a for a in order if a < observed[0] and _finds_maxima(blocks[a])]
-    required = [*maxima, *observed, *stores]
-    way = [required[0]]
-    for goal in required[1:]:
+    vectors = COLUMNS_PER_THREAD // (4 if "Float32" in kernel.name else 8)
+    # The rare second sums have their own copies: the first of each kind is the hot one.
+    observed = next(a for a in order if blocks[a].count(_POWER) >= 2 * COLUMNS_PER_THREAD)
+    maxima = [
+        a for a in order
+        if a < observed and blocks[a].count("HMNMX|FMNMX") and blocks[a].count(_LOAD) == 2 * vectors
+    ]  # fmt: skip
+    stored = next(a for a in order if a > observed and blocks[a].count(_STORE) == vectors)
+    sweeps = [min(maxima, key=lambda a: len(blocks[a].code)), observed, stored]
+    way = sweeps[:1]
+    for goal in (*sweeps[1:], sweeps[0]):
         way += _shortest(blocks, way[-1], goal)
-    way += _shortest(blocks, way[-1], required[0])[:-1]
-    inside = _column_blocks(way, [*maxima, *observed], stores)
-    lines = {a: len(blocks[a].code) for a in way}
-    sweeps = sum(lines[a] for a in way if a in inside)
-    special = sum(blocks[a].count("MUFU") for a in way)
-    exponentials, loads, written = (
-        sum(blocks[a].count(pattern) for a in way if a in inside)
-        for pattern in (r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128")
+    row = [blocks[a] for a in way[:-1]]
+    inside = [blocks[a] for a in sweeps]
+    exponentials, loads, stores = (
+        sum(block.count(pattern) for block in inside) for pattern in (_POWER, _LOAD, _STORE)
     )
-    between = sum(lines.values()) - sweeps
-    return HotPath(sweeps, between, special, exponentials, loads, written)
-
-
-def _finds_maxima(block: Block) -> bool:
-    return block.count(r"LDS\.128") > 0 and block.count("HMNMX|FMNMX") > 0
-
-
-def _column_blocks(way: list[int], read: list[int], stores: list[int]) -> set[int]:
-    """The blocks of the path that lie within a sweep."""
-    first, last = way.index(read[0]), way.index(read[-1])
-    begin, end = way.index(stores[0]), way.index(stores[-1])
-    return {*way[first : last + 1], *way[begin - 2 : end + 1]}
+    length = sum(len(block.code) for block in inside)
+    return HotPath(
+        length,
+        sum(len(block.code) for block in row) - length,
+        sum(block.count("MUFU") for block in row),
+        exponentials,
+        loads,
+        stores,
+    )

@@ -121,6 +121,11 @@ struct GradientRow {
     whole = aligned ? task.vocab - kWidth + 1 - first_whole : 0;
   }
 
+  // Whether every vector within these columns is stored whole.
+  KD_DEVICE bool is_whole(int first, int past) const {
+    return first >= first_whole && past - kWidth - first_whole < whole;
+  }
+
   KD_DEVICE void store(const Task& task, int first, const Vector<kWidth>& x) const {
     store(task.vocab, first, x, dtype);
   }
