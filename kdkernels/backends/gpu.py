@@ -11,11 +11,11 @@ _flags: dict[torch.device, Tensor] = {}
 def label_errors(device: torch.device | str | int | None = None) -> Tensor:
     """Whether a GPU kernel has met a label outside the vocabulary: int64 [], on the device.
 
-    0 if none has, else 1 + the highest row that had one, in the labels' flat order (of a tile, where
-    ``fused_linear_kd_loss`` works by tiles). A GPU cannot raise for a label without a synchronisation: the
-    row's loss and gradient become NaN and this flag is set, by the backends "cuda" and "triton"
-    alike; on a CPU the call raises IndexError instead. Reading the flag synchronises; only its
-    reader resets it, by ``zero_()``.
+    0 if none has, else 1 + the highest row that had one, in the labels' flat order (of a tile,
+    where ``fused_linear_kd_loss`` works by tiles). A GPU cannot raise for a label without a
+    synchronisation: the row's loss and gradient become NaN and this flag is set, by the backends
+    "cuda" and "triton" alike; on a CPU the call raises IndexError instead. Reading the flag
+    synchronises; only its reader resets it, by ``zero_()``.
 
     ``device`` is a CUDA (or ROCm) device, the current one by default. The flag comes to be with the
     device's first call that has labels, or here. RuntimeError if that is inside the capture of a
