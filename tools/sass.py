@@ -54,11 +54,11 @@ class Loop:
             return
         self.instructions += 1
         if base in ("LDG", "LDGSTS"):
-            width = _width(opcode)
+            width = width_of(opcode)
             self.loads[8 * width] += 1
             self.load_bytes += width
         elif base == "STG":
-            width = _width(opcode)
+            width = width_of(opcode)
             self.stores[8 * width] += 1
             self.store_bytes += width
         self.mufu += base == "MUFU"
@@ -87,7 +87,7 @@ class Kernel:
     text: list[tuple[int, str]]  # (address, instruction)
 
 
-def _width(opcode: str) -> int:
+def width_of(opcode: str) -> int:
     return next((width for suffix, width in _WIDTHS if suffix in opcode), 4)
 
 
