@@ -5,12 +5,12 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help distill distill-bert test lint bench kernel-report simulate clean
+.PHONY: help distill distill-bert test lint bench kernel-report simulate simulate-all clean
 help:
 	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
 	@echo "make distill-bert  distil a real sentence encoder by features and relations"
 	@echo "make test      run the tests (sets everything up)"
-	@echo "make simulate  the compiled GPU kernels in an emulator, if that is there"
+	@echo "make simulate  the compiled GPU kernels in an emulator, if that is there; -all: every case"
 	@echo "make kernel-report  registers, spills, instructions and bytes of the GPU kernels"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
 	@echo "make lint      ruff and mypy"
@@ -51,9 +51,13 @@ bench: $(VENV)/.installed
 
 # What is proven of the compiled GPU kernels without a GPU: their PTX executed in ptxsim (skipped
 # where that is neither in KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where
-# there is no nvcc), and counts from their machine code.
+# there is no nvcc), and counts from their machine code. simulate runs a third of the long tests'
+# cases; simulate-all every one, and the machine code of every architecture.
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate
+
+simulate-all: $(VENV)/.installed
+	KDKERNELS_SIMULATE=all $(BIN)/python -m pytest tests/simulate
 
 kernel-report: $(VENV)/.installed
 	$(BIN)/python tools/kernel_report.py

@@ -5,6 +5,7 @@
 import torch  # noqa: F401  isort: skip
 
 from ._version import __version__
+from .backends.gpu import label_errors
 from .dispatch import available_backends
 from .divergences import Divergence
 from .functional import KDLossOutput, fused_kd_loss
@@ -21,5 +22,6 @@ __all__ = [
     "available_backends",
     "fused_kd_loss",
     "fused_linear_kd_loss",
+    "label_errors",
     "release_memory",
 ]

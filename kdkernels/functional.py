@@ -131,7 +131,9 @@ def fused_kd_loss(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, value or shape; named in the message.
-        IndexError: a label outside [0, V) that is not ``ignore_index``.
+        IndexError: a label outside [0, V) that is not ``ignore_index``. The backends "cuda" and
+            "triton" cannot raise without a synchronisation: that row's loss and gradient are NaN
+            there, and :func:`kdkernels.label_errors` tells the row.
         RuntimeError: the named backend cannot run this problem; the message says why and which can.
     """
     call = prepare(

@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 
-from kdkernels import fused_kd_loss
+from kdkernels import fused_kd_loss, label_errors
 from kdkernels.backends import BACKENDS, cuda
 from kdkernels.dispatch import choose_backend
 from kdkernels.problem import Options, Problem
@@ -69,6 +69,17 @@ def test_what_cuda_refuses_goes_on_to_triton(monkeypatch: pytest.MonkeyPatch) ->
         assert choose_backend(problem_of(probe, probe), None) == chosen
     with pytest.raises(RuntimeError, match="cuda: the driver is too old"):
         choose_backend(problem_of(probe, probe), "cuda")
+
+
+def test_the_flag_for_labels_is_not_made_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would zero it again, and its memory would be the graph's."""
+    monkeypatch.setattr("kdkernels.backends.gpu._is_capturing", lambda device: True)
+    flags: dict[torch.device, torch.Tensor] = {}
+    monkeypatch.setattr("kdkernels.backends.gpu._flags", flags)
+    with pytest.raises(RuntimeError, match=r'capture .* call kdkernels.label_errors\("cuda:0"\)'):
+        label_errors("cuda:0")
+    flags[torch.device("cuda:0")] = torch.zeros((), dtype=torch.int64)
+    assert label_errors("cuda:0") is flags[torch.device("cuda:0")]
 
 
 def require_kernels() -> None:
@@ -221,10 +232,10 @@ def test_two_devices() -> None:
 def test_labels_out_of_range_set_the_flag() -> None:
     require_kernels()
     student, teacher = cases.pair((3, 257), device="cuda")
-    flag = cuda.label_error("cuda:0")
+    flag = label_errors("cuda:0")
     flag.zero_()
     loss = fused_kd_loss(
         student, teacher, torch.tensor([1, 300, -100]).cuda(), reduction="none", backend="cuda"
     )
-    assert loss.isnan().tolist() == [False, True, False] and flag.item() == 1
+    assert loss.isnan().tolist() == [False, True, False] and flag.item() == 2
     flag.zero_()

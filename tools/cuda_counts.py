@@ -7,6 +7,7 @@ whose tool is missing says so.
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import shutil
@@ -79,19 +80,27 @@ def compile_source(source: Path, arch: str) -> tuple[bytes, str]:
 
 
 def print_code(architecture: str) -> None:
-    """Registers and spills of every kernel, and the register kernels' hot path per element."""
+    """Registers, spills and widths of every kernel; of register kernels the hot path per element.
+
+    "sweeps" are the machine instructions of the hot loops, "row" those of a thread's whole way
+    through a row, by its 32 columns; the copies into shared memory are bulk copies besides.
+    """
     if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
         print("machine code: not counted (nvcc was not found)")
         return
     print(
-        "kernel                                        arch  registers  spills  sweeps  row   MUFU"
+        "kernel                                        arch  registers  spills  accesses n x bits"
+        "                    sweeps  row   MUFU"
     )
     for source in SOURCES:
         cubin, _ = compile_source(source, architecture)
         for kernel in sass.read(cubin):
             spills = kernel.whole.spills
             print(f"{_short(kernel.name):45s} {architecture:>4s}  {kernel.registers:>9d}", end="")
-            print(f"  {spills:>6d}{_hot(kernel, architecture)}", flush=True)
+            print(
+                f"  {spills:>6d}  {_widths(kernel, architecture):35s}{_hot(kernel, architecture)}",
+                flush=True,
+            )
 
 
 def _short(name: str) -> str:
@@ -103,8 +112,25 @@ def _short(name: str) -> str:
     return " ".join(words).replace("Li", "")
 
 
+def _widths(kernel: sass.Kernel, arch: str) -> str:
+    """A register kernel's accesses in the hot loops; of others all vector loads of the code."""
+    if "register_kernel" in kernel.name and int(arch) >= 90:
+        path = sass.hot_path(kernel)
+        return f"LDS {path.loads}x128 STG {path.stores}x128"
+    kinds: collections.Counter[tuple[str, int]] = collections.Counter()
+    for opcode in (text.split(maxsplit=2)[text.startswith("@")] for _, text in kernel.text):
+        base = opcode.split(".")[0]
+        if base in ("LDS", "LDG") and sass.width_of(opcode) >= 8:
+            kinds[base, 8 * sass.width_of(opcode)] += 1
+    order = sorted(kinds.items(), key=lambda kind: (kind[0][0], -kind[0][1]))
+    return " ".join(f"{base} {count}x{bits}" for (base, bits), count in order)
+
+
 def _hot(kernel: sass.Kernel, arch: str) -> str:
     if "register_kernel" not in kernel.name or int(arch) < 90:
         return ""
-    sweeps, whole, special = sass.hot_path(kernel).per_element()
+    path = sass.hot_path(kernel)
+    if not path.is_complete():
+        return "  not recognised"
+    sweeps, whole, special = path.per_element()
     return f"  {sweeps:6.1f}  {whole:4.1f}  {special:4.2f}"

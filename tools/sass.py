@@ -4,11 +4,12 @@ The disassembler comes with Triton or the CUDA toolkit. A loop is a backward bra
 count are the innermost ones that read logits, so that code which runs once per row is not taken for
 a loop over the vocabulary.
 
-The CUDA register kernels unroll their loops over a thread's columns: there is no loop to count.
-:func:`hot_path` finds the hot path of a row instead, as the shortest way through the control flow
-that passes all code of the two sweeps: the blocks that evaluate exponentials of loaded logits, and
-those with the gradient's 16-byte stores. Whatever else lies on that way (barriers, the exchange,
-factors) is counted apart.
+The CUDA register kernels unroll their loops over a thread's columns: their only loop is over rows,
+and counting that would count all code that rarely runs. :func:`hot_path` finds the hot path of a
+row instead, as the shortest way through the control flow that passes the sweeps of a warp that has
+nothing special among its columns: the block that finds the largest logits, the one that evaluates
+exponentials, and the one with the gradient's 16-byte stores. Whatever else lies on that way
+(barriers, the exchange, factors) is counted apart.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ class Loop:
             return
         self.instructions += 1
         if base in ("LDG", "LDGSTS"):
-            width = _width(opcode)
+            width = width_of(opcode)
             self.loads[8 * width] += 1
             self.load_bytes += width
         elif base == "STG":
-            width = _width(opcode)
+            width = width_of(opcode)
             self.stores[8 * width] += 1
             self.store_bytes += width
         self.mufu += base == "MUFU"
@@ -86,7 +87,7 @@ class Kernel:
     text: list[tuple[int, str]]  # (address, instruction)
 
 
-def _width(opcode: str) -> int:
+def width_of(opcode: str) -> int:
     return next((width for suffix, width in _WIDTHS if suffix in opcode), 4)
 
 
@@ -227,6 +228,9 @@ def _shortest(blocks: dict[int, Block], start: int, goal: int) -> list[int]:
     raise ValueError("no way")
 
 
+_POWER, _LOAD, _STORE = r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128"
+
+
 @dataclass
 class HotPath:
     """Instructions of one thread for one row of 32 columns."""
@@ -234,6 +238,16 @@ class HotPath:
     sweeps: int  # blocks of the loops over columns
     between: int
     special: int  # MUFU on the whole path
+    # Within the sweeps: what every column needs, so that a block that was missed shows.
+    exponentials: int
+    loads: int  # 16 bytes of shared memory
+    stores: int  # 16 bytes
+
+    def is_complete(self) -> bool:
+        """Two exponentials a column, each vector of both models read twice, one gradient stored."""
+        n = COLUMNS_PER_THREAD
+        read_twice = self.loads == 4 * self.stores
+        return self.exponentials == 2 * n and read_twice and self.stores in (n // 8, n // 4)
 
     def per_element(self) -> tuple[float, float, float]:
         n = COLUMNS_PER_THREAD
@@ -242,37 +256,31 @@ class HotPath:
 
 def hot_path(kernel: Kernel) -> HotPath:
     """Of a register kernel."""
-    code = kernel.text
-    blocks = blocks_of(code)
+    blocks = blocks_of(kernel.text)
     order = sorted(blocks)
-    stores = [a for a in order if blocks[a].count(r"STG\.E\.EF\.128")]
-    observed = [a for a in order if blocks[a].count(r"MUFU\.EX2") >= 8]
-    # The rare second sums have their own copies; the first run of each kind is the hot one.
-    vectors = 8 if _is_float32(code) else 4
-    observed = observed[:vectors]
-    stores = [a for a in stores if a > observed[-1]]
-    stores = stores[-vectors - 1 : -1] if len(stores) > vectors else stores[:vectors]
-    maxima = [a for a in order if a < observed[0] and blocks[a].count(r"HMNMX2|FMNMX") >= 16]
-    required = [*maxima[-1:], *observed, *stores]
-    way = [required[0]]
-    for goal in required[1:]:
+    vectors = COLUMNS_PER_THREAD // (4 if "Float32" in kernel.name else 8)
+    # The rare second sums have their own copies: the first of each kind is the hot one.
+    observed = next(a for a in order if blocks[a].count(_POWER) >= 2 * COLUMNS_PER_THREAD)
+    maxima = [
+        a for a in order
+        if a < observed and blocks[a].count("HMNMX|FMNMX") and blocks[a].count(_LOAD) == 2 * vectors
+    ]  # fmt: skip
+    stored = next(a for a in order if a > observed and blocks[a].count(_STORE) == vectors)
+    sweeps = [min(maxima, key=lambda a: len(blocks[a].code)), observed, stored]
+    way = sweeps[:1]
+    for goal in (*sweeps[1:], sweeps[0]):
         way += _shortest(blocks, way[-1], goal)
-    way += _shortest(blocks, way[-1], required[0])[:-1]
-    inside = _column_blocks(way, observed, stores, maxima)
-    lines = {a: len(blocks[a].code) for a in way}
-    sweeps = sum(lines[a] for a in way if a in inside)
-    special = sum(blocks[a].count("MUFU") for a in way)
-    return HotPath(sweeps, sum(lines[a] for a in way) - sweeps, special)
-
-
-def _column_blocks(
-    way: list[int], observed: list[int], stores: list[int], maxima: list[int]
-) -> set[int]:
-    """The blocks of the path that lie within a sweep."""
-    first, last = way.index(observed[0]), way.index(observed[-1])
-    begin, end = way.index(stores[0]), way.index(stores[-1])
-    return {*maxima[-1:], *way[first : last + 1], *way[begin - 2 : end + 1]}
-
-
-def _is_float32(code: list[tuple[int, str]]) -> bool:
-    return not any("F2FP" in text for _, text in code)
+    row = [blocks[a] for a in way[:-1]]
+    inside = [blocks[a] for a in sweeps]
+    exponentials, loads, stores = (
+        sum(block.count(pattern) for block in inside) for pattern in (_POWER, _LOAD, _STORE)
+    )
+    length = sum(len(block.code) for block in inside)
+    return HotPath(
+        length,
+        sum(len(block.code) for block in row) - length,
+        sum(block.count("MUFU") for block in row),
+        exponentials,
+        loads,
+        stores,
+    )

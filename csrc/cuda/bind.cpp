@@ -17,7 +17,7 @@ using RowArguments = std::tuple<Address, int64_t, Address, Address, int64_t, Add
 using NumberArguments = std::tuple<double, bool, double, double, double, double>;
 // (loss, reduce, statistics, extras, gradient)
 using ResultArguments = std::tuple<Address, bool, Address, bool, Address>;
-// (device, stream, workspace, label error)
+// (device, stream, workspace, label errors)
 using LaunchArguments = std::tuple<int, Address, Address, Address>;
 
 template <class To>
@@ -56,12 +56,12 @@ void set_results(Problem& p, const ResultArguments& results) {
 }
 
 cuda::Launch make_launch(const LaunchArguments& given, Address num_items) {
-  const auto& [device, stream, workspace, label_error] = given;
+  const auto& [device, stream, workspace, label_errors] = given;
   cuda::Launch launch;
   launch.device = device;
   launch.stream = pointer<void>(stream);
   launch.workspace = pointer<void>(workspace);
-  launch.label_error = pointer<int>(label_error);
+  launch.label_errors = pointer<unsigned long long>(label_errors);
   launch.num_items = pointer<const float>(num_items);
   return launch;
 }

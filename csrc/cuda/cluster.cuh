@@ -64,10 +64,9 @@ KD_DEVICE unsigned remote_address(const void* place, int rank) {
   return address;
 }
 
-// A message is 16-byte words that arrive at the same place of another block, and are counted by
-// that block's barrier.
+// A record as words, padded with zeros.
 template <int kWords>
-struct alignas(16) Message {
+struct Message {
   unsigned at[kWords];
 
   template <class Record>
@@ -77,22 +76,48 @@ struct alignas(16) Message {
     memcpy(m.at, &record, sizeof(Record));
     return m;
   }
+};
+
+// One message a slot. Pieces of 16 bytes lie apart: lanes that read neighbouring slots then read
+// neighbouring pieces, and no two of them want the same bank.
+template <int kWords, int kSlots>
+struct Mailbox {
+  uint4 pieces[kWords / 4][kSlots];
 
   template <class Record>
-  KD_DEVICE Record as() const {
+  KD_DEVICE void put(int slot, const Record& record) {
+    const auto m = Message<kWords>::of(record);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      pieces[i / 4][slot] = make_uint4(m.at[i], m.at[i + 1], m.at[i + 2], m.at[i + 3]);
+    }
+  }
+
+  template <class Record>
+  KD_DEVICE Record get(int slot) const {
+    Message<kWords> m;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 piece = pieces[i / 4][slot];
+      m.at[i] = piece.x, m.at[i + 1] = piece.y, m.at[i + 2] = piece.z, m.at[i + 3] = piece.w;
+    }
     Record record;
-    memcpy(&record, at, sizeof(Record));
+    memcpy(&record, m.at, sizeof(Record));
     return record;
   }
 
-  KD_DEVICE void send(Message* place, Barrier& barrier, int rank) const {
-    const unsigned to = remote_address(place, rank), on = remote_address(&barrier.state, rank);
+  // To the same slot of another block, whose barrier counts the bytes.
+  template <class Record>
+  KD_DEVICE void send(int slot, const Record& record, Barrier& barrier, int rank) const {
+    const auto m = Message<kWords>::of(record);
+    const unsigned on = remote_address(&barrier.state, rank);
+    const unsigned to = remote_address(&pieces[0][slot], rank);
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
       asm volatile(
           "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
-          "r"(at[i]), "r"(at[i + 1]), "r"(at[i + 2]), "r"(at[i + 3]), "r"(on)
+          "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * kSlots * i),
+          "r"(m.at[i]), "r"(m.at[i + 1]), "r"(m.at[i + 2]), "r"(m.at[i + 3]), "r"(on)
           : "memory");
     }
   }

@@ -30,6 +30,13 @@ KD_DEVICE void add_weighed(float& sum, float weight, float x) {
       : "f"(weight), "f"(x));
 }
 
+// product = weight * x where there is weight: elsewhere it stays.
+KD_DEVICE void weigh(float& product, float weight, float x) {
+  asm("{.reg .pred p; setp.gt.f32 p, %1, 0f00000000; @p mul.rn.f32 %0, %1, %2;}"
+      : "+f"(product)
+      : "f"(weight), "f"(x));
+}
+
 template <int kCount>
 struct Lanes {};
 

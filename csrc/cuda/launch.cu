@@ -135,7 +135,7 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.extras = p.extras;
   task.losses = p.reduce ? nullptr : static_cast<float*>(p.loss);
   task.statistics = static_cast<float*>(p.statistics);
-  task.label_error = launch.label_error;
+  task.label_errors = launch.label_errors;
   task.gradient = static_cast<char*>(p.gradient);
   task.gradient_columns = p.gradient_columns;
   return task;

@@ -13,7 +13,7 @@ struct Launch {
   int device = 0;
   void* stream = nullptr;
   void* workspace = nullptr;  // at least workspace_bytes(rows) bytes, aligned to 16
-  int* label_error = nullptr;
+  unsigned long long* label_errors = nullptr;  // see Task
   const float* num_items = nullptr;  // on the device: the denominator; null = Problem's
 };
 

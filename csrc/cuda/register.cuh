@@ -60,11 +60,21 @@ struct Kept {
   Vector<Format::kWidth> student[kVectors], second[kVectors];
 };
 
-// A warp owns a run of columns, so that a thread's vectors are constant distances apart.
+// A warp owns a run of columns, so that a thread's vectors are constant distances apart, and that
+// most warps know at once that nothing about their columns is special.
+constexpr int kColumnsPerWarp = 32 * kColumnsPerThread;
+
+KD_DEVICE int first_column_of_warp(const Span& span) {
+  return span.first + static_cast<int>(threadIdx.x / 32) * kColumnsPerWarp;
+}
+
+KD_DEVICE bool is_full_warp(const Span& span) {
+  return first_column_of_warp(span) + kColumnsPerWarp <= span.past;
+}
+
 template <class Format>
 KD_DEVICE int first_column_of(const Span& span) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  return span.first + warp * 32 * kColumnsPerThread + lane * Format::kWidth;
+  return first_column_of_warp(span) + static_cast<int>(threadIdx.x % 32) * Format::kWidth;
 }
 
 template <class Format, class Step>
@@ -72,6 +82,20 @@ KD_DEVICE void each_kept_vector(const Span& span, const Step& step) {
   const int first = first_column_of<Format>(span);
 #pragma unroll
   for (int k = 0; k < Kept<Format>::kVectors; ++k) step(k, first + k * 32 * Format::kWidth);
+}
+
+// `beyond(k)` instead for vectors behind the slice, which only the last warps of a block have: the
+// others run without a comparison.
+template <class Format, class Step, class Beyond>
+KD_DEVICE void each_kept_vector(const Span& span, const Step& step, const Beyond& beyond) {
+  if (is_full_warp(span)) return each_kept_vector<Format>(span, step);
+  each_kept_vector<Format>(span, [&](int k, int column) {
+    if (column < span.past) {
+      step(k, column);
+    } else {
+      beyond(k);
+    }
+  });
 }
 
 template <class Format>
@@ -84,11 +108,11 @@ template <class Format>
 KD_DEVICE References references_of(const Task& task, const Span& span, const char* student,
                                    const char* teacher) {
   Format of_student, of_teacher;
-  each_kept_vector<Format>(span, [&](int, int column) {
-    if (column >= span.past) return;
+  const auto see = [&](int, int column) {
     of_student.see(words_at<Format>(student, span, column));
     of_teacher.see(words_at<Format>(teacher, span, column));
-  });
+  };
+  each_kept_vector<Format>(span, see, [](int) {});
   References r;
   r.student = whole_exponent(of_student.largest(), task.student.factor);
   r.teacher = whole_exponent(of_teacher.largest(), task.teacher.factor);
@@ -102,6 +126,13 @@ KD_DEVICE float label_power(float e) {
   return e;
 }
 
+// sum + e^kPower
+template <int kPower>
+KD_DEVICE float add_label_power(float e, float sum) {
+  const float root = label_power<kPower / 2>(e);
+  return fmaf(root, root, sum);
+}
+
 template <class Functor, class Format, int kPower>
 KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* student,
                             const char* teacher, Kept<Format>& kept) {
@@ -110,13 +141,8 @@ KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* stud
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
   sums.label_reference = kPower > 1 ? kPower * r.student : r.student;
-  each_kept_vector<Format>(span, [&](int k, int column) {
+  const auto observe = [&](int k, int column) {
     Vector<Format::kWidth>&es = kept.student[k], &second = kept.second[k];
-    if (column >= span.past) {
-#pragma unroll
-      for (int i = 0; i < Format::kWidth; ++i) es.at[i] = second.at[i] = 0.0f;
-      return;
-    }
     const Vector<Format::kWidth> s = Format::widen(words_at<Format>(student, span, column));
     const Vector<Format::kWidth> t = Format::widen(words_at<Format>(teacher, span, column));
 #pragma unroll
@@ -127,14 +153,21 @@ KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* stud
       es.at[i] = e_s;
       sums.student += e_s;
       sums.teacher += e_t;
-      if constexpr (kPower > 1) sums.label += label_power<kPower>(e_s);
+      if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
       if constexpr (is_forward_kl<Functor>) {
         second.at[i] = e_t;
         add_weighed(sums.gap, e_t, u_t - u_s);
       } else {
-        second.at[i] = e_s > 0.0f ? e_s * (u_t - u_s) : 0.0f;
+        second.at[i] = 0.0f;
+        weigh(second.at[i], e_s, u_t - u_s);
         sums.gap += second.at[i];
       }
+    }
+  };
+  each_kept_vector<Format>(span, observe, [&](int k) {
+#pragma unroll
+    for (int i = 0; i < Format::kWidth; ++i) {
+      kept.student[k].at[i] = kept.second[k].at[i] = 0.0f;
     }
   });
   return sums;
@@ -165,23 +198,41 @@ struct KeptFactors {
   }
 };
 
+template <int kPower, class Format>
+KD_DEVICE Vector<Format::kWidth> gradient_of(const KeptFactors& f, const Kept<Format>& kept,
+                                             int k) {
+  Vector<Format::kWidth> g;
+#pragma unroll
+  for (int i = 0; i < Format::kWidth; ++i) {
+    const float e = kept.student[k].at[i];
+    // Two rounded products: equal operands must cancel to exactly 0.
+    g.at[i] = f.student * e - f.second * kept.second[k].at[i];
+    if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
+  }
+  return g;
+}
+
 template <class Functor, class Format, int kPower>
 KD_DEVICE void differentiate_kept(const Task& task, int64_t row, const RowPlan& plan,
                                   const Span& span, const Sums& sums, const Sums& mine,
                                   const Kept<Format>& kept) {
+  constexpr int kWidth = Format::kWidth;
   const Factors factors(task, plan, sums);
   const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
-  const GradientRow<Format::kWidth> gradient(task, row, span);
+  const GradientRow<kWidth> gradient(task, row, span);
+  const int begin = first_column_of_warp(span), end = begin + kColumnsPerWarp;
+  const bool has_label = plan.label >= begin && plan.label < end;
+  if (is_full_warp(span) && gradient.is_whole(begin, end) && !has_label) {
+    const int64_t size = size_of(Format::kDType);
+    char* to = gradient.row + first_column_of<Format>(span) * size;
+    each_kept_vector<Format>(span, [&](int k, int) {
+      store_vector(to + k * 32 * kWidth * size, Format::kDType, gradient_of<kPower>(f, kept, k));
+    });
+    return;
+  }
   each_kept_vector<Format>(span, [&](int k, int column) {
     if (column >= span.past) return;
-    Vector<Format::kWidth> g;
-#pragma unroll
-    for (int i = 0; i < Format::kWidth; ++i) {
-      const float e = kept.student[k].at[i];
-      // Two rounded products: equal operands must cancel to exactly 0.
-      g.at[i] = f.student * e - f.second * kept.second[k].at[i];
-      if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
-    }
+    Vector<kWidth> g = gradient_of<kPower>(f, kept, k);
     pull_label(plan.label, column, factors.label_pull, g);
     gradient.template store_as<Format::kDType>(task, column, g);
   });
@@ -249,6 +300,9 @@ __global__ void __launch_bounds__(kRegisterThreads, 1)
     if (is_writer) logit = label_logit(task, row, plan.label);
     Kept<Format> kept;
     Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
+    // Storing it waits for it: another block, which may overwrite it in memory with its gradient,
+    // does so only after this block's message.
+    if (is_writer) scratch.label_logit = logit;
     const Brief brief =
         exchange.reduce(Brief::of(mine), Brief::of(nothing()),
                         [](Brief& b, auto lanes) { b.reduce<Functor, kPower>(lanes); });
@@ -274,7 +328,7 @@ __global__ void __launch_bounds__(kRegisterThreads, 1)
     }
     if (is_writer) {
       Totals totals(task, sums);
-      totals.sums.label_logit = logit;
+      totals.sums.label_logit = scratch.label_logit;
       totals.close<Functor>();
       if (cancelled) totals.take(task, anew);
       write_outcome(task, row, plan, totals);

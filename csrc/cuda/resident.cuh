@@ -15,10 +15,12 @@ constexpr int kResidentWarps = kResidentThreads / 32;
 template <int kWords>
 struct ResidentScratch {
   // Double, so that the next exchange may begin while slow warps still read the last one's.
-  Message<kWords> blocks[2][kMostClusterBlocks], warps[2][kResidentWarps];
+  Mailbox<kWords, kMostClusterBlocks> blocks[2];
+  Mailbox<kWords, kResidentWarps> warps[2];
   Barrier arrived[2];
   Barrier full[kMostStages];
-  int64_t next_row;  // the producer's; here, because the consumers need every register
+  int64_t next_row;   // the producer's; here, because the consumers need every register
+  float label_logit;  // the writer's, as above
 };
 
 static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
@@ -34,7 +36,7 @@ struct Exchange {
   unsigned turn = 0;  // the last bit chooses the buffers, the one before is the barrier's parity
 
   KD_DEVICE void expect(int buffer) const {
-    scratch.arrived[buffer].expect(cluster * static_cast<unsigned>(sizeof(Message<kWords>)));
+    scratch.arrived[buffer].expect(cluster * 4u * kWords);
   }
 
   // By one thread, before anybody sends.
@@ -46,28 +48,27 @@ struct Exchange {
   }
 
   template <class Record, class Reduce>
-  KD_DEVICE Record sum_of(const Message<kWords>* from, int count, const Record& empty,
+  KD_DEVICE Record sum_of(const Mailbox<kWords, 16>& from, int count, const Record& empty,
                           const Reduce& reduce_lanes) const {
     // Both halves of the warp sum the same slots: one step of the butterfly less.
     const int slot = threadIdx.x % 16;
-    Record r = slot < count ? from[slot].template as<Record>() : empty;
+    Record r = slot < count ? from.template get<Record>(slot) : empty;
     reduce_lanes(r, Lanes<16>{});
     return r;
   }
 
   template <class Record, class Reduce>
   KD_DEVICE Record reduce(Record mine, const Record& empty, const Reduce& reduce_lanes) {
-    using Letter = Message<kWords>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = turn & 1;
     reduce_lanes(mine, Lanes<32>{});
-    if (lane == 0) scratch.warps[buffer][warp] = Letter::of(mine);
+    if (lane == 0) scratch.warps[buffer].put(warp, mine);
     __syncthreads();
     const unsigned parity = turn++ >> 1 & 1;
     if (cluster == 1) return sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
     if (warp == 0) {
       const Record block = sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
       if (lane < cluster) {
-        Letter::of(block).send(&scratch.blocks[buffer][rank], scratch.arrived[buffer], lane);
+        scratch.blocks[buffer].send(rank, block, scratch.arrived[buffer], lane);
       }
     }
     scratch.arrived[buffer].wait_for_cluster(parity);
@@ -80,19 +81,23 @@ struct Exchange {
   }
 };
 
-// The bytes of a slice that a bulk copy may touch: whole pieces of 16 bytes inside the tensor.
+// The bytes of a slice that a bulk copy fetches: the pieces of 16 bytes that hold some of the row
+// and lie inside the tensor.
 struct Clip {
   const char *slice, *from, *to;
 
   KD_DEVICE Clip(const Task& task, const Side& side, int64_t row, const Span& span) {
     const int64_t size = size_of(side.dtype);
     const char* start = task.row_of(side, row);
+    const char* end = start + task.vocab * size;
+    const char* lowest = start - (reinterpret_cast<uintptr_t>(start) & 15);
+    const char* highest = end + (-reinterpret_cast<uintptr_t>(end) & 15);
+    if (lowest < side.begin) lowest += 16;
+    if (highest > side.end) highest -= 16;
     slice = start + span.first * size;
     const char* past = start + span.past * size;
-    const auto address = [](const char* p) { return reinterpret_cast<uintptr_t>(p); };
-    from =
-        slice >= side.begin ? slice : slice + (address(side.begin) - address(slice) + 15) / 16 * 16;
-    to = past <= side.end ? past : past - (address(past) - address(side.end) + 15) / 16 * 16;
+    from = slice < lowest ? lowest : slice;
+    to = past > highest ? highest : past;
     if (to < from) to = from;
   }
 

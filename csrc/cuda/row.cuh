@@ -121,6 +121,11 @@ struct GradientRow {
     whole = aligned ? task.vocab - kWidth + 1 - first_whole : 0;
   }
 
+  // Whether every vector within these columns is stored whole.
+  KD_DEVICE bool is_whole(int first, int past) const {
+    return first >= first_whole && past - kWidth - first_whole < whole;
+  }
+
   KD_DEVICE void store(const Task& task, int first, const Vector<kWidth>& x) const {
     store(task.vocab, first, x, dtype);
   }
@@ -277,8 +282,11 @@ KD_DEVICE LabelTerms label_terms(const Task& task, const RowPlan& plan, const Su
 KD_DEVICE void write_row(const Task& task, int64_t row, const float (&values)[10]) {
   if (task.losses) task.losses[row] = values[0];
   if (!task.statistics) return;
+  // The last three nobody asked for without `extras`.
 #pragma unroll
-  for (int i = 0; i < 10; ++i) task.statistics[i * task.rows() + row] = values[i];
+  for (int i = 0; i < 10; ++i) {
+    if (i < 7 || task.extras) task.statistics[i * task.rows() + row] = values[i];
+  }
 }
 
 // By one thread.

@@ -142,7 +142,8 @@ struct Sweep {
   }
 };
 
-// The student's logit at the label, transformed. Read before the gradient may take its place.
+// The student's logit at the label, transformed. The gradient may take its place, and another block
+// may write that: the value has to have arrived before this block tells the others its sums.
 KD_DEVICE float label_logit(const Task& task, int64_t row, int label) {
   if (label < 0) return -INFINITY;
   const Side& side = task.student;
@@ -162,7 +163,9 @@ KD_DEVICE void dismiss_row(const Task& task, int64_t row, const RowPlan& plan, c
   if (task.gradient) clear_beyond_vocabulary(task, row);
   if (threadIdx.x != 0) return;
   write_constant(task, row, value);
-  if (plan.fate == Fate::spoiled && task.label_error) atomicOr(task.label_error, 1);
+  if (plan.fate == Fate::spoiled && task.label_errors) {
+    atomicMax(task.label_errors, static_cast<unsigned long long>(row) + 1);
+  }
 }
 
 }  // namespace kd::cuda

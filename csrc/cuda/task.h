@@ -48,10 +48,10 @@ struct Task {
   bool extras;
   float inverse_temperature;
 
-  float* losses;      // [rows] for reduction "none", or null
-  float* statistics;  // [10, rows], or null
-  int* label_error;   // set to 1 if a label is out of range; may be null
-  char* gradient;     // [rows, gradient_columns] in the student's dtype, or null
+  float* losses;                     // [rows] for reduction "none", or null
+  float* statistics;                 // [10, rows], or null; the last 3 only with `extras`
+  unsigned long long* label_errors;  // 1 + the highest row whose label is out of range; or null
+  char* gradient;                    // [rows, gradient_columns] in the student's dtype, or null
   int64_t gradient_columns;
 
   KD_INLINE int64_t rows() const { return outer * inner; }

@@ -4,7 +4,7 @@ Everything is enqueued; nothing waits for the device, so CUDA graphs capture it.
 receives addresses, strides and the stream's handle, and allocates nothing.
 
 A label outside the vocabulary (other than ``ignore_index``) cannot raise without a synchronisation:
-it makes that row's loss and gradient NaN, and sets :func:`label_error` of the device.
+it makes that row's loss and gradient NaN, and sets :func:`kdkernels.label_errors` of the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import LOGIT_DTYPES, Problem, RowLayout, row_layout
+from . import gpu
 from .base import empty_gradient
 from .native import DIVERGENCES as _DIVERGENCES
 from .native import MODULE as _native
@@ -26,7 +27,6 @@ if _native is not None and not hasattr(_native, "cuda_kd_loss"):
     _UNAVAILABLE = "the native module was built without the CUDA kernels (KDKERNELS_CUDA)"
 
 _device_refusals: dict[int, str] = {}
-_label_errors: dict[torch.device, Tensor] = {}
 
 
 @torch.compiler.assume_constant_result
@@ -35,16 +35,6 @@ def _device_refusal(index: int) -> str:
     if index not in _device_refusals:
         _device_refusals[index] = _native.cuda_why_not(index)
     return _device_refusals[index]
-
-
-def label_error(device: torch.device | str | int) -> Tensor:
-    """int32 [1] on the device: 1 after any label there was out of range. ``zero_()`` resets it."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _label_errors:
-        _label_errors[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _label_errors[device]
 
 
 class CudaBackend(NativeBackend):
@@ -73,6 +63,8 @@ class CudaBackend(NativeBackend):
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         if problem.vocab > 1 << 30:
             reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
+        if problem.labels is not None and not reasons:
+            gpu.prepare(device)
         return reasons
 
     def run(
@@ -120,7 +112,7 @@ class CudaBackend(NativeBackend):
                 extras,
                 _pointer(gradient),
             ),
-            _launch(problem.student, workspace),
+            _launch(problem.student, workspace, problem.labels),
         )
 
     def backward(
@@ -149,7 +141,7 @@ class CudaBackend(NativeBackend):
             columns,
             _pointer(factor),
             0 if factor.ndim == 0 else 1,
-            _launch(gradient, None),
+            _launch(gradient, None, None),
         )
         return out
 
@@ -165,8 +157,14 @@ def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tupl
     )
 
 
-def _launch(on: Tensor, workspace: Tensor | None) -> tuple[int, int, int, int]:
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The device's number and its current stream's handle."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _launch(
+    on: Tensor, workspace: Tensor | None, labels: Tensor | None
+) -> tuple[int, int, int, int]:
     """(device, the caller's stream, workspace, flag for labels out of range)."""
-    device = on.device
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return device.index, stream, _pointer(workspace), label_error(device).data_ptr()
+    flag = None if labels is None else gpu.label_errors(on.device)
+    return *_stream(on.device), _pointer(workspace), _pointer(flag)

@@ -15,7 +15,7 @@ import simulator
 import test_matrix
 import torch
 
-from kdkernels.problem import STATISTICS, Problem, row_scale
+from kdkernels.problem import Problem, row_scale
 
 pytestmark = simulator.needs_simulator
 
@@ -86,18 +86,27 @@ def test_every_divergence_in_clusters(
 @pytest.mark.parametrize("vocab", (32000, 50257, 128256, 151936, 256000))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_traffic_of_real_vocabularies(vocab: int, dtype: torch.dtype) -> None:
-    """Read once, written once: 3 units, and at most 64 bytes a row and tensor beside."""
+    """Read once, written once: 3 units, and beside them at most 64 bytes a row.
+
+    Those are 28 of statistics, 8 of the label, and what 16-byte copies fetch beside unaligned rows.
+    The label's logit alone is requested twice.
+    """
     rows, size = 2, dtype.itemsize
     student, teacher = cases.pair((rows, vocab), dtype, seed=1)
     labels = cases.labels_for((rows,), vocab, ignored=0.0)
     for temperature in (1.0, 2.0):
         recorder = assert_right(student, teacher, labels, temperature=temperature)
         (main,) = (s for s in recorder.launches if "register_kernel" in s.kernel)
-        for name in ("student", "teacher"):
-            (read,) = (b["load_bytes"] for k, b in main.buffers.items() if k.startswith(name))
-            assert rows * vocab * size <= read <= rows * (vocab * size + 64)
+        beside = rows * (4 * 7 + 8)
+        for name, again in (("student", size), ("teacher", 0)):
+            (read,) = (b for k, b in main.buffers.items() if k.startswith(name))
+            assert read["load_bytes"] <= read["unique_read_bytes"] + rows * (again + 32)
+            beside += read["unique_read_bytes"] - rows * vocab * size
         written = sum(b["store_bytes"] for b in main.buffers.values())
-        assert written == rows * (vocab * size + 4 * len(STATISTICS))
+        assert written == rows * (vocab * size + 4 * 7), "the statistics but those of `extras`"
+        assert beside <= 64 * rows
+        conflicts = main.shared["bank_conflicts"] / main.shared["wavefronts"]
+        assert conflicts <= 0.02
         assert main.mufu / (rows * vocab) <= 3.0
         assert main.d["local_bytes"] == 0 if "local_bytes" in main.d else True
 
@@ -133,24 +142,6 @@ def test_hostile_rows(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss[3:7].isnan().all() and gradient[3:7].isnan().all()
     assert loss[8] == 0 and (gradient[8] == 0).all()
     assert (gradient[1, 900:] == 0).all() and (gradient[7, :1000] == 0).all()
-
-
-@each_kernel
-@pytest.mark.parametrize("label", (-1, 257, 2**40))
-def test_labels_out_of_range_spoil_their_row_and_set_the_flag(
-    kernel: str, label: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force(monkeypatch, kernel)
-    student, teacher = cases.pair((3, 257), torch.bfloat16)
-    labels = torch.tensor([4, label, -100])
-    with simulator.simulated() as recorder:
-        loss, gradient = cases.evaluate(
-            student, teacher, labels, backend="cuda", reduction="none", gradient="forward"
-        )
-    assert recorder.label_error.item() == 1
-    assert loss[1].isnan() and gradient[1].isnan().all()
-    assert loss[0].isfinite() and gradient[0].isfinite().all()
-    assert loss[2] == 0 and (gradient[2] == 0).all()
 
 
 @each_kernel
@@ -235,9 +226,9 @@ def test_the_gradient_may_take_the_students_memory() -> None:
     from kdkernels.backends import BACKENDS
     from kdkernels.problem import Options
 
-    for kernel_rows in (3, 80):
-        student, teacher = cases.pair((kernel_rows, 2048), torch.bfloat16)
-        labels = cases.labels_for((kernel_rows,), 2048)
+    for rows, vocab in ((3, 2048), (80, 2048), (9, 4099), (3, 50257)):
+        student, teacher = cases.pair((rows, vocab), torch.bfloat16)
+        labels = cases.labels_for((rows,), vocab)
         problem = Problem(student, teacher, labels, None, None, Options(alpha=0.5))
         want = cases.oracle(student, teacher, labels, alpha=0.5)
         with simulator.simulated():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, check_labels
+from .. import gpu
 from ..base import Backend, Result
 
 _IMPORT_ERROR: str | None = None
@@ -58,6 +59,8 @@ class TritonBackend(Backend):
             reasons.append(f"it has no kernel for the divergence {divergence!r}")
         if problem.vocab >= 1 << 24:
             reasons.append(f"its columns are counted in float32: {problem.vocab} >= 2^24")
+        if problem.labels is not None and kind == "cuda" and not reasons:
+            gpu.prepare(problem.student.device)
         return reasons
 
     def forward(

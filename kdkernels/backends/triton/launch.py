@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...problem import STATISTICS, Problem, RowLayout, row_layout
 from ..base import Result, empty_gradient
+from ..gpu import label_errors
 from . import functors, kernels, policy
 from .policy import Device, LaunchPolicy, Variant
 
@@ -76,20 +77,6 @@ def _guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     return _interpreter if INTERPRETED else contextlib.nullcontext()
-
-
-_errors: dict[torch.device, Tensor] = {}
-
-
-def label_errors(device: torch.device) -> Tensor:
-    """int64 [], on the device: 1 + the highest row that had a label outside the vocabulary.
-
-    0 if none had. Looking at it synchronises; the loss of such a row is NaN in any case. It is
-    never reset but by the reader.
-    """
-    if device not in _errors:
-        _errors[device] = torch.zeros((), dtype=torch.int64, device=device)
-    return _errors[device]
 
 
 class Launch:
