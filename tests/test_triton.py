@@ -1,7 +1,8 @@
 """The Triton backend's own tests; the matrix and the contract cover it like every other backend.
 
 What interprets kernels needs ``TRITON_INTERPRET=1`` in the environment before the first import
-(``make test`` has a second run with it); what only reads policies needs nothing; ``gpu`` needs a GPU.
+(``make test`` has a second run with it); what only reads policies needs nothing; ``gpu`` needs a
+GPU.
 """
 
 from __future__ import annotations
