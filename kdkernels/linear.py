@@ -117,7 +117,9 @@ class _LinearProblem(NamedTuple):
             return _Given(logits[..., : self.vocab])
         assert hidden is not None and weight is not None
         bias = None if bias is None else bias[: self.vocab]
-        return _Head(hidden.reshape(-1, hidden.shape[-1]), weight[: self.vocab], bias)
+        # Not -1: of no elements it could be anything.
+        rows = self.leading_shape.numel()
+        return _Head(hidden.reshape(rows, hidden.shape[-1]), weight[: self.vocab], bias)
 
 
 def _vocab(source: _Source) -> int:
@@ -148,7 +150,7 @@ class _Gradients:
         """Propagate the gradient of a tile of logits."""
         if isinstance(source, _Given):
             assert self.logits is not None
-            self.logits.view(-1, self.logits.shape[-1])[rows, : self.vocab] = tile
+            self.logits.flatten(0, -2)[rows, : self.vocab] = tile
             return
         hidden = source.hidden[rows]
         to_hidden = (
@@ -157,7 +159,7 @@ class _Gradients:
         to_weight = None if self.weight is None else self.weight[: self.vocab]
         products.propagate(tile, hidden, source.weight, to_hidden, to_weight)
         if self.hidden is not None and to_hidden is not None:
-            self.hidden.view(-1, hidden.shape[1])[rows] = to_hidden
+            self.hidden.view(source.hidden.shape)[rows] = to_hidden
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
 
@@ -533,6 +535,8 @@ def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
         if tensor is not None and tensor.dtype not in LOGIT_DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
             raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
     hidden, weight, bias, logits = source
     if logits is not None:
         if any(tensor is not None for tensor in source[:3]):
