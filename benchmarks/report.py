@@ -171,7 +171,8 @@ def _linear_sections(run: Run) -> list[str]:
         ]
     if sizes:
         parts += [
-            "Time over `max_chunk_bytes`, relative to the default:",
+            "Time over `max_chunk_bytes`, relative to the default (CPU time says more where others "
+            "took the cores):",
             _chunk_table(sizes),
         ]
     if memory:
@@ -203,9 +204,11 @@ def _linear_table(timed: Sequence[Contest]) -> str:
 
 def _chunk_table(sizes: Sequence[Contest]) -> str:
     names = list(dict.fromkeys(name for c in sizes for name, e in c.entries.items() if e.wall_ns))
-    header = ["workload", *(name.removeprefix("chunk_") for name in names)]
+    header = ["workload", "clock", *(name.removeprefix("chunk_") for name in names)]
     rows = [
-        [summary.case(c.workload), *(_times(c, name, digits=3) for name in names)] for c in sizes
+        [summary.case(c.workload), title, *(_times(c, name, clock, digits=2) for name in names)]
+        for c in sizes
+        for title, clock in (("wall", "wall_ns"), ("CPU", "cpu_ns"))
     ]
     return table(header, rows)
 
@@ -282,6 +285,7 @@ def _detail(run: Run, contest: Contest) -> str:
     workload = contest.workload
     floor = summary.floor_per_logit(run, contest)
     used, loads = summary.used_rounds(contest), [r.load for r in contest.rounds] or [0.0]
+    digits = 2 if workload["hidden"] else 1  # few of these are many times slower
     rows = []
     for name, entry in contest.entries.items():
         if entry.status == "skipped":
@@ -295,8 +299,8 @@ def _detail(run: Run, contest: Contest) -> str:
                 _time(cpu.median / run.options["threads"]) if cpu else "-",
                 _number(summary.per_logit(run, contest, name)),
                 _number(summary.bandwidth_share(run, contest, name), ".0%"),
-                _times(contest, name),
-                _times(contest, name, "cpu_ns"),
+                _times(contest, name, digits=digits),
+                _times(contest, name, "cpu_ns", digits),
                 _errors(contest, name),
             ]
         )
