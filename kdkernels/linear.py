@@ -22,10 +22,10 @@ from .problem import (
 )
 
 #: Default memory for tiles of logits. Two tiles in float32 are alive: the student's, whose memory
-#: its gradient takes over, and the teacher's. Smaller ones read and write the weight's gradient more
-#: often: with 32, 64, 128, 512 and 1024 MiB the CPU time is 1.37, 1.15, 1.06, 1.06 and 1.01 times
-#: that of 256 (1024 tokens, H = 512, V = 50257, float32, Zen 3, two threads, contenders interleaved,
-#: medians of 7 ratios on a busy machine; the last two are the same single tile: their difference is
+#: its gradient takes over, and the teacher's. Smaller ones read and write the weight's gradient
+#: more often: with 32, 64, 128, 512 and 1024 MiB the CPU time is 1.37, 1.15, 1.06, 1.06 and 1.01
+#: times that of 256 (1024 tokens, H = 512, V = 50257, float32; Zen 3, two threads; interleaved,
+#: medians of 7 ratios on a busy machine; the last two make the same single tile, so they differ by
 #: the error). ``python -m benchmarks --workloads linear_chunk`` measures it again.
 MAX_CHUNK_BYTES = 256 << 20
 
@@ -465,8 +465,8 @@ def fused_linear_kd_loss(
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
         max_chunk_bytes: memory of the tiles of logits, > 0. The default, 256 MiB, holds 667 rows of
-            a 50k vocabulary and 220 of a 152k one. More was not faster on a CPU, 32 MiB took 1.37
-            times as long.
+            a 50k vocabulary and 220 of a 152k one. More was not faster on a CPU; 32 MiB took 1.37
+            times the CPU time.
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it.
 
