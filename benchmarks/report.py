@@ -33,14 +33,10 @@ def markdown(run: Run) -> str:
     """The whole report."""
     parts = [
         _headline(run),
-        "## Speed",
-        "Times are medians [inter-quartile range] of one call; `x name` is how many times faster "
-        "the fused call is (median of the ratios taken round by round). `kernel`: the native entry "
-        "with a reused gradient buffer, CPU time / threads. Errors are relative to float64.",
-        _speed_table(run),
+        "Times are medians [inter-quartile range] of one call, ratios are medians of the ratios "
+        "taken round by round, errors are relative to float64.",
+        *_given_sections(run),
         *_linear_sections(run),
-        "## Peak extra memory",
-        _memory_table([m for m in run.memory if not m.workload["hidden"]]),
         "## Targets",
         _target_table(run),
         "## Every contender",
@@ -124,9 +120,9 @@ def _errors(contest: Contest, provider: str) -> str:
     return f"{_number(entry.loss_error, '.0e')} / {_number(entry.gradient_error, '.0e')}"
 
 
-def _speed_table(run: Run) -> str:
+def _speed_table(run: Run, timed: Sequence[Contest]) -> str:
     rows = []
-    for contest in (c for c in run.contests if not c.workload["hidden"]):
+    for contest in timed:
         kernel = summary.per_logit(run, contest, "kernel", "cpu_ns")
         rows.append(
             [
@@ -143,6 +139,23 @@ def _speed_table(run: Run) -> str:
             ]
         )
     return table(_COLUMNS, rows)
+
+
+def _given_sections(run: Run) -> list[str]:
+    """Time and memory of the loss on given logits."""
+    timed = [c for c in run.contests if not c.workload["hidden"]]
+    memory = [m for m in run.memory if not m.workload["hidden"]]
+    parts = []
+    if timed:
+        parts += [
+            "## Speed",
+            "`x name` is how many times faster the fused call is. `kernel`: the native entry with "
+            "a reused gradient buffer, CPU time / threads.",
+            _speed_table(run, timed),
+        ]
+    if memory:
+        parts += ["## Peak extra memory", _memory_table(memory)]
+    return parts
 
 
 #: Columns of the table of the loss from hidden states: header, provider.
@@ -229,8 +242,6 @@ def _linear_memory_table(run: Run, memory: Sequence[Memory]) -> str:
 
 
 def _memory_table(memory: Sequence[Memory]) -> str:
-    if not memory:
-        return "Not measured."
     names = list(dict.fromkeys(summary.case(m.workload) for m in memory))
     cells = {(m.provider, summary.case(m.workload)): m for m in memory}
     rows = []

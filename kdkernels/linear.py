@@ -449,7 +449,9 @@ def fused_linear_kd_loss(
     loss, tile by tile of rows. On the CPU, rows that do not count are not even multiplied.
 
     Tiles of logits are float32 (float64 for float64 hidden states) whatever the inputs' dtypes, and
-    the gradients are summed in that precision over the tiles and rounded once.
+    the gradients are summed in that precision over the tiles and rounded once. Where bfloat16
+    products are native (:mod:`kdkernels.products`), a tile's gradient is rounded to it before its
+    products, if hidden states and weight are bfloat16.
 
     Args:
         student_hidden, teacher_hidden: [..., H_s] and [..., H_t], any floating dtype; H may differ.
