@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -22,16 +23,26 @@ ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
 CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 5, 36, 1000])
 
 
+@pytest.fixture(autouse=True)
+def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test makes is on the device that its backend takes."""
+    device = request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"
+    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+        yield
+
+
 def inputs(
     dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (ROWS,), vocab: int = VOCAB
 ) -> dict[str, Tensor]:
     """Student with bias, teacher without, labels of which some are ignored."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
+    device = torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        made = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return made.to(device, dtype)
 
-    labels = torch.randint(0, vocab, lead, generator=generator)
+    labels = torch.randint(0, vocab, lead, generator=generator, device="cpu").to(device)
     labels.view(-1)[2:7] = -100
     return {
         "student_hidden": normal(*lead, H_STUDENT).requires_grad_(),
@@ -60,10 +71,14 @@ def expected(given: dict[str, Tensor], grad: Tensor | None = None, **options: An
     teacher = wide["teacher_hidden"] @ wide["teacher_weight"].t()
     if "teacher_bias" in wide:
         teacher = teacher + wide["teacher_bias"]
-    options = {**options, "gradient": "auto", "backend": "reference"}
+    options = _moved({**options, "gradient": "auto", "backend": "reference"}, student.device)
     loss = fused_kd_loss(student, teacher, wide["labels"], **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad.double())
     return [loss.detach(), *(wide[name].grad for name in STUDENT if name in wide)]
+
+
+def _moved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], ulp: float) -> None:
@@ -78,6 +93,7 @@ def run(given: dict[str, Tensor], grad: Tensor | None = None, **options: Any) ->
     for name in STUDENT:
         if name in given:
             given[name].grad = None
+    options = _moved(options, given["labels"].device)
     loss = fused_linear_kd_loss(**given, **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad)
     return [loss.detach(), *(given[name].grad for name in STUDENT if name in given)]
