@@ -1,6 +1,6 @@
 """``python -m benchmarks``: run the suite. ``python -m benchmarks report FILE``: its report again.
 
-The JSON, the table and the plot go to ``--output``. A second process, with an allocator that keeps
+The JSON, the table and the plots go to ``--output``. A second process, with an allocator that keeps
 freed blocks, runs the ``retain`` workloads; memory is measured in one process per provider.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from kdkernels.linear import MAX_CHUNK_BYTES
+
 from . import machine, measure, memory, record, report, workloads
 from .providers import PROVIDERS, Provider
 from .workloads import Workload
@@ -26,7 +28,7 @@ RETAIN = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-#: Peak memory is measured on these.
+#: Peak memory is measured on these, and on the ``linear_memory`` group.
 MEMORY_WORKLOADS = ("kd_ce/fp32/V32000/T2", "kd_ce/bf16/V32000/T2", "kd_ce/bf16/V151936/T2")
 
 
@@ -89,9 +91,9 @@ def _memory(
     run: record.Run, chosen: list[Workload], providers: list[Provider], args: argparse.Namespace
 ) -> None:
     names = MEMORY_WORKLOADS[:1] if args.quick else MEMORY_WORKLOADS
-    for workload in (w for w in chosen if w.name in names):
+    for workload in (w for w in chosen if w.name in names or not w.timed):
         for provider in providers:
-            if provider.family != "kernel" and provider.why_not(workload) is None:
+            if provider.family != "kernel" and provider.absence(workload) is None:
                 found = memory.in_subprocess(provider.name, workload, args.device, args.threads)
                 run.memory.append(found)
         _progress(f"memory of {workload.name}")
@@ -105,12 +107,13 @@ def execute(args: argparse.Namespace) -> record.Run:
     patterns = [p for p in args.workloads.split(",") if p]
     chosen = workloads.chosen(workloads.suite(args.quick), patterns)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options["max_chunk_bytes"] = MAX_CHUNK_BYTES
     run = record.Run(machine.describe(args.device), machine.versions(), options)
     inside = args.allocator or "default"
     here = [w for w in chosen if w.allocator == inside]
     if not args.allocator:
         run.bandwidth = machine.bandwidth(args.threads, args.device)
-    _contests(run, here, providers, args)
+    _contests(run, [w for w in here if w.timed], providers, args)
     if not args.allocator:
         retained = [w for w in chosen if w.allocator == "retain"]
         if retained and args.device == "cpu":

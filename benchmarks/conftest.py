@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from . import measure
 from .providers import PROVIDERS, Provider
 from .record import Entry
-from .workloads import Inputs, Workload
+from .workloads import Inputs, Truth, Workload
 
 Race = Callable[[Workload, str], None]
 
@@ -24,7 +23,7 @@ def _inputs(workload: Workload) -> Inputs:
 
 
 @functools.lru_cache(maxsize=2)
-def _truth(workload: Workload) -> tuple[Tensor, Tensor | None]:
+def _truth(workload: Workload) -> Truth:
     return workload.oracle(_inputs(workload))
 
 
@@ -34,7 +33,7 @@ def race(benchmark) -> Race:  # type: ignore[no-untyped-def]
 
     def run(workload: Workload, name: str) -> None:
         provider: Provider = PROVIDERS[name]
-        reason = provider.why_not(workload)
+        reason = provider.absence(workload)
         if reason:
             pytest.skip(reason)
         step = provider.prepare(workload, _inputs(workload))

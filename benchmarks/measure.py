@@ -15,7 +15,7 @@ from torch import Tensor
 from . import machine
 from .providers import Answer, Provider, Step
 from .record import Contest, Entry, Round
-from .workloads import Inputs, Workload
+from .workloads import Inputs, Truth, Workload
 
 #: A sample lasts at least this long: short calls are repeated within it.
 SAMPLE_SECONDS = 0.01
@@ -34,15 +34,20 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 
-def check(entry: Entry, answer: Answer, truth: tuple[Tensor, Tensor | None], bound: float) -> None:
+def _largest(errors: Iterable[float]) -> float:
+    """The largest; NaN counts as infinite, max would lose it."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def check(entry: Entry, answer: Answer, truth: Truth, bound: float) -> None:
     """Fill in the errors; a result that is wrong takes the entry out of the race."""
-    loss, gradient = truth
+    loss, gradients = truth
     if answer.loss is not None:
         entry.loss_error = relative_error(answer.loss, loss)
-    if gradient is not None:
-        entry.gradient_error = (
-            math.inf if answer.gradient is None else relative_error(answer.gradient, gradient)
-        )
+    if gradients:
+        same = len(answer.gradients) == len(gradients)
+        errors = map(relative_error, answer.gradients, gradients)
+        entry.gradient_error = _largest(errors) if same else math.inf
     for name in ("loss_error", "gradient_error"):
         error = getattr(entry, name)
         if error is not None and not error <= bound:
@@ -74,12 +79,10 @@ def _prepared(
     """Entries of all providers, and the steps of those that are correct."""
     entries: dict[str, Entry] = {}
     steps: dict[str, Step] = {}
-    truths: dict[Workload, tuple[Tensor, Tensor | None]] = {}
+    truths: dict[Workload, Truth] = {}
     for provider in providers:
         entry = entries[provider.name] = Entry(provider.name, provider.family)
-        reason = provider.why_not(workload)
-        if workload.families is not None and provider.family not in workload.families:
-            reason = f"no {provider.family} in {workload.group}"
+        reason = provider.absence(workload)
         if reason:
             entry.status, entry.reason = "skipped", reason
             continue
@@ -112,8 +115,9 @@ def contest(
     torch.compiler.reset()
     inputs = workload.make(device)
     entries, steps = _prepared(workload, inputs, providers)
+    declared = ("logits", "bytes_moved", "flops", "subject")
     result = Contest(
-        {**vars(workload), "logits": workload.logits, "bytes_moved": workload.bytes_moved}, entries
+        {**vars(workload), **{name: getattr(workload, name) for name in declared}}, entries
     )
     for name, step in steps.items():
         wall, _ = timed(step, 2, device)

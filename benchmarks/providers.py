@@ -17,16 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels
-from kdkernels import divergences, fused_kd_loss
+from kdkernels import divergences, fused_kd_loss, fused_linear_kd_loss
 from kdkernels.backends import BACKENDS
 from kdkernels.dispatch import choose_backend
+from kdkernels.linear import MAX_CHUNK_BYTES
 
-from .workloads import DTYPES, Inputs, Workload
+from .workloads import (
+    DTYPES,
+    EAGER_TENSORS,
+    MOST_BYTES,
+    Inputs,
+    Workload,
+    chunk_provider,
+)
 
 
 class Answer(NamedTuple):
     loss: Tensor | None  #: None: this provider computes the loss up to a constant only
-    gradient: Tensor | None
+    gradients: tuple[Tensor, ...]  #: of what is learnt; empty: none
 
 
 Step = Callable[[], Answer]
@@ -45,7 +53,8 @@ def _same(workload: Workload) -> Workload:
 class Provider:
     """A contender.
 
-    family: ``fused``, ``kernel`` (the backend called directly with a reused gradient buffer),
+    family: ``linear`` (from hidden states), ``chunk`` (the same with tiles of another size),
+        ``fused``, ``kernel`` (the backend called directly with a reused gradient buffer),
         ``eager``, ``upcast`` (eager in float32 on half-precision logits), ``compile``, ``chunked``
         or ``peer``.
     prepare: builds the call; whatever it does is not timed.
@@ -60,22 +69,55 @@ class Provider:
     why_not: Callable[[Workload], str | None] = field(default=_always)
     computes: Callable[[Workload], Workload] = field(default=_same)
 
+    def absence(self, workload: Workload) -> str | None:
+        """Why it does not take part in a workload: what the workload or the provider says."""
+        reason = workload.excludes(self.name, self.family) or self.why_not(workload)
+        needed = EAGER_TENSORS * workload.itemsize * workload.logits
+        if not reason and workload.hidden and self.family in MATERIALISED and needed > MOST_BYTES:
+            reason = f"tensors of logits would take up to {needed / 2**30:.0f} GiB"
+        return reason
+
+
+#: Families whose members make all logits where they are not given.
+MATERIALISED = ("fused", "eager", "compile", "products")
+
 
 def step_of(
     loss: Loss, workload: Workload, inputs: Inputs, *, up_to_constant: bool = False
 ) -> Step:
-    """The call of a loss function: forward and, if the workload has it, backward."""
-    leaf = inputs.student.detach().requires_grad_(workload.backward)
-    teacher, labels = inputs.teacher, inputs.labels
+    """The call of a loss function on logits: forward and, if the workload has it, backward."""
+
+    def on_inputs(leaves: Inputs) -> Tensor:
+        return loss(*leaves.logits(), leaves.labels)
+
+    return step_from(on_inputs, workload, inputs, up_to_constant=up_to_constant)
+
+
+def step_from(
+    loss: Callable[[Inputs], Tensor],
+    workload: Workload,
+    inputs: Inputs,
+    *,
+    up_to_constant: bool = False,
+) -> Step:
+    """The call of a loss of whatever is given."""
+    leaves = inputs.leaves(workload.backward)
 
     def step() -> Answer:
-        value = loss(leaf, teacher, labels)
-        if workload.backward:
+        value = loss(leaves)
+        if value.requires_grad:
             value.backward()
-        gradient, leaf.grad = leaf.grad, None
-        return Answer(None if up_to_constant else value.detach(), gradient)
+        return Answer(None if up_to_constant else value.detach(), _taken(leaves))
 
     return step
+
+
+def _taken(leaves: Inputs) -> tuple[Tensor, ...]:
+    """The gradients, which the leaves no longer have."""
+    gradients = tuple(leaf.grad for leaf in leaves.learnt if leaf.grad is not None)
+    for leaf in leaves.learnt:
+        leaf.grad = None
+    return gradients
 
 
 # --- kdkernels ------------------------------------------------------------------------------------
@@ -120,9 +162,57 @@ def _prepare_kernel(workload: Workload, inputs: Inputs) -> Step:
         result = backend.forward(
             problem, want_gradient=workload.backward, extras=False, gradient_out=buffer
         )
-        return Answer(result.loss, result.gradient)
+        return Answer(result.loss, () if result.gradient is None else (result.gradient,))
 
     return step
+
+
+def _prepare_linear(max_chunk_bytes: int = MAX_CHUNK_BYTES) -> Callable[..., Step]:
+    def prepare(workload: Workload, inputs: Inputs) -> Step:
+        def loss(given: Inputs) -> Tensor:
+            return fused_linear_kd_loss(
+                given.student,
+                given.student_weight,
+                given.teacher,
+                given.teacher_weight,
+                given.labels,
+                temperature=workload.temperature,
+                alpha=workload.alpha,
+                divergence=workload.divergence,
+                max_chunk_bytes=max_chunk_bytes,
+            )
+
+        return step_from(loss, workload, inputs)
+
+    return prepare
+
+
+def _prepare_products(workload: Workload, inputs: Inputs) -> Step:
+    """The bare matrix products, their results' memory reused, and the loss on given logits.
+
+    What a fused loss from hidden states cannot do without.
+    """
+    student, teacher, labels, weight, teacher_weight = inputs
+    assert weight is not None and teacher_weight is not None
+    logits, theirs = (student.new_empty(workload.rows, workload.vocab) for _ in range(2))
+    to_hidden, to_weight = torch.empty_like(student), torch.empty_like(weight)
+    step_on_logits = _fused()(workload, Inputs(logits, theirs, labels))
+
+    def step() -> Answer:
+        torch.mm(student, weight.t(), out=logits)
+        torch.mm(teacher, teacher_weight.t(), out=theirs)
+        loss, gradients = step_on_logits()
+        if not gradients:
+            return Answer(loss, ())
+        torch.mm(gradients[0], weight, out=to_hidden)
+        torch.mm(gradients[0].t(), student, out=to_weight)
+        return Answer(loss, (to_hidden, to_weight))
+
+    return step
+
+
+def _only_float32(workload: Workload) -> str | None:
+    return None if workload.dtype == "fp32" else "bare products in half precision are no floor"
 
 
 def _no_kernel(workload: Workload) -> str | None:
@@ -245,6 +335,29 @@ def _prepare_chunked(workload: Workload, inputs: Inputs) -> Step:
     return step_of(loss, workload, inputs)
 
 
+def _prepare_chunked_linear(workload: Workload, inputs: Inputs) -> Step:
+    """Eager PyTorch on chunks of rows, each with its own backward: no whole logits.
+
+    As many rows a chunk as fused_linear_kd_loss takes by default.
+    """
+    whole = eager_loss(workload, upcast=True, softmax_target=True)
+    rows = max(1, MAX_CHUNK_BYTES // (2 * 4 * workload.vocab))
+    leaves = inputs.leaves(workload.backward)
+
+    def step() -> Answer:
+        total = leaves.student.new_zeros((), dtype=torch.float32)
+        chunks = zip(*(t.split(rows) for t in leaves[:3] if t is not None), strict=True)
+        for student, teacher, labels in chunks:
+            part = leaves._replace(student=student, teacher=teacher)
+            loss = whole(*part.logits(), labels) * (len(labels) / workload.rows)
+            if workload.backward:
+                loss.backward()
+            total += loss.detach()
+        return Answer(total, _taken(leaves))
+
+    return step
+
+
 # --- peers, if installed --------------------------------------------------------------------------
 
 
@@ -323,6 +436,13 @@ def _registry() -> dict[str, Provider]:
         Provider("compile_log_target", "compile", _eager(True)),
         Provider("compile_fp32", "compile", _eager(True, upcast=True), _only_half),
         Provider("chunked", "chunked", _prepare_chunked),
+        Provider("fused_linear", "linear", _prepare_linear()),
+        Provider("products", "products", _prepare_products, _only_float32),
+        Provider("chunked_linear", "linear", _prepare_chunked_linear, _only_forward_kl),
+        *(
+            Provider(chunk_provider(size << 20), "chunk", _prepare_linear(size << 20))
+            for size in (32, 64, 128, 256, 512, 1024)
+        ),
         *(
             Provider(
                 f"fused_{name}",

@@ -1,8 +1,8 @@
-"""Tables and a plot, from the JSON alone."""
+"""Tables and plots, from the JSON alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +33,10 @@ def markdown(run: Run) -> str:
     """The whole report."""
     parts = [
         _headline(run),
-        "## Speed",
-        "Times are medians [inter-quartile range] of one call; `x name` is how many times faster "
-        "the fused call is (median of the ratios taken round by round). `kernel`: the native entry "
-        "with a reused gradient buffer, CPU time / threads. Errors are relative to float64.",
-        _speed_table(run),
-        "## Peak extra memory",
-        _memory_table(run.memory),
+        "Times are medians [inter-quartile range] of one call, ratios are medians of the ratios "
+        "taken round by round, errors are relative to float64.",
+        *_given_sections(run),
+        *_linear_sections(run),
         "## Targets",
         _target_table(run),
         "## Every contender",
@@ -107,10 +104,13 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _times(contest: Contest, rival: str | None, clock: str = "wall_ns") -> str:
-    """How many times more than the fused call the rival takes."""
-    found = summary.ratio(contest, rival, "fused", clock) if rival else None
-    return "-" if found is None else f"{found.median:.1f} [{found.low:.1f}, {found.high:.1f}]"
+def _times(contest: Contest, rival: str | None, clock: str = "wall_ns", digits: int = 1) -> str:
+    """How many times more than the call that the contest is about the rival takes."""
+    found = summary.ratio(contest, rival, summary.subject(contest), clock) if rival else None
+    if found is None:
+        return "-"
+    median, low, high = (format(value, f".{digits}f") for value in found)
+    return f"{median} [{low}, {high}]"
 
 
 def _errors(contest: Contest, provider: str) -> str:
@@ -120,9 +120,9 @@ def _errors(contest: Contest, provider: str) -> str:
     return f"{_number(entry.loss_error, '.0e')} / {_number(entry.gradient_error, '.0e')}"
 
 
-def _speed_table(run: Run) -> str:
+def _speed_table(run: Run, timed: Sequence[Contest]) -> str:
     rows = []
-    for contest in run.contests:
+    for contest in timed:
         kernel = summary.per_logit(run, contest, "kernel", "cpu_ns")
         rows.append(
             [
@@ -141,9 +141,107 @@ def _speed_table(run: Run) -> str:
     return table(_COLUMNS, rows)
 
 
+def _given_sections(run: Run) -> list[str]:
+    """Time and memory of the loss on given logits."""
+    timed = [c for c in run.contests if not c.workload["hidden"]]
+    memory = [m for m in run.memory if not m.workload["hidden"]]
+    parts = []
+    if timed:
+        parts += [
+            "## Speed",
+            "`x name` is how many times faster the fused call is. `kernel`: the native entry with "
+            "a reused gradient buffer, CPU time / threads.",
+            _speed_table(run, timed),
+        ]
+    if memory:
+        parts += ["## Peak extra memory", _memory_table(memory)]
+    return parts
+
+
+#: Columns of the table of the loss from hidden states: header, provider.
+_LINEAR_RIVALS = (
+    ("x products + loss", "products"),
+    ("x logits + fused", "fused"),
+    ("x logits + eager", "eager"),
+    ("x logits + compile", "compile"),
+    ("x chunked eager", "chunked_linear"),
+)
+
+
+def _linear_sections(run: Run) -> list[str]:
+    """Time and memory from hidden states to loss and gradients."""
+    timed = list(summary.contests(run, "linear"))
+    sizes = list(summary.contests(run, "linear_chunk"))
+    memory = [m for m in run.memory if m.workload["hidden"]]
+    parts = ["## From hidden states"] if timed or sizes or memory else []
+    if timed:
+        parts += [
+            "`fused_linear`: no logits in memory; `x name` is how many times longer the other one "
+            "takes. `products + loss`: the bare matrix products and the fused loss, memory "
+            "reused, which is the floor; `logits +`: all logits, then that loss. `GFLOP/s` counts "
+            "the products only.",
+            _linear_table(timed),
+        ]
+    if sizes:
+        parts += [
+            "Time over `max_chunk_bytes`, relative to the default (CPU time says more where others "
+            "took the cores):",
+            _chunk_table(sizes),
+        ]
+    if memory:
+        budget = run.options["max_chunk_bytes"] / 2**20
+        parts += [
+            f"Peak extra memory in MiB, and in brackets what is beyond the gradients in units of "
+            f"the budget for tiles of logits ({budget:.0f} MiB):",
+            _linear_memory_table(run, memory),
+        ]
+    return parts
+
+
+def _linear_table(timed: Sequence[Contest]) -> str:
+    header = ("workload", "tokens", "fused_linear", "GFLOP/s", *(h for h, _ in _LINEAR_RIVALS))
+    rows = [
+        [
+            summary.case(contest.workload),
+            str(contest.workload["rows"]),
+            _range(summary.spread(summary.samples(contest, "fused_linear"))),
+            _number(summary.flop_rate(contest, "fused_linear"), ".0f"),
+            *(_times(contest, rival, digits=2) for _, rival in _LINEAR_RIVALS),
+            _errors(contest, "fused_linear"),
+            _errors(contest, "eager"),
+        ]
+        for contest in timed
+    ]
+    return table([*header, "error loss / grad", "eager's"], rows)
+
+
+def _chunk_table(sizes: Sequence[Contest]) -> str:
+    names = list(dict.fromkeys(name for c in sizes for name, e in c.entries.items() if e.wall_ns))
+    header = ["workload", "clock", *(name.removeprefix("chunk_") for name in names)]
+    rows = [
+        [summary.case(c.workload), title, *(_times(c, name, clock, digits=2) for name in names)]
+        for c in sizes
+        for title, clock in (("wall", "wall_ns"), ("CPU", "cpu_ns"))
+    ]
+    return table(header, rows)
+
+
+def _linear_memory_table(run: Run, memory: Sequence[Memory]) -> str:
+    providers = list(dict.fromkeys(m.provider for m in memory))
+    cells = {(summary.case(m.workload), m.provider): m for m in memory}
+
+    def cell(name: str, provider: str) -> str:
+        found = cells.get((name, provider))
+        if found is None or found.peak_bytes is None:
+            return "-" if found is None else found.status
+        chunks = summary.chunks_beyond_gradients(run, found)
+        return f"{found.peak_bytes / 2**20:.0f} ({_number(chunks)})"
+
+    names = list(dict.fromkeys(name for name, _ in cells))
+    return table(["workload", *providers], [[n, *(cell(n, p) for p in providers)] for n in names])
+
+
 def _memory_table(memory: Sequence[Memory]) -> str:
-    if not memory:
-        return "Not measured."
     names = list(dict.fromkeys(summary.case(m.workload) for m in memory))
     cells = {(m.provider, summary.case(m.workload)): m for m in memory}
     rows = []
@@ -198,6 +296,7 @@ def _detail(run: Run, contest: Contest) -> str:
     workload = contest.workload
     floor = summary.floor_per_logit(run, contest)
     used, loads = summary.used_rounds(contest), [r.load for r in contest.rounds] or [0.0]
+    digits = 2 if workload["hidden"] else 1  # few of these are many times slower
     rows = []
     for name, entry in contest.entries.items():
         if entry.status == "skipped":
@@ -211,12 +310,14 @@ def _detail(run: Run, contest: Contest) -> str:
                 _time(cpu.median / run.options["threads"]) if cpu else "-",
                 _number(summary.per_logit(run, contest, name)),
                 _number(summary.bandwidth_share(run, contest, name), ".0%"),
-                _times(contest, name),
-                _times(contest, name, "cpu_ns"),
+                _times(contest, name, digits=digits),
+                _times(contest, name, "cpu_ns", digits),
                 _errors(contest, name),
             ]
         )
     floor_text = f", floor {floor:.3f} ns/logit" if floor else ""
+    if workload["hidden"]:
+        floor_text = f", hidden size {workload['hidden']}, {workload['flops'] / 1e9:.1f} GFLOP"
     return (
         f"### {workload['name']}\n\n[{workload['rows']}, {workload['vocab']}] {workload['dtype']}, "
         f"T = {workload['temperature']:g}, {workload['divergence']}, "
@@ -229,8 +330,8 @@ def _detail(run: Run, contest: Contest) -> str:
                 "CPU / threads",
                 "ns/logit",
                 "of copy bw",
-                "wall / fused",
-                "CPU / fused",
+                f"wall / {summary.subject(contest)}",
+                f"CPU / {summary.subject(contest)}",
                 "error loss / grad",
             ],
             rows,
@@ -256,6 +357,20 @@ _LABELS = {
     "chunked": "chunked PyTorch (best)",
     "fused": "fused_kd_loss",
     "kernel": "kernel, gradient buffer reused (CPU time / threads)",
+}
+_LINEAR_LABELS = {
+    "eager": "all logits, eager PyTorch",
+    "compile": "all logits, torch.compile",
+    "chunked_linear": "chunks of rows, eager PyTorch",
+    "fused": "all logits, fused_kd_loss",
+    "fused_linear": "fused_linear_kd_loss",
+}
+_LINEAR_COLORS = {
+    "eager": _COLORS["eager"],
+    "compile": _COLORS["compile"],
+    "chunked_linear": _COLORS["chunked"],
+    "fused": _COLORS["kernel"],
+    "fused_linear": _COLORS["fused"],
 }
 
 
@@ -299,7 +414,12 @@ def _shape_label(contest: Contest) -> str:
 
 
 def _bars(
-    axis: Axes, series: dict[str, list[float | None]], names: Sequence[str], base: float = 0.0
+    axis: Axes,
+    series: dict[str, list[float | None]],
+    names: Sequence[str],
+    base: float = 0.0,
+    colors: Mapping[str, str] = _COLORS,
+    names_of: Mapping[str, str] = _LABELS,
 ) -> None:
     """Grouped bars, the value on top of each."""
     width = 0.84 / len(series)
@@ -309,7 +429,7 @@ def _bars(
         heights = [value for value in values if value is not None]
         # On a log scale a bar starts at 1, so that slower than the reference points down.
         tops = [value - base for value in heights]
-        bars = axis.bar(at, tops, width * 0.94, bottom=base, color=_COLORS[key], label=_LABELS[key])
+        bars = axis.bar(at, tops, width * 0.94, bottom=base, color=colors[key], label=names_of[key])
         texts = [f"{h:.0f}" if h >= 9.95 else f"{h:.1f}" if h >= 1 else f"{h:.2f}" for h in heights]
         axis.bar_label(bars, texts, fontsize=7, padding=1.5)
     axis.set_xticks(range(len(names)), names, fontsize=9)
@@ -373,12 +493,89 @@ def _draw_costs(
     axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper left")
 
 
+def plot_linear(run: Run, path: Path) -> bool:
+    """From hidden states: speed-up over eager, and peak memory over tokens; False: no numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [c for c in summary.contests(run, "linear") if summary.samples(c, "eager")]
+    memory = [m for m in run.memory if m.workload["hidden"] and m.peak_bytes is not None]
+    draws = [draw for draw, data in ((_draw_linear, timed), (_draw_memory, memory)) if data]
+    if not draws:
+        return False
+    figure, axes = pyplot.subplots(
+        len(draws), 1, figsize=(11.0, 4.6 * len(draws)), layout="constrained", squeeze=False
+    )
+    for draw, axis in zip(draws, axes[:, 0], strict=True):
+        draw(axis, run)
+    machine, date = run.machine, run.versions["date"][:10]
+    figure.suptitle(
+        f"Hidden states to loss and gradients: {machine['cpu']}, {run.options['threads']} threads, "
+        f"{machine['device']}, {date}",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _draw_linear(axis: Axes, run: Run) -> None:
+    shown = [c for c in summary.contests(run, "linear") if summary.samples(c, "eager")]
+    series: dict[str, list[float | None]] = {}
+    for name in ("compile", "chunked_linear", "fused", "fused_linear"):
+        found = [summary.ratio(c, "eager", name) for c in shown]
+        series[name] = [ratio.median if ratio else None for ratio in found]
+    ceiling = [summary.ratio(c, "eager", "products") for c in shown]
+    labels = [f"{_shape_label(c)}, {c.workload['rows']} tokens" for c in shown]
+    _bars(axis, series, labels, base=1.0, colors=_LINEAR_COLORS, names_of=_LINEAR_LABELS)
+    for index, ratio in enumerate(ceiling):
+        if ratio:
+            label = "bare products + fused loss" if index == 0 else None
+            left, right = index - 0.45, index + 0.45
+            axis.hlines(ratio.median, left, right, _COLORS["floor"], lw=1.8, label=label)
+    axis.axhline(1, color=_COLORS["eager"], lw=1.5, label=_LINEAR_LABELS["eager"])
+    _log_axis(axis, headroom=2.2)
+    axis.set_ylabel("times faster")
+    axis.set_title("Speed-up over all logits with eager PyTorch (log scale)")
+    axis.legend(ncols=3, fontsize=8, frameon=False, loc="upper left")
+
+
+def _draw_memory(axis: Axes, run: Run) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    memory = [m for m in run.memory if m.workload["hidden"] and m.peak_bytes is not None]
+    for provider in dict.fromkeys(m.provider for m in memory):
+        points = [(m.workload["rows"], m.peak_bytes) for m in memory if m.provider == provider]
+        tokens, peaks = zip(*sorted(points), strict=True)
+        color, label = _LINEAR_COLORS[provider], _LINEAR_LABELS[provider]
+        axis.plot(tokens, [p / 2**20 for p in peaks], "o-", color=color, label=label)
+    sizes = sorted({(m.workload["rows"], summary.gradient_bytes(m)) for m in memory})
+    tokens, gradients = zip(*sizes, strict=True)
+    axis.plot(tokens, [g / 2**20 for g in gradients], "k:", label="the gradients alone")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_xticks(tokens)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("MiB")
+    first = memory[0].workload
+    axis.set_title(
+        f"Peak extra memory, {first['dtype']}, V = {first['vocab']}, hidden size {first['hidden']}"
+    )
+    axis.legend(ncols=2, fontsize=8, frameon=False, loc="upper left")
+
+
 def write(run: Run, folder: Path, stem: str) -> tuple[str, list[Path]]:
-    """Table and plot next to the JSON: (the table's text, the files written)."""
+    """Table and plots next to the JSON: (the table's text, the files written)."""
     text = markdown(run)
     written = [folder / f"{stem}.md"]
     written[0].write_text(text)
-    picture = folder / f"{stem}.png"
-    if plot(run, picture):
-        written.append(picture)
+    for draw, name in ((plot, f"{stem}.png"), (plot_linear, f"{stem}-linear.png")):
+        if draw(run, folder / name):
+            written.append(folder / name)
     return text, written

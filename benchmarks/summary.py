@@ -64,6 +64,11 @@ def ratio(contest: Contest, slow: str, fast: str, clock: str = "wall_ns") -> Spr
     return spread([a / b for a, b in pairs])
 
 
+def subject(contest: Contest) -> str:
+    """The provider that the others are compared with."""
+    return str(contest.workload["subject"])
+
+
 def fastest(contest: Contest, *families: str) -> str | None:
     """The provider with the lowest median among those that are correct."""
     medians = {
@@ -90,7 +95,12 @@ def copy_bandwidth(run: Run) -> float:
 
 
 def floor_per_logit(run: Run, contest: Contest) -> float | None:
-    """ns per logit that moving the declared bytes takes at copy bandwidth."""
+    """ns per logit that moving the declared bytes takes at copy bandwidth.
+
+    None where arithmetic sets the floor: from hidden states, that of the provider "products".
+    """
+    if contest.workload["hidden"]:
+        return None
     rate = copy_bandwidth(run)
     return contest.workload["bytes_moved"] / contest.workload["logits"] / rate if rate else None
 
@@ -99,6 +109,12 @@ def bandwidth_share(run: Run, contest: Contest, provider: str) -> float | None:
     """Share of the copy bandwidth that a provider's declared bytes reach."""
     floor, time = floor_per_logit(run, contest), per_logit(run, contest, provider)
     return floor / time if floor and time else None
+
+
+def flop_rate(contest: Contest, provider: str) -> float | None:
+    """GFLOP/s of the matrix products alone, the time being that of the whole call."""
+    found = spread(samples(contest, provider))
+    return contest.workload["flops"] / found.median if found else None
 
 
 def contests(run: Run, *groups: str) -> Iterator[Contest]:
@@ -188,21 +204,52 @@ def _call_cost(run: Run) -> dict[str, float]:
 
 
 def gradient_bytes(memory: Memory) -> int:
-    """Bytes of one logits tensor of this workload, which is also the gradient's size."""
+    """Bytes of the gradients: as large as the logits, or as hidden states and weight."""
     workload = memory.workload
     itemsize = 4 if workload["dtype"] == "fp32" else 2
-    return workload["rows"] * workload["vocab"] * itemsize
+    rows, vocab, hidden = (workload[name] for name in ("rows", "vocab", "hidden"))
+    return itemsize * (hidden * (rows + vocab) if hidden else rows * vocab)
 
 
 def _memory(run: Run) -> dict[str, float]:
     """Peak extra beyond the gradient, in units of 12 bytes * vocab * threads of scratch."""
     out = {}
     for memory in run.memory:
-        if memory.provider == "fused" and memory.peak_bytes is not None:
+        given = not memory.workload["hidden"]
+        if memory.provider == "fused" and given and memory.peak_bytes is not None:
             beyond = memory.peak_bytes - gradient_bytes(memory)
             scratch = 12 * memory.workload["vocab"] * run.options["threads"]
             out[case(memory.workload)] = beyond / scratch
     return out
+
+
+def chunks_beyond_gradients(run: Run, memory: Memory) -> float | None:
+    """Peak extra beyond the gradients, in units of the default budget for tiles of logits."""
+    if memory.peak_bytes is None:
+        return None
+    beyond: float = memory.peak_bytes - gradient_bytes(memory)
+    return beyond / run.options["max_chunk_bytes"]
+
+
+def _linear_memory(run: Run) -> dict[str, float]:
+    found = {
+        case(m.workload): chunks_beyond_gradients(run, m)
+        for m in run.memory
+        if m.provider == "fused_linear"
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _linear(slow: str, fast: str, dtype: str) -> Callable[[Run], dict]:
+    def measured(run: Run) -> dict[str, float]:
+        found = {
+            case(c.workload): ratio(c, slow, fast)
+            for c in contests(run, "linear")
+            if c.workload["dtype"] == dtype
+        }
+        return {name: value.median for name, value in found.items() if value}
+
+    return measured
 
 
 def _excess(name: str) -> Callable[[Run], dict]:
@@ -245,6 +292,28 @@ TARGETS = (
     Target("divergence vs forward KL (kernel)", 2.0, "x", _divergence_cost),
     Target("whole call on [8, 1000]", 190, "us", _call_cost, aim=80),
     Target("peak memory beyond the gradient", 1.5, "scratch", _memory),
+    Target(
+        "linear vs bare products + loss, fp32",
+        1.15,
+        "x",
+        _linear("fused_linear", "products", "fp32"),
+    ),
+    Target(
+        "linear vs materialised + eager, fp32",
+        1.65,
+        "x",
+        _linear("eager", "fused_linear", "fp32"),
+        True,
+        2,
+    ),
+    Target(
+        "linear vs materialised + eager, bf16",
+        20,
+        "x",
+        _linear("eager", "fused_linear", "bf16"),
+        True,
+    ),
+    Target("linear peak memory beyond the gradients", 1.05, "chunks", _linear_memory, aim=1),
     Target("loss error above eager's", 4, "eps", _excess("loss_error")),
     Target("gradient error above eager's", 4, "eps", _excess("gradient_error")),
 )

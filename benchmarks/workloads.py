@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import divergences, reference
+from kdkernels.linear import MAX_CHUNK_BYTES
 from kdkernels.problem import Options, Problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +24,23 @@ TEMPERATURES = (1.0, 2.0, 3.0)
 FULL_LOGITS = 1 << 24
 QUICK_LOGITS = 1 << 23
 
+#: Hidden size and tokens of the workloads that start from hidden states, and their vocabularies.
+HIDDEN = 512
+TOKENS = 1024
+LINEAR_VOCABULARIES = (32000, 50257, 151936)
+#: Tokens of the bfloat16 one: few, since a CPU without native products of bfloat16 does 1 GFLOP/s.
+HALF_TOKENS = 64
+#: Tokens over which peak memory is measured.
+MEMORY_TOKENS: tuple[int, ...] = (1024, 2048, 4096, 16384, 65536)
+QUICK_MEMORY_TOKENS: tuple[int, ...] = (1024, 2048)
+#: Who takes part where logits are made from hidden states.
+LINEAR_PROVIDERS = ("fused_linear", "products", "fused", "eager", "compile", "chunked_linear")
+ONLY_TIMED = ("products", "compile")
+#: Logits tensors that eager PyTorch has alive at its peak (measured: 7.0), and the memory that a
+#: contender may take with them.
+EAGER_TENSORS = 7
+MOST_BYTES = 8 << 30
+
 #: Largest relative error (loss, 2-norm of the gradient) of a result that still gets a speed. It
 #: separates rounding from wrong formulas; the errors themselves are reported. Half precision needs
 #: the room: eager rounds every intermediate, and the mean's gradients are subnormal in float16.
@@ -29,15 +48,42 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 class Inputs(NamedTuple):
-    student: Tensor  #: [rows, vocab]
-    teacher: Tensor  #: [rows, vocab]
+    """Logits [rows, vocab]; or hidden states [rows, hidden] and weights [vocab, hidden]."""
+
+    student: Tensor
+    teacher: Tensor
     labels: Tensor  #: [rows], int64
+    student_weight: Tensor | None = None
+    teacher_weight: Tensor | None = None
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Of student and teacher; materialised, if they have to be made."""
+        if self.student_weight is None or self.teacher_weight is None:
+            return self.student, self.teacher
+        student = F.linear(self.student, self.student_weight)
+        return student, F.linear(self.teacher, self.teacher_weight)
+
+    @property
+    def learnt(self) -> tuple[Tensor, ...]:
+        """What has gradients, in the order in which answers give them."""
+        weight = self.student_weight
+        return (self.student,) if weight is None else (self.student, weight)
+
+    def leaves(self, backward: bool) -> Inputs:
+        """The same, the student's tensors as leaves of a graph."""
+        student, *weight = (t.detach().requires_grad_(backward) for t in self.learnt)
+        return self._replace(student=student, student_weight=weight[0] if weight else None)
+
+
+#: Loss, and the gradients of what is learnt.
+Truth = tuple[Tensor, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``alpha T^2 D(teacher, student) + (1 - alpha) CE``, mean over rows, logits given.
+    """``alpha T^2 D(teacher, student) + (1 - alpha) CE``, mean over rows.
 
+    ``hidden`` is the size of the hidden states that the logits are made from; 0: logits are given.
     ``allocator`` is ``"default"``, or ``"retain"`` for a process in which glibc keeps freed blocks
     (so that no contender pays for fresh pages).
     """
@@ -51,15 +97,35 @@ class Workload:
     alpha: float = 0.5
     backward: bool = True
     allocator: str = "default"
+    hidden: int = 0
 
     @property
     def group(self) -> str:
         return self.name.split("/")[0]
 
     @property
-    def families(self) -> tuple[str, ...] | None:
-        """The families of providers that take part; None: all. Divergences: against eager only."""
-        return ("fused", "kernel", "eager") if self.group == "divergence" else None
+    def timed(self) -> bool:
+        """False: only memory is measured."""
+        return self.group != "linear_memory"
+
+    @property
+    def subject(self) -> str:
+        """The provider that all others are compared with."""
+        if self.group == "linear_chunk":
+            return chunk_provider(MAX_CHUNK_BYTES)
+        return "fused_linear" if self.hidden else "fused"
+
+    def excludes(self, name: str, family: str) -> str | None:
+        """Why a provider is not asked to take part, or None. Divergences: against eager only."""
+        if self.group == "linear_chunk":
+            asked = family == "chunk"
+        elif self.hidden:
+            asked = name in LINEAR_PROVIDERS and (self.timed or name not in ONLY_TIMED)
+        elif self.group == "divergence":
+            asked = family in ("fused", "kernel", "eager")
+        else:
+            asked = family not in ("linear", "chunk", "products")
+        return None if asked else f"not in {self.group}"
 
     @property
     def logits(self) -> int:
@@ -72,7 +138,17 @@ class Workload:
     @property
     def bytes_moved(self) -> int:
         """The least traffic with memory: student and teacher read once, the gradient written."""
-        return (3 if self.backward else 2) * self.itemsize * self.logits
+        return (3 if self.backward else 2) * self.itemsize * (self.learnt_elements or self.logits)
+
+    @property
+    def learnt_elements(self) -> int:
+        """Elements of a model's hidden states and weight; 0 where logits are given."""
+        return self.hidden * (self.rows + self.vocab)
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products: two for the logits, two for the gradients."""
+        return 2 * (4 if self.backward else 2) * self.logits * self.hidden
 
     @property
     def tolerance(self) -> float:
@@ -81,14 +157,25 @@ class Workload:
     def make(self, device: str = "cpu") -> Inputs:
         """Random logits with peaked rows; the student is a noisy copy of the teacher."""
         generator = torch.Generator().manual_seed(2503)
-        shape = (self.rows, self.vocab)
-        teacher = torch.randn(shape, generator=generator).mul_(3)
-        student = torch.randn(shape, generator=generator).mul_(2).add_(teacher, alpha=0.7)
-        labels = torch.randint(self.vocab, (self.rows,), generator=generator)
         dtype = DTYPES[self.dtype]
-        return Inputs(student.to(device, dtype), teacher.to(device, dtype), labels.to(device))
 
-    def problem(self, inputs: Inputs) -> Problem:
+        def pair(*shape: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
+            teacher = torch.randn(shape, generator=generator).mul_(3 * size)
+            student = torch.randn(shape, generator=generator).mul_(2 * size)
+            student.add_(teacher, alpha=0.7)
+            return student.to(device, dtype), teacher.to(device, dtype)
+
+        if not self.hidden:
+            student, teacher = pair(self.rows, self.vocab)
+            labels = torch.randint(self.vocab, (self.rows,), generator=generator)
+            return Inputs(student, teacher, labels.to(device))
+        labels = torch.randint(self.vocab, (self.rows,), generator=generator)
+        # The same hidden states for both, so that the logits are as above.
+        states = torch.randn((self.rows, self.hidden), generator=generator).to(device, dtype)
+        weights = pair(self.vocab, self.hidden, size=self.hidden**-0.5)
+        return Inputs(states, states, labels.to(device), *weights)
+
+    def problem(self, inputs: Inputs, denominator: float = 0.0) -> Problem:
         """The contract's form of this workload, for the oracle and for backends called directly."""
         divergence = divergences.resolve(self.divergence, 0.5)
         options = Options(
@@ -96,14 +183,43 @@ class Workload:
             alpha=self.alpha,
             divergence=divergence.name,
             parameters=divergence.parameters,
+            denominator=denominator,
         )
-        return Problem(inputs.student, inputs.teacher, inputs.labels, None, None, options)
+        return Problem(*inputs.logits(), inputs.labels, None, None, options)
 
-    def oracle(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Loss and gradient in float64, from the very inputs that the contenders get."""
+    def oracle(self, inputs: Inputs) -> Truth:
+        """Loss and gradients in float64, from the very inputs that the contenders get."""
+        if self.hidden:
+            return self._oracle_of_hidden(inputs)
         problem = self.problem(inputs)
         loss, _, gradient = reference.forward(problem, want_gradient=self.backward, extras=False)
-        return loss, gradient
+        return loss, () if gradient is None else (gradient,)
+
+    def _oracle_of_hidden(self, inputs: Inputs) -> Truth:
+        """In slices of rows: of whole logits in float64 a dozen tensors would be alive."""
+        labels = inputs.labels
+        wide = Inputs(*(t if t is labels else t.double() for t in inputs if t is not None))
+        assert wide.student_weight is not None
+        loss = torch.zeros((), dtype=torch.float64, device=labels.device)
+        to_weight, to_hidden = torch.zeros_like(wide.student_weight), []
+        for rows in torch.arange(self.rows).split(64):
+            part = wide._replace(
+                student=wide.student[rows], teacher=wide.teacher[rows], labels=labels[rows]
+            )
+            problem = self.problem(part, denominator=self.rows)
+            value, _, gradient = reference.forward(
+                problem, want_gradient=self.backward, extras=False
+            )
+            loss += value
+            if gradient is not None:
+                to_hidden.append(gradient @ wide.student_weight)
+                to_weight.addmm_(gradient.t(), part.student)
+        return loss, (torch.cat(to_hidden), to_weight) if self.backward else ()
+
+
+def chunk_provider(max_chunk_bytes: int) -> str:
+    """The name of the provider that has tiles of this size."""
+    return f"chunk_{max_chunk_bytes >> 20}M"
 
 
 def _rows(vocab: int, logits: int) -> int:
@@ -115,6 +231,25 @@ def _kd_ce(vocab: int, dtype: str, temperature: float, logits: int, **more: str)
     prefix = "retain" if more else "kd_ce"
     name = f"{prefix}/{dtype}/V{vocab}/T{temperature:g}"
     return Workload(name, _rows(vocab, logits), vocab, dtype, temperature, **more)
+
+
+def _linear(kind: str, rows: int, vocab: int, dtype: str = "fp32", tail: str = "") -> Workload:
+    return Workload(f"{kind}/{dtype}/V{vocab}{tail}", rows, vocab, dtype, hidden=HIDDEN)
+
+
+def _linear_suite(quick: bool) -> list[Workload]:
+    """From hidden states to the loss: time, the tiles' size, and memory over tokens."""
+    if quick:
+        timed = [_linear("linear", _rows(32000, QUICK_LOGITS), 32000)]
+        tokens, vocab = QUICK_MEMORY_TOKENS, 32000
+    else:
+        timed = [
+            *(_linear("linear", TOKENS, vocab) for vocab in LINEAR_VOCABULARIES),
+            _linear("linear", HALF_TOKENS, 50257, "bf16"),
+            *(_linear("linear_chunk", TOKENS, vocab) for vocab in LINEAR_VOCABULARIES[1:]),
+        ]
+        tokens, vocab = MEMORY_TOKENS, 50257
+    return timed + [_linear("linear_memory", n, vocab, tail=f"/N{n}") for n in tokens]
 
 
 def suite(quick: bool = False) -> list[Workload]:
@@ -135,6 +270,7 @@ def suite(quick: bool = False) -> list[Workload]:
         ),
         *(Workload(f"divergence/fp32/{n}", middle, 32000, divergence=n) for n in names),
         *(_kd_ce(32000, d, 2.0, logits, allocator="retain") for d in dtypes if not quick),
+        *_linear_suite(quick),
     ]
 
 

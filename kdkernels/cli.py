@@ -7,13 +7,15 @@ by the commands that load models.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -167,7 +169,8 @@ def sweep(arguments: list[str]) -> int:
         return _refuse("sweep", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
-    outcome = trials.run(experiment, settings)
+    with _log_shown():
+        outcome = trials.run(experiment, settings)
     if experiment.args.process_index == 0:
         print(f"\n{trials.table(outcome)}\n")
         print(f"{outcome['seconds']:.0f} s; best.yaml and sweep.png in {experiment.output}")
@@ -237,7 +240,8 @@ def distill(arguments: list[str]) -> int:
         return _refuse("distill", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
-    outcome = run(experiment)
+    with _log_shown():
+        outcome = run(experiment)
     if experiment.args.process_index == 0:
         print(f"\n{report.table(outcome['rows'])}\n\n{report.legend(outcome['rows'])}")
         print(f"{outcome['seconds']:.0f} s; results in {experiment.args.output_dir}")
@@ -332,6 +336,34 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class _Lines(logging.Handler):
+    """Writes each line to stderr the first time it comes: every training of a run says the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.seen:
+            self.seen.add(line)
+            print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """While this is open, what the package logs for information is seen by the user."""
+    logger, lines = logging.getLogger("kdkernels"), _Lines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(lines)
 
 
 def _headline(experiment: Experiment) -> str:

@@ -22,7 +22,11 @@ from .problem import (
 )
 
 #: Default memory for tiles of logits. Two tiles in float32 are alive: the student's, whose memory
-#: its gradient takes over, and the teacher's.
+#: its gradient takes over, and the teacher's. Smaller ones read and write the weight's gradient
+#: more often: with 32, 64, 128, 512 and 1024 MiB the CPU time is 1.37, 1.15, 1.06, 1.06 and 1.01
+#: times that of 256 (1024 tokens, H = 512, V = 50257, float32; Zen 3, two threads; interleaved,
+#: medians of 7 ratios on a busy machine; the last two make the same single tile, so they differ by
+#: the error). ``python -m benchmarks --workloads linear_chunk`` measures it again.
 MAX_CHUNK_BYTES = 256 << 20
 
 #: The student's inputs, which have gradients, and the teacher's; in the order of the ops' schema.
@@ -117,7 +121,9 @@ class _LinearProblem(NamedTuple):
             return _Given(logits[..., : self.vocab])
         assert hidden is not None and weight is not None
         bias = None if bias is None else bias[: self.vocab]
-        return _Head(hidden.reshape(-1, hidden.shape[-1]), weight[: self.vocab], bias)
+        # Not -1: of no elements it could be anything.
+        rows = self.leading_shape.numel()
+        return _Head(hidden.reshape(rows, hidden.shape[-1]), weight[: self.vocab], bias)
 
 
 def _vocab(source: _Source) -> int:
@@ -148,7 +154,7 @@ class _Gradients:
         """Propagate the gradient of a tile of logits."""
         if isinstance(source, _Given):
             assert self.logits is not None
-            self.logits.view(-1, self.logits.shape[-1])[rows, : self.vocab] = tile
+            self.logits.flatten(0, -2)[rows, : self.vocab] = tile
             return
         hidden = source.hidden[rows]
         to_hidden = (
@@ -157,7 +163,7 @@ class _Gradients:
         to_weight = None if self.weight is None else self.weight[: self.vocab]
         products.propagate(tile, hidden, source.weight, to_hidden, to_weight)
         if self.hidden is not None and to_hidden is not None:
-            self.hidden.view(-1, hidden.shape[1])[rows] = to_hidden
+            self.hidden.view(source.hidden.shape)[rows] = to_hidden
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
 
@@ -443,7 +449,9 @@ def fused_linear_kd_loss(
     loss, tile by tile of rows. On the CPU, rows that do not count are not even multiplied.
 
     Tiles of logits are float32 (float64 for float64 hidden states) whatever the inputs' dtypes, and
-    the gradients are summed in that precision over the tiles and rounded once.
+    the gradients are summed in that precision over the tiles and rounded once. Where bfloat16
+    products are native (:mod:`kdkernels.products`), a tile's gradient is rounded to it before its
+    products, if hidden states and weight are bfloat16.
 
     Args:
         student_hidden, teacher_hidden: [..., H_s] and [..., H_t], any floating dtype; H may differ.
@@ -459,7 +467,8 @@ def fused_linear_kd_loss(
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
         max_chunk_bytes: memory of the tiles of logits, > 0. The default, 256 MiB, holds 667 rows of
-            a 50k vocabulary and 220 of a 152k one.
+            a 50k vocabulary and 220 of a 152k one. More was not faster on a CPU; 32 MiB took 1.37
+            times the CPU time.
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it.
 
@@ -533,6 +542,8 @@ def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
         if tensor is not None and tensor.dtype not in LOGIT_DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
             raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
     hidden, weight, bias, logits = source
     if logits is not None:
         if any(tensor is not None for tensor in source[:3]):

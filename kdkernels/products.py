@@ -9,19 +9,28 @@ Inputs of the tile's own dtype are multiplied as they are. Half-precision ones a
   product to bfloat16, which would cost the loss its accuracy; so the logits are computed as the
   rounded product plus the rounded rest that a second product gives: relative error 2^-18. The
   gradients take one product, of the tile's gradient rounded to bfloat16, as every mixed-precision
-  backward does.
+  backward does;
+- as they are, with float32 results, on NVIDIA GPUs from sm_80, whose tensor cores accumulate in
+  float32 anyway: the logits lose nothing. bfloat16 gradients again take the rounded gradient of the
+  tile; float16 ones stay in float32, since a mean's gradient, at most 1 / tokens an entry and far
+  less for most, is subnormal or 0 in float16. Only ``mm`` has float32 results in every supported
+  torch (``addmm`` rounds or refuses in some), so a piece's product is made and then added. Never
+  run on a GPU: executed on the CPU with stand-ins for the two operators.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 #: Bytes of the piece of a half-precision weight that is handled at a time, as float32. In pieces,
-#: since a float32 copy of the whole weight would be as large as its gradient.
+#: since a float32 copy of the whole weight would be as large as its gradient. On an accelerator
+#: they are larger: each is a launch, and one of 16 MiB is 1024 columns at a hidden size of 4096.
 PIECE_BYTES = 16 << 20
+PIECE_BYTES_ACCELERATOR = 128 << 20
 
 
 def native_bfloat16() -> bool:
@@ -42,6 +51,24 @@ def _in_bfloat16(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+@functools.cache
+def wide_results(device: torch.device) -> bool:
+    """Whether this device's products of half-precision matrices can have float32 results.
+
+    Not on ROCm, whose torch 2.9 refuses them, nor before sm_80, which has no bfloat16 products.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def _wide(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    return half and dtype == torch.float32 and wide_results(hidden.device)
+
+
 def _pieces(
     weight: Tensor, tile_dtype: torch.dtype, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -52,7 +79,8 @@ def _pieces(
     if weight.dtype == tile_dtype:
         yield slice(None), weight
         return
-    step = max(1, PIECE_BYTES // (max(weight.shape[1], 1) * tile_dtype.itemsize))
+    size = PIECE_BYTES if weight.device.type == "cpu" else PIECE_BYTES_ACCELERATOR
+    step = max(1, size // (max(weight.shape[1], 1) * tile_dtype.itemsize))
     for start in range(0, weight.shape[0], step):
         part = slice(start, min(start + step, weight.shape[0]))
         yield part, weight[part].to(dtype)
@@ -60,6 +88,9 @@ def _pieces(
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [rows, V] = hidden [rows, H] @ weight [V, H]^T, to the precision of out's dtype."""
+    if _wide(hidden, weight, out.dtype):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        return
     native = _in_bfloat16(hidden, weight, out.dtype)
     dtype = hidden.dtype if native else out.dtype
     hidden = hidden.to(dtype)
@@ -83,19 +114,23 @@ def propagate(
 
     ``to_hidden`` [rows, H] and ``to_weight`` [V, H], in the tile's dtype, are added to.
     """
-    dtype = hidden.dtype if _in_bfloat16(hidden, weight, tile.dtype) else tile.dtype
+    wide = hidden.dtype == torch.bfloat16 and _wide(hidden, weight, tile.dtype)
+    rounded = wide or _in_bfloat16(hidden, weight, tile.dtype)
+    dtype = hidden.dtype if rounded else tile.dtype
     hidden = hidden.to(dtype)
     for part, rows in _pieces(weight, tile.dtype, dtype):
         gradient = tile[:, part].to(dtype)
         if to_hidden is not None:
-            _add_product(to_hidden, gradient, rows)
+            _add_product(to_hidden, gradient, rows, wide)
         if to_weight is not None:
-            _add_product(to_weight[part], gradient.t(), hidden)
+            _add_product(to_weight[part], gradient.t(), hidden, wide)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, wide: bool) -> None:
+    """total += left @ right; ``wide``: the product in total's dtype, not in the factors'."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif wide:
+        total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right

@@ -245,6 +245,7 @@ class DistillationTrainer(Trainer):
     def _find_heads(self) -> tuple[Head | None, Head | None]:
         """The student's and the teacher's output layers; None for one whose logits are needed."""
         wanted = self.args.fused_linear
+        self._heads_found: tuple[int, str] | None = None
         if wanted == "false":
             return None, None
         general = self._no_fused_linear()
@@ -264,8 +265,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "fused_linear: " + "; ".join(f"{r}: {why}" for r, why in reasons.items())
             )
-        if self.task in (CAUSAL_LM, MASKED_LM):
-            self._log_heads(heads, reasons)
+        self._heads_found = _in_words(heads, reasons)
         return heads.get("student"), heads.get("teacher")
 
     def _no_fused_linear(self) -> str | None:
@@ -286,15 +286,12 @@ class DistillationTrainer(Trainer):
             return "autocast multiplies in half precision, fused_linear_kd_loss as the weight is"
         return None
 
-    @staticmethod
-    def _log_heads(heads: dict[str, Head], reasons: dict[str, str]) -> None:
-        tiles = [f"{role} ({head})" for role, head in heads.items()]
-        whole = [f"{role} ({reason})" for role, reason in reasons.items()]
-        parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
-        parts += ["as a whole: " + ", ".join(whole)] if whole else []
-        logger.log(
-            logging.WARNING if whole else logging.INFO, "fused_linear: logits %s", "; ".join(parts)
-        )
+    def _say_heads(self) -> None:
+        """One log line of what was found, when training starts."""
+        language = self.task in (CAUSAL_LM, MASKED_LM)
+        if self._heads_found is not None and language and self.is_world_process_zero():
+            level, found = self._heads_found
+            logger.log(level, "fused_linear: logits %s", found)
 
     @staticmethod
     def _without(
@@ -643,6 +640,7 @@ class DistillationTrainer(Trainer):
                 modules[_TERMS_NAME] = before
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._say_heads()
         if self.terms is None:
             return super()._inner_training_loop(*args, **kwargs)
         # DistributedDataParallel takes parameters that its own forward does not use for unused.
@@ -690,6 +688,15 @@ class DistillationTrainer(Trainer):
         with self._attached_terms(False):
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
+
+
+def _in_words(heads: dict[str, Head], reasons: dict[str, str]) -> tuple[int, str]:
+    """Log level and text: whose logits exist in tiles only, and why the others' do not."""
+    tiles = [f"{role} ({head})" for role, head in heads.items()]
+    whole = [f"{role} ({reason})" for role, reason in reasons.items()]
+    parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
+    parts += ["as a whole: " + ", ".join(whole)] if whole else []
+    return logging.WARNING if whole else logging.INFO, "; ".join(parts)
 
 
 def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:

@@ -69,7 +69,9 @@ def options(assets: Path, output: Path, **changes: Any) -> list[str]:
 def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert cli.main(options(assets, output, eval_strategy="steps", eval_steps=2)) == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    found = "fused_linear: logits in tiles only: student (lm_head), teacher (lm_head)\n"
+    assert errors.count("fused_linear") == errors.count(found) == 1  # of two trainings
     names = ["teacher", "student, untrained", "student, labels only", "student, distilled"]
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == ["model", "-" * 20, *names]

@@ -172,14 +172,32 @@ def test_one_model_in_tiles_and_the_other_as_a_whole(
 
     for roles in ("teacher", "student"):
         models = {roles: teacher()}
+        fused = trainer(tmp_path, "LlamaForCausalLM", "auto", **models)
         with caplog.at_level(logging.INFO, "kdkernels"):
-            fused = trainer(tmp_path, "LlamaForCausalLM", "auto", **models)
+            assert_same(fused, trainer(tmp_path, "LlamaForCausalLM", "false", **{roles: teacher()}))
         (line,) = (r.getMessage() for r in caplog.records if "fused_linear" in r.getMessage())
         assert "in tiles only" in line and "Wrapped" in line
         caplog.clear()
-        assert_same(fused, trainer(tmp_path, "LlamaForCausalLM", "false", **{roles: teacher()}))
         with pytest.raises(ValueError, match=f"fused_linear: {roles}: .*Wrapped"):
             trainer(tmp_path, "LlamaForCausalLM", True, **{roles: teacher()})
+
+
+def test_the_update_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path) -> None:
+    """Four sequences at once or one by one: the denominator is the tokens of the update."""
+    kind = "Gemma2ForCausalLM"
+    whole, cut = (
+        trainer(
+            tmp_path,
+            kind,
+            True,
+            per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts,
+        )
+        for parts in (1, 4)
+    )
+    tokens = [sum(label != -100 for label in e["labels"][1:]) for e in whole.train_dataset]
+    assert len(set(tokens[:4])) > 1  # equal ones could be averaged without the number of tokens
+    assert_same(whole, cut)
 
 
 def test_true_is_refused_where_it_cannot_be(tmp_path: Path) -> None:

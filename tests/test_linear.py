@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kdkernels import FusedLinearKDLoss, divergences, fused_kd_loss, fused_linear_kd_loss, products
 from kdkernels import linear as linear_module
@@ -20,16 +23,26 @@ ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
 CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 5, 36, 1000])
 
 
+@pytest.fixture(autouse=True)
+def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test makes is on the device that its backend takes."""
+    device = request.getfixturevalue("device") if "backend" in request.fixturenames else "cpu"
+    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+        yield
+
+
 def inputs(
     dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (ROWS,), vocab: int = VOCAB
 ) -> dict[str, Tensor]:
     """Student with bias, teacher without, labels of which some are ignored."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
+    device = torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        made = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return made.to(device, dtype)
 
-    labels = torch.randint(0, vocab, lead, generator=generator)
+    labels = torch.randint(0, vocab, lead, generator=generator, device="cpu").to(device)
     labels.view(-1)[2:7] = -100
     return {
         "student_hidden": normal(*lead, H_STUDENT).requires_grad_(),
@@ -56,10 +69,16 @@ def expected(given: dict[str, Tensor], grad: Tensor | None = None, **options: An
     if "student_bias" in wide:
         student = student + wide["student_bias"]
     teacher = wide["teacher_hidden"] @ wide["teacher_weight"].t()
-    options = {**options, "gradient": "auto", "backend": "reference"}
+    if "teacher_bias" in wide:
+        teacher = teacher + wide["teacher_bias"]
+    options = _moved({**options, "gradient": "auto", "backend": "reference"}, student.device)
     loss = fused_kd_loss(student, teacher, wide["labels"], **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad.double())
     return [loss.detach(), *(wide[name].grad for name in STUDENT if name in wide)]
+
+
+def _moved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], ulp: float) -> None:
@@ -74,6 +93,7 @@ def run(given: dict[str, Tensor], grad: Tensor | None = None, **options: Any) ->
     for name in STUDENT:
         if name in given:
             given[name].grad = None
+    options = _moved(options, given["labels"].device)
     loss = fused_linear_kd_loss(**given, **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad)
     return [loss.detach(), *(given[name].grad for name in STUDENT if name in given)]
@@ -322,6 +342,58 @@ def test_products_of_half_inputs_are_exact_to_float32(monkeypatch: pytest.Monkey
         )
 
 
+@pytest.fixture
+def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a GPU has, on the CPU: float32 results of half-precision products. Gives the calls."""
+    calls: list[str] = []
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+        # CUDA's own conditions.
+        assert left.dtype == right.dtype in (torch.bfloat16, torch.float16)
+        assert out_dtype == torch.float32
+        calls.append(str(left.dtype))
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    def mm_out(left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        assert out.dtype == out_dtype and out.shape == (left.shape[0], right.shape[1])
+        return out.copy_(mm(left, right, out_dtype))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", mm, "CPU")
+    library.impl("mm.dtype_out", mm_out, "CPU")
+    monkeypatch.setattr(products, "wide_results", lambda device: True)
+    monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_products_with_float32_results(wide_products: list[str], dtype: torch.dtype) -> None:
+    """The path of GPUs: exact logits; the tile's gradient is rounded in bfloat16 only."""
+    given = inputs(dtype)
+    got = run(given, temperature=2.0, max_chunk_bytes=9 * ROW_BYTES)
+    want = expected(given, temperature=2.0)
+    tiles = 4  # of 32 rows that count
+    products_a_tile = 4 if dtype == torch.bfloat16 else 2
+    assert wide_products == [str(dtype)] * (tiles * products_a_tile)
+    assert_close(got[:1], want[:1], 2e-6)
+    assert_close(got[1:], want[1:], torch.finfo(dtype).eps / 2)
+
+
+def test_float32_results_are_asked_of_nvidia_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    check = products.wide_results.__wrapped__
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert check(gpu) and not check(torch.device("cpu"))
+    capability = (7, 5)
+    assert not check(gpu)
+    capability = (9, 4)  # what ROCm says of an MI300
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not check(gpu)
+
+
 def test_changed_inputs_are_noticed_where_they_are_read_again() -> None:
     given = inputs()
     loss = fused_linear_kd_loss(**given, gradient="recompute")
@@ -422,6 +494,106 @@ def test_tied_weight_sums_both_uses() -> None:
     torch.testing.assert_close(got, weight.grad)
 
 
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(11))
+
+
+def _changed(given: dict[str, Tensor], **changes: Tensor) -> dict[str, Tensor]:
+    for name, tensor in changes.items():
+        given[name] = tensor.detach().requires_grad_(name in STUDENT)
+    return given
+
+
+def _with_row(value: float) -> Tensor:
+    hidden = _normal(ROWS, H_STUDENT)
+    hidden[9] = value
+    return hidden
+
+
+#: What models, views and broken training runs give.
+UNUSUAL: dict[str, dict[str, Tensor]] = {
+    "hidden size 0": {
+        "student_hidden": _normal(ROWS, 0),
+        "student_weight": _normal(VOCAB, 0),
+        "teacher_hidden": _normal(ROWS, 0),
+        "teacher_weight": _normal(VOCAB, 0),
+    },
+    "hidden size 1": {
+        "student_hidden": _normal(ROWS, 1),
+        "student_weight": _normal(VOCAB, 1),
+    },
+    "transposed weights": {
+        "student_weight": _normal(H_STUDENT, VOCAB).t(),
+        "teacher_weight": _normal(H_TEACHER, VOCAB).t(),
+    },
+    "every other entry": {
+        "student_hidden": _normal(ROWS, 2 * H_STUDENT)[:, ::2],
+        "student_weight": _normal(2 * VOCAB, 2 * H_STUDENT)[::2, 1::2],
+        "student_bias": _normal(2 * VOCAB)[::2],
+    },
+    "expanded": {
+        "student_hidden": _normal(1, H_STUDENT).expand(ROWS, -1),
+        "student_bias": _normal(1).expand(VOCAB),
+        "teacher_weight": _normal(1, H_TEACHER).expand(VOCAB, -1),
+    },
+    "bias of the teacher": {"teacher_bias": _normal(VOCAB)},
+    "wider than float16's range": {
+        "student_hidden": 200 * _normal(ROWS, H_STUDENT).half(),
+        "student_weight": 200 * _normal(VOCAB, H_STUDENT).half(),
+    },
+    "NaN in a row": {"student_hidden": _with_row(torch.nan)},
+    "inf in a row": {"student_hidden": _with_row(torch.inf)},
+    "NaN in a row of the teacher": {"teacher_hidden": _with_row(torch.nan)[:, :H_TEACHER]},
+}
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_inputs(name: str, mode: str) -> None:
+    given = _changed(inputs(), **UNUSUAL[name])
+    got = run(given, gradient=mode, temperature=2.0, max_chunk_bytes=9 * ROW_BYTES)
+    for one, other in zip(got, expected(given, temperature=2.0), strict=True):
+        half = one.dtype == torch.float16
+        assert torch.equal(one.isnan(), other.isnan())
+        finite = ~other.isnan()
+        assert_close([one[finite]], [other[finite]], 2**-10 if half else 5e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_small_vocabularies_and_a_budget_below_one_row(vocab: int, dtype: torch.dtype) -> None:
+    given = inputs(dtype, vocab=vocab)
+    got = run(given, max_chunk_bytes=1)
+    want = expected(given)
+    if vocab == 1:
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in got)
+    else:
+        assert_close(got, want, torch.finfo(dtype).eps if dtype == torch.float16 else 5e-6)
+
+
+def test_hidden_states_that_are_the_weight() -> None:
+    weight = torch.randn(VOCAB, H_STUDENT, requires_grad=True)
+    teacher, labels = torch.randn(VOCAB, VOCAB), torch.randint(VOCAB, (VOCAB,))
+    fused_linear_kd_loss(weight, weight, labels=labels, teacher_logits=teacher).backward()
+    wide = weight.detach().double().requires_grad_()
+    fused_kd_loss(wide @ wide.t(), teacher, labels, backend="reference").backward()
+    assert_close([weight.grad], [wide.grad], 5e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_checkpointed(reentrant: bool, mode: str) -> None:
+    given = inputs()
+
+    def loss(*student: Tensor) -> Tensor:
+        named = dict(zip(STUDENT, student, strict=True))
+        return fused_linear_kd_loss(**{**given, **named}, gradient=mode)
+
+    student = [given[name] for name in STUDENT]
+    checkpoint(loss, *student, use_reentrant=reentrant).backward()
+    assert_close([tensor.grad for tensor in student], expected(given)[1:], 5e-6)
+
+
 def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their memory, and what is copied of given logits; they are of one size."""
     shapes: list[torch.Size] = []
@@ -441,14 +613,15 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     assert shapes == [(2, 15, VOCAB), (2, 16, VOCAB), (1, 16, VOCAB)]
 
 
-def test_compiles_as_one_graph() -> None:
-    given = inputs()
-    compiled = torch.compile(fused_linear_kd_loss, fullgraph=True)
-    compiled(**given, temperature=2.0).backward()
-    got = [given[name].grad for name in STUDENT]
-    want = run(given, temperature=2.0)[1:]
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
+def test_compiles_as_one_graph_for_any_number_of_rows() -> None:
+    compiled = torch.compile(fused_linear_kd_loss, fullgraph=True, dynamic=True)
+    for rows in (ROWS, 12, 50):
+        given = inputs(lead=(rows,))
+        compiled(**given, temperature=2.0).backward()
+        got = [given[name].grad for name in STUDENT]
+        want = run(given, temperature=2.0)[1:]
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_gradcheck_in_float64(backend: str) -> None:
@@ -493,6 +666,8 @@ def test_module_and_refusals() -> None:
         ({"temprature": 2.0}, TypeError, "no option temprature"),
         ({"reduction": "none", "gradient": "forward"}, ValueError, "gradient: 'forward'"),
         ({"student_hidden": torch.zeros(ROWS, H_STUDENT).long()}, TypeError, "student_hidden: dt"),
+        ({"student_weight": torch.zeros(VOCAB, H_STUDENT).to_sparse()}, TypeError, "layout"),
+        ({"teacher_weight": torch.zeros(VOCAB, H_TEACHER, device="meta")}, ValueError, "meta dif"),
         ({"labels": torch.arange(ROWS) + VOCAB - 9}, IndexError, f"labels: {VOCAB} at row 9"),
         ({"teacher_hidden": torch.zeros(3, H_TEACHER)}, ValueError, "leading shape"),
     ],
