@@ -7,6 +7,7 @@ line) before anything is written or trained. :func:`run` trains and reports.
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -210,6 +211,8 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     configuration: dict[str, Any]  #: the options that were given, for the record
+    #: Encoders: title of a row -> sentence vectors [N, D] of the held-out examples.
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -536,7 +539,7 @@ def make_trainer(
 
 
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
-    """One row of the table: quality on the held-out text, size and speed of ``model``."""
+    """One row of the table: size of ``model``, and its quality on the held-out text."""
     is_teacher = model is experiment.teacher
     row: dict[str, Any] = {
         "name": title,
@@ -544,64 +547,94 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
         "megabytes": models.weight_bytes(model) / 1e6,
     }
     if experiment.task is ENCODER:
-        row |= {} if is_teacher else geometry.compare(*sentence_vectors(experiment, model))
-    else:
-        # Agreement with the teacher is measured for every student, one trained on labels only, too.
-        alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
-        changes = LABELS_ONLY | {"alpha": alpha}
-        trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
-        metrics = trainer.evaluate()
-        row |= {
-            "loss": metrics["eval_ce_loss"],
-            "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
-            "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
-            "accuracy": metrics["eval_accuracy"],
-        }
-        if "eval_perplexity" in metrics:
-            row["perplexity"] = metrics["eval_perplexity"]
-    return row | {"tokens_per_second": forward_speed(model, experiment)}
+        ours = experiment.vectors[title] = sentence_vectors(experiment, model)
+        return row if is_teacher else row | geometry.compare(ours, experiment.vectors["teacher"])
+    # Agreement with the teacher is measured for every student, one trained on labels only, too.
+    alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
+    changes = LABELS_ONLY | {"alpha": alpha}
+    trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
+    metrics = trainer.evaluate()
+    row |= {
+        "loss": metrics["eval_ce_loss"],
+        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
+        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
+        "accuracy": metrics["eval_accuracy"],
+    }
+    if "eval_perplexity" in metrics:
+        row["perplexity"] = metrics["eval_perplexity"]
+    return row
 
 
 @torch.no_grad()
-def sentence_vectors(experiment: Experiment, student: PreTrainedModel) -> list[Tensor]:
-    """Pooled vectors [N, D] of the student and of the teacher for all held-out examples."""
+def sentence_vectors(experiment: Experiment, model: PreTrainedModel) -> Tensor:
+    """Pooled vectors [N, D] of all held-out examples, on the CPU."""
     data, size = experiment.corpus.validation, experiment.args.per_device_eval_batch_size
-    found: list[list[Tensor]] = [[], []]
+    found: list[Tensor] = []
+    model.eval()
     for first in range(0, len(data), size):
         items = [data[i] for i in range(first, min(first + size, len(data)))]
-        batch = experiment.collator(items)
-        for model, vectors in zip((student, experiment.teacher), found, strict=True):
-            assert model is not None
-            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            hidden = model.eval()(**moved).last_hidden_state
-            how = experiment.args.pooling
-            vectors.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
-    return [torch.cat(vectors) for vectors in found]
+        moved = {k: v.to(model.device) for k, v in experiment.collator(items).items()}
+        hidden = model(**moved).last_hidden_state
+        how = experiment.args.pooling
+        found.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
+    return torch.cat(found)
+
+
+#: How long speeds are measured: until so many seconds have passed, within so many rounds.
+_SPEED_SECONDS, _SPEED_ROUNDS = 5.0, (5, 21)
+#: Tokens of the batch on a CPU: enough to keep it busy, few enough for many rounds.
+_SPEED_TOKENS = 256
 
 
 @torch.no_grad()
-def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
-    """Tokens per second of the model's forward alone: the median of ``repeats`` batches.
+def forward_speeds(
+    experiment: Experiment, timed: dict[str, PreTrainedModel]
+) -> dict[str, dict[str, Any]]:
+    """Title -> tokens per second of that model's forward alone, and the seconds of every round.
 
-    Padding is not counted. The first batch warms up and is not timed.
+    The models take turns on one batch of held-out text, each round in another order, so that
+    whatever else the machine does meets all of them: medians over the same rounds are comparable.
+    The first round warms up and is not counted, nor is padding.
     """
-    device = next(model.parameters()).device
-    data = experiment.corpus.validation
+    on_cpu = experiment.args.device.type == "cpu"
+    data = experiment.corpus.validation.evenly(_SPEED_TOKENS if on_cpu else None)
     size = min(experiment.args.per_device_eval_batch_size, len(data))
     batch = dict(experiment.collator([data[i] for i in range(size)]))
     batch.pop("labels", None)
     mask = batch.get("attention_mask")
     tokens = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    names = list(timed)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    fewest, most = _SPEED_ROUNDS
+    started = 0.0
+    for number in range(most + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(_forward_seconds(timed[name], batch))
+        if number == 0:
+            started = time.perf_counter()
+        if number >= fewest and time.perf_counter() - started > _SPEED_SECONDS:
+            break
+    return {
+        name: {"tokens_per_second": tokens / statistics.median(s[1:]), "forward_seconds": s[1:]}
+        for name, s in seconds.items()
+    }
+
+
+def _forward_seconds(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    device = next(model.parameters()).device
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     model.eval()
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        model(**moved)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return tokens / sorted(seconds[1:])[repeats // 2]
+    _wait_for(device)
+    started = time.perf_counter()
+    model(**moved, **models.without_cache(model))
+    _wait_for(device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def train(
@@ -609,7 +642,10 @@ def train(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
     folder = experiment.output / report.ARM_FOLDERS[arm]
-    trainer = make_trainer(experiment, arm, student, True, output_dir=str(folder), **changes)
+    # Blocks have no padding, but may hold the token that batches of examples are padded with.
+    counted = "all" if isinstance(experiment.corpus.train, TokenBlocks) else "non_padding"
+    changes = changes | {"output_dir": str(folder), "include_num_input_tokens_seen": counted}
+    trainer = make_trainer(experiment, arm, student, True, **changes)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
@@ -617,15 +653,15 @@ def train(
     args = trainer.args
     if args.process_index == 0 and not any(folder.iterdir()):
         folder.rmdir()
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
-    data = experiment.corpus.train
-    mean_length = data.tokens / len(data)
-    tokens = (result.global_step - first_step) * sequences * mean_length
+    tokens = trainer.state.num_input_tokens_seen
+    share = (result.global_step - first_step) / max(1, result.global_step)
     row = {
         "train_seconds": seconds,
-        "train_tokens_per_second": tokens / seconds,
+        "train_tokens_per_second": tokens * share / seconds,
         "steps": result.global_step,
+        "tokens_seen": tokens,
+        "seed": args.seed,
         "resumed_from_step": first_step,
     }
     return row, trainer.state.log_history
@@ -654,11 +690,17 @@ def run(experiment: Experiment) -> dict[str, Any]:
         arms.append(("labels only", LABELS_ONLY))
     if experiment.args.uses_teacher:
         arms.append(("distilled", {}))
+    timed = {} if experiment.teacher is None else {"teacher": experiment.teacher}
     for position, (arm, changes) in enumerate(arms):
         last = position == len(arms) - 1
         student = experiment.student if last else copy.deepcopy(experiment.student)
         training, curves[arm] = train(experiment, arm, student, changes)
-        rows.append(evaluate(experiment, f"student, {arm}", student) | training)
+        title = f"student, {arm}"
+        timed[title] = student
+        rows.append(evaluate(experiment, title, student) | training)
+    if main_process:  # the others are idle, so that nothing competes
+        speeds = forward_speeds(experiment, timed)
+        rows = [row | speeds.get(row["name"], {}) for row in rows]
     results = report.results(experiment, rows, curves, time.perf_counter() - started)
     if main_process:
         report.write(experiment, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,12 @@ def parameter_count(model: nn.Module) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, shared ones once: the size of the saved model but for its header."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """The option of the model's forward that keeps it from filling a cache for generation."""
+    takes_it = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes_it else {}
 
 
 #: Names under which architectures keep the probability of dropping attention in their config.

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from kdkernels import cli, report
+from kdkernels import cli, distill, report
 from kdkernels.distill import ModelArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,8 +85,14 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {p.name for p in output.iterdir()} == {*report.RESULT_FILES, "student"}
     saved = (output / "student" / "model.safetensors").stat().st_size
     assert rows["student, distilled"]["megabytes"] * 1e6 == pytest.approx(saved, rel=0.25)
+    assert "tokens_per_second" not in rows["student, untrained"]
+    for name in (names[0], *names[2:]):
+        assert rows[name]["tokens_per_second"] > 0 and len(rows[name]["forward_seconds"]) >= 5
+    for name in names[2:]:  # 4 updates of 2 sequences of 16
+        assert [rows[name][key] for key in ("steps", "tokens_seen", "seed")] == [4, 128, 42]
     text = (output / "report.md").read_text()
     assert report.table(results["rows"]) in text and "student_layers: 0,3" in text
+    assert "the same batches, 4 steps, 128 tokens each" in text
     page = (output / "report.html").read_text()
     assert "<td>student, distilled</td>" in page and "<pre>" in page and "|" not in page
 
@@ -96,6 +102,43 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     card = (output / "student" / "README.md").read_text()
     assert "license: apache-2.0" in card and report.table(results["rows"]) in card
     student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+
+
+def test_the_columns_of_a_run() -> None:
+    teacher = {"name": "teacher", "parameters": 8e6, "tokens_per_second": 100.0}
+    student = {"name": "student, distilled", "parameters": 2e6, "tokens_per_second": 250.0}
+    student |= {"seed": 3, "steps": 5, "tokens_seen": 640}
+    lines = [line.split("|") for line in report.table([teacher, student]).splitlines()]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    titles = ["model", "parameters", "size", "tokens/s", "speed", "seed", "steps", "tokens seen"]
+    assert cells[0] == titles
+    assert cells[2] == ["teacher", "8.0 M", "1.00x", "100", "1.00x", "-", "-", "-"]
+    assert cells[3] == ["student, distilled", "2.0 M", "0.25x", "250", "2.50x", "3", "5", "640"]
+    other = student | {"name": "student, labels only"}
+    assert report.budget([teacher, other, student]).endswith("5 steps, 640 tokens each.")
+    unequal = report.budget([teacher, other | {"tokens_seen": 512}, student])
+    assert "labels only: 5 steps, 512 tokens; " in unequal and "Equal" not in unequal
+
+
+def test_equal_models_get_equal_speeds_on_a_machine_that_slows_down(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = distill.prepare(*cli.parse(options(assets, tmp_path / "out")[1:]))
+    calls: list[Any] = []
+
+    def seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
+        assert batch["input_ids"].shape == (3, 16) and "labels" not in batch
+        calls.append(model)
+        return 1.1 ** len(calls)
+
+    monkeypatch.setattr(distill, "_forward_seconds", seconds)
+    models: dict[str, Any] = {"a": object(), "b": object()}
+    speeds = distill.forward_speeds(experiment, models)
+    assert len(calls) == 2 * (1 + distill._SPEED_ROUNDS[1])  # the first round warms up
+    assert all(set(calls[at : at + 2]) == set(models.values()) for at in range(0, len(calls), 2))
+    rates = [speed["tokens_per_second"] for speed in speeds.values()]
+    assert max(rates) < 1.15 * min(rates)  # one after the other: 1.1 ** 21 = 7.4 apart
+    assert rates[0] == 48 / sorted(speeds["a"]["forward_seconds"])[10]
 
 
 def test_a_run_with_terms_from_yaml(assets: Path, tmp_path: Path) -> None:

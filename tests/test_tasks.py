@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import tiny_models
 import torch
@@ -185,9 +186,13 @@ def test_masked_blocks() -> None:
 def test_geometry() -> None:
     teacher = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     same = geometry.compare(3 * teacher, teacher)
-    assert [same[n] for n in ("spearman", "cosine", "neighbours")] == pytest.approx([1, 1, 1])
+    assert list(same.values()) == pytest.approx([1, 1, 1, 1])
     other = geometry.compare(torch.randn(20, 4), teacher)
     assert other["cosine"] is None and abs(other["spearman"]) < 0.6 and other["neighbours"] < 0.7
+    cosines = [geometry.pairwise_cosines(v).numpy() for v in (teacher[:7, :4], teacher[:7])]
+    assert len(cosines[0]) == 21
+    want = numpy.corrcoef(*cosines)[0, 1]
+    assert geometry.pearson(teacher[:7, :4], teacher[:7]) == pytest.approx(want)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -250,6 +255,13 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
     assert math.isfinite(rows["student, distilled"][key])
     assert rows["student, distilled"][key] != rows[f"student, {baseline}"][key]
     loader = {"encoder": AutoModel, "sequence-classification": AutoModelForSequenceClassification}
+    picture = tmp_path / "out" / "geometry.png"
+    assert picture.exists() == (kind == "encoder")
+    if kind == "encoder":
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert 'src="geometry.png"' in (tmp_path / "out" / "report.html").read_text()
+        seen = rows["student, distilled"]["tokens_seen"]  # examples differ in length
+        assert 0 < seen < 2 * 4 * 8 and seen == rows[f"student, {baseline}"]["tokens_seen"]
     model = loader.get(kind, BertForMaskedLM).from_pretrained(tmp_path / "out" / "student")
     assert model.config.num_hidden_layers == 2
     card = (tmp_path / "out" / "student" / "README.md").read_text()
