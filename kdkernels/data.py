@@ -182,7 +182,14 @@ def read_rows(
         rows = (row for file in files for row in _read_file(option, file, columns, lines))
     else:
         rows = _columns(option, source, _load_dataset(option, source, split), columns)
-    return (row for row in rows if row[0] and not row[0].isspace())
+    for row in rows:
+        if row[0] is not None and not isinstance(row[0], str):
+            raise ValueError(
+                f"text_column: {columns[0]!r} of {option} holds {row[0]!r} "
+                f"({type(row[0]).__name__}), not text"
+            )
+        if row[0] and not row[0].isspace():
+            yield row
 
 
 def _is_saved_dataset(path: Path) -> bool:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import geometry, models, report
 from .arguments import DistillationArguments
-from .cache import CacheInfo, TeacherCache, cache_teacher, fingerprint_of
+from .cache import CacheInfo, TeacherCache, cache_teacher, check_can_be_written, fingerprint_of
 from .data import (
     Corpus,
     Examples,
@@ -41,10 +41,11 @@ from .data import (
     split_tail,
     token_blocks,
 )
+from .folders import check_can_be_made
 from .models import ModelSource
 from .relations import pooled
 from .tasks import CAUSAL_LM, ENCODER, MASKED_LM, SEQUENCE, TASKS, TOKEN, Task, check_config
-from .terms import DistillationTerms
+from .terms import DistillationTerms, layer_pairs
 from .trainer import DistillationTrainer
 
 #: Changes of the arguments that leave the labels as the only source of learning.
@@ -196,6 +197,10 @@ class RunArguments:
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
     )
 
+    def __post_init__(self) -> None:
+        if self.cache_top_k is not None and self.cache_top_k < 1:
+            raise ValueError(f"cache_top_k: {self.cache_top_k} is not at least 1")
+
 
 @dataclass
 class Experiment:
@@ -271,6 +276,8 @@ def prepare_inputs(
     names = teacher.config().label2id or {} if task is SEQUENCE else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
     corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    for source in sources:
+        _check_length(source, corpus)
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 
@@ -283,6 +290,11 @@ def prepare(
 ) -> Experiment:
     """Check and load; ValueError (one line) on bad input. Writes nothing."""
     check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    if args.max_steps <= 0 and (args.max_steps != -1 or args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps: {args.max_steps} with num_train_epochs: {args.num_train_epochs} is no "
+            "training; give max_steps of at least 1, or -1 and more than 0 epochs"
+        )
     if run_args.teacher_cache is not None and model_args.student_layers is not None:
         raise ValueError(
             "teacher_cache: student_layers need the teacher itself; make the student first with "
@@ -304,6 +316,8 @@ def prepare(
     weights = args.resolved_terms(task is not ENCODER)
     if set(weights) - {"response"} and teacher is not None:
         DistillationTerms(args, student, teacher, weights)  # refuses what they lack
+    if teacher is not None and args.layer_map != "uniform":
+        layer_pairs(args, student, teacher)  # refused even where no term looks at it
     if cache is not None:
         ends = args.temperature_over_time()
         beside = [name for name in weights if name != "response"]
@@ -352,6 +366,7 @@ def write_cache(
         raise ValueError("teacher_cache: name the folder that is to be written")
     if args.temperature_schedule is not None and run_args.cache_top_k is not None:
         raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
+    check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
     inputs = prepare_inputs(model_args, data_args, args)
     teacher = inputs.teacher.model(args.teacher_dtype, inputs.task)
     module: Any = teacher
@@ -372,8 +387,7 @@ def write_cache(
 
 def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
     """Refuse an output folder that holds something, unless the caller wants that."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir: {str(output)!r} is not a folder")
+    check_can_be_made("output_dir", output)
     if resume is not None:
         if resume.lower() not in ("true", "last"):
             raise ValueError(
@@ -395,6 +409,16 @@ def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
     if needed is not None and getattr(tokenizer, needed) is None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
+def _check_length(source: ModelSource, corpus: Corpus) -> None:
+    longest = max(corpus.train.sequence_length, corpus.validation.sequence_length)
+    positions = getattr(source.config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise ValueError(
+            f"sequence_length: {longest} tokens are more than the {positions} positions of "
+            f"{source.option} {source.name!r}"
+        )
 
 
 def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:

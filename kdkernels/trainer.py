@@ -34,7 +34,13 @@ from .capture import Features, Needs, Recorder
 from .functional import KDLossOutput, fused_kd_loss
 from .heads import Head, Hidden, NoHead
 from .linear import fused_linear_kd_loss
-from .models import describe, tokenizer_difference, vocab_size, without_cache
+from .models import (
+    describe,
+    output_width,
+    tokenizer_difference,
+    vocab_size,
+    without_cache,
+)
 from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
 from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
 
@@ -205,9 +211,9 @@ class DistillationTrainer(Trainer):
 
     def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
         """The length of the vocabularies' common prefix if they may differ; None: they do not."""
-        if self.task in (SEQUENCE, TOKEN):
-            return self._compare_widths(int(teacher.config.num_labels or 0))
-        return None if self.task.labels is None else self._compare_widths(vocab_size(teacher))
+        if self.task.labels is None:
+            return None
+        return self._compare_widths(output_width(teacher, self.task))
 
     def _compare_widths(self, theirs: int) -> int | None:
         if self.task in (SEQUENCE, TOKEN):
