@@ -24,7 +24,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import geometry, models, report
 from .arguments import DistillationArguments
@@ -389,19 +388,31 @@ def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
     """Refuse an output folder that holds something, unless the caller wants that."""
     check_can_be_made("output_dir", output)
     if resume is not None:
+        if overwrite:
+            raise ValueError("overwrite_output_dir: would delete what resume_from_checkpoint needs")
         if resume.lower() not in ("true", "last"):
             raise ValueError(
                 f"resume_from_checkpoint: {resume!r} is not `true` (which goes on from the last "
                 "checkpoints in output_dir)"
             )
         arms = [output / arm for arm in report.ARM_FOLDERS.values()]
-        if not any(arm.is_dir() and get_last_checkpoint(str(arm)) for arm in arms):
+        if not any(map(last_checkpoint, arms)):
             raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output)!r}")
     elif output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(
             f"output_dir: {str(output)!r} is not empty; choose another one, --overwrite_output_dir "
             "or --resume_from_checkpoint true"
         )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in ``folder``: a killed run leaves one without its last file."""
+    found = {
+        int(state.parent.name.rpartition("-")[2]): str(state.parent)
+        for state in folder.glob("checkpoint-*/trainer_state.json")
+        if state.parent.name.rpartition("-")[2].isdigit() and state.stat().st_size
+    }
+    return found[max(found)] if found else None
 
 
 def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -605,7 +616,7 @@ def sentence_vectors(experiment: Experiment, model: PreTrainedModel) -> Tensor:
 
 
 #: How long speeds are measured: until so many seconds have passed, within so many rounds.
-_SPEED_SECONDS, _SPEED_ROUNDS = 5.0, (5, 21)
+_SPEED_SECONDS, _SPEED_ROUNDS = 6.0, (7, 31)
 #: Tokens of the batch on a CPU: enough to keep it busy, few enough for many rounds.
 _SPEED_TOKENS = 256
 
@@ -614,7 +625,7 @@ _SPEED_TOKENS = 256
 def forward_speeds(
     experiment: Experiment, timed: dict[str, PreTrainedModel]
 ) -> dict[str, dict[str, Any]]:
-    """Title -> tokens per second of that model's forward alone, and the seconds of every round.
+    """Title -> tokens per second of that model's forward alone, their spread, and every round.
 
     The models take turns on one batch of held-out text, each round in another order, so that
     whatever else the machine does meets all of them: medians over the same rounds are comparable.
@@ -639,9 +650,15 @@ def forward_speeds(
             started = time.perf_counter()
         if number >= fewest and time.perf_counter() - started > _SPEED_SECONDS:
             break
+    return {name: _speed(tokens, counted) for name, (_, *counted) in seconds.items()}
+
+
+def _speed(tokens: int, seconds: list[float]) -> dict[str, Any]:
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
-        name: {"tokens_per_second": tokens / statistics.median(s[1:]), "forward_seconds": s[1:]}
-        for name, s in seconds.items()
+        "tokens_per_second": tokens / median,
+        "speed_spread": (third - first) / 2 / median,
+        "forward_seconds": seconds,
     }
 
 
@@ -670,7 +687,7 @@ def train(
     counted = "all" if isinstance(experiment.corpus.train, TokenBlocks) else "non_padding"
     changes = changes | {"output_dir": str(folder), "include_num_input_tokens_seen": counted}
     trainer = make_trainer(experiment, arm, student, True, **changes)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started

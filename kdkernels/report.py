@@ -45,6 +45,7 @@ _COLUMNS = (
     ("MB", "megabytes", "{:.1f}"),
     ("tokens/s", "tokens_per_second", "{:.0f}"),
     ("speed", "relative_speed", "{:.2f}x"),
+    ("spread", "speed_spread", "{:.0%}"),
     ("held-out loss", "loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("agreement", "agreement", "{:.1%}"),
@@ -101,7 +102,8 @@ _LEGEND = {
     "parameters": "size: parameters over the teacher's",
     "megabytes": "MB: 10^6 bytes of weights, as saved",
     "tokens_per_second": "tokens/s: forward alone, medians of rounds in which the models take "
-    "turns; speed: over the teacher's",
+    "turns; speed: over the teacher's; spread: half of the middle half of the rounds, large where "
+    "the machine was busy",
     "loss": "held-out loss: cross-entropy in nats per prediction",
     "perplexity": "perplexity = exp(held-out loss)",
     "agreement": "agreement: share of predictions with the teacher's top entry",
@@ -486,26 +488,31 @@ def plot_geometry(vectors: dict[str, Tensor], rows: list[dict[str, Any]], path: 
         vectors: title of a row -> sentence vectors [N, D]; the teacher's first.
     """
     import matplotlib
+    import numpy
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.colors import LogNorm
 
-    cosines = {name: pairwise_cosines(found) for name, found in vectors.items()}
+    cosines = {name: pairwise_cosines(found).numpy() for name, found in vectors.items()}
     teacher = cosines.pop("teacher")
-    low = min(float(values.min()) for values in (teacher, *cosines.values()))
-    style = {"bins": 80, "range": [[low, 1], [low, 1]], "cmap": "viridis"}
-    style |= {"norm": LogNorm(1, len(teacher))}
-    size = (4.4 * len(cosines) + 0.8, 4.4)
+    edges = numpy.linspace(min(c.min() for c in (teacher, *cosines.values())), 1, 81)
+    counts = {
+        name: numpy.histogram2d(teacher, values, bins=(edges, edges))[0].T
+        for name, values in cosines.items()
+    }
+    scale = LogNorm(1, max(2, *(found.max() for found in counts.values())))
+    size = (4.2 * len(counts) + 0.8, 4.6)
     figure, grid = pyplot.subplots(
-        1, len(cosines), figsize=size, layout="constrained", squeeze=False, sharey=True
+        1, len(counts), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
-    spearman = {row["name"]: row.get("spearman") for row in rows}
-    for axes, (name, values) in zip(grid[0], cosines.items(), strict=True):
-        *_, drawn = axes.hist2d(teacher.numpy(), values.numpy(), **style)
-        axes.plot([low, 1], [low, 1], color=COLOURS["teacher"], linewidth=1, linestyle=":")
+    spearman = {row["name"]: row["spearman"] for row in rows if "spearman" in row}
+    for axes, (name, found) in zip(grid[0], counts.items(), strict=True):
+        seen = numpy.ma.masked_equal(found, 0)
+        drawn = axes.pcolormesh(edges, edges, seen, norm=scale, cmap="viridis")
+        axes.plot(edges[[0, -1]], edges[[0, -1]], color=COLOURS["teacher"], linestyle=":")
         axes.set(title=f"{name}\nSpearman {spearman[name]:.3f}", xlabel="teacher's cosine")
-        axes.set_aspect("equal")
+        axes.set_box_aspect(1)
     grid[0][0].set_ylabel("student's cosine")
     figure.colorbar(drawn, ax=list(grid[0]), label="pairs of held-out sentences")
     figure.savefig(path, dpi=150)

@@ -211,6 +211,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("masked-lm", "sequence-classification", "encoder"):
         bert(kind, 4, seed=2).save_pretrained(folder / kind)
         masking_tokenizer().save_pretrained(folder / kind)
+    bert("sequence-classification", 2, seed=2, num_labels=1).save_pretrained(folder / "one-label")
+    masking_tokenizer().save_pretrained(folder / "one-label")
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(len(tiny_models.WORDS) - 1, (60, 9), generator=generator)
     lines = [" ".join(tiny_models.WORDS[i] for i in row[: 3 + row[0] % 6]) for row in words]
@@ -278,6 +280,8 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
         ("masked-lm", {"teacher": "no-mask"}, "its tokenizer has no mask_token"),
         ("sequence-classification", {"train_text": "bad.jsonl"}, "label 7 is not one of the"),
         ("sequence-classification", {"train_text": "lines.txt"}, "has no column 'label'"),
+        ("sequence-classification", {"teacher": "masked-lm"}, "lacks 2 weights of a BertForSeq"),
+        ("sequence-classification", {"teacher": "one-label"}, "has 1 label(s)"),
         ("sequence-classification", {"label_column": "x"}, "label_column: 'x' is not a column"),
     ],
 )
