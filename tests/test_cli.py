@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,14 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from kdkernels import cli, distill, report
+from kdkernels import cli, distill, report, sweep
 from kdkernels.distill import ModelArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 one_thread = tiny_models.one_thread
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +395,23 @@ def test_output_that_exists_is_not_touched(
     refused(options(assets, tmp_path / "results.json"), "is not a folder", capfd)
     refused(options(assets, tmp_path / "results.json" / "out"), "results.json' is not a f", capfd)
     assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def documented() -> list[str]:
+    """Commands of the README and the settings page that need no file of an earlier one."""
+    lines = [line for name in ("README.md", "docs/settings.md") for line in (ROOT / name).open()]
+    commands = [line.strip() for line in lines if line.startswith("    kdkernels ")]
+    known = ("kdkernels distill ", "kdkernels sweep ", "kdkernels cache-teacher ")
+    return [c for c in commands if c.startswith(known) and "sweep/best.yaml" not in c]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_options_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, name, *words = shlex.split(command)
+    others = [sweep.SweepArguments] if name == "sweep" else []
+    model, _, _, args, *_ = cli.parse(words, name, others)
+    args.resolved_terms(model.task != "encoder")
 
 
 def test_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:
