@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,9 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> float | None:
 
 
 def compare(student: Tensor, teacher: Tensor) -> dict[str, float | None]:
-    """All of them, by the names that the table uses."""
+    """All of them, by the names that the table uses; NaN for a student that has diverged."""
+    if not student.isfinite().all():  # NaN has no rank, but would get one
+        return dict.fromkeys(("spearman", "pearson", "cosine", "neighbours"), math.nan)
     return {
         "spearman": spearman(student, teacher),
         "pearson": pearson(student, teacher),

@@ -496,7 +496,8 @@ def plot_geometry(vectors: dict[str, Tensor], rows: list[dict[str, Any]], path: 
 
     cosines = {name: pairwise_cosines(found).numpy() for name, found in vectors.items()}
     teacher = cosines.pop("teacher")
-    edges = numpy.linspace(min(c.min() for c in (teacher, *cosines.values())), 1, 81)
+    finite = [c[numpy.isfinite(c)] for c in (teacher, *cosines.values())]  # one may have diverged
+    edges = numpy.linspace(min(c.min(initial=0.0) for c in finite), 1, 81)
     counts = {
         name: numpy.histogram2d(teacher, values, bins=(edges, edges))[0].T
         for name, values in cosines.items()

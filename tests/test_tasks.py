@@ -183,6 +183,15 @@ def test_masked_blocks() -> None:
     assert torch.equal(masked.inputs, data.MaskedBlocks(blocks, tokenizer, seed=1).inputs)
 
 
+def test_a_student_that_diverges_is_reported_as_such(assets: Path, tmp_path: Path) -> None:
+    changes = {"terms": "hidden=1", "learning_rate": 1e30, "baseline": "false"}
+    assert cli.main(command(assets, "encoder", tmp_path / "out", **changes)) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][-1]
+    for name in ("spearman", "pearson", "cosine", "neighbours"):
+        assert math.isnan(row[name])
+    assert (tmp_path / "out" / "geometry.png").exists()
+
+
 def test_geometry() -> None:
     teacher = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     same = geometry.compare(3 * teacher, teacher)
