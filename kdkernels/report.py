@@ -86,7 +86,8 @@ def _relative(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float]:
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table, heading first, with aligned columns; all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # At least 2: the rule under a heading needs a dash beside its colon.
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
 

@@ -117,6 +117,11 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
 
 
+def test_a_narrow_column_has_a_rule_that_markdown_reads() -> None:
+    table = report.markdown([["a", "T"], ["x", "1"]])
+    assert table == "| a  |  T |\n| -- | -: |\n| x  |  1 |"
+
+
 def test_the_columns_of_a_run() -> None:
     teacher = {"name": "teacher", "parameters": 8e6, "tokens_per_second": 100.0}
     student = {"name": "student, distilled", "parameters": 2e6, "tokens_per_second": 250.0}
