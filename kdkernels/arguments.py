@@ -15,6 +15,14 @@ from .terms import TermArguments
 VOCAB_POLICIES = ("error", "truncate")
 FUSED_LINEAR = ("auto", "true", "false")
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Options of ``TrainingArguments`` -> the least value with which training can start.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -94,6 +102,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_inherited()
         self.check_terms()
         # Evaluations are comparable along a run: they use what the schedules end with.
         if self.alpha_schedule is not None:
@@ -125,6 +134,18 @@ class DistillationArguments(TermArguments, TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
                 "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
             )
+
+    def _check_inherited(self) -> None:
+        """Numbers of the base class that would only fail, or do nothing, once training starts."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}: {value} is not at least {least}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: {self.seed} is not less than 2^32")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            self._check_number(name, value, value >= 0, ">= 0")
 
     @staticmethod
     def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:

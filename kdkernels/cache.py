@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .tasks import Task, task_of
+from .folders import check_new
+from .models import output_width
+from .tasks import SEQUENCE, Task, task_of
 
 META_FILE = "cache.json"
 FORMAT = 1
@@ -158,6 +160,13 @@ def _rows(logits: Tensor, top_k: int | None, temperature: float) -> dict[str, Te
     return {"log_probs": kept.cpu(), "ids": ids.int().cpu(), "tail": tail.cpu()}
 
 
+def check_can_be_written(folder: Path, task: Task) -> None:
+    """ValueError if ``folder`` holds something, or models for ``task`` have no outputs to keep."""
+    check_new("teacher_cache", folder)
+    if task.labels is None:
+        raise ValueError("teacher_cache: a model without a head has no outputs that can be cached")
+
+
 @torch.no_grad()
 def cache_teacher(
     teacher: PreTrainedModel,
@@ -189,20 +198,17 @@ def cache_teacher(
             logits.
     """
     output, task = Path(folder), task_of(teacher)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"teacher_cache: {str(output)!r} exists and is not an empty folder")
-    if task.labels is None:
-        raise ValueError("teacher_cache: a model without a head has no outputs that can be cached")
+    check_can_be_written(output, task)
+    vocab = output_width(teacher, task)
+    if top_k is not None and not 1 <= top_k < vocab:
+        raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
     output.mkdir(parents=True, exist_ok=True)
-    writer, vocab = _Writer(output), 0
+    writer = _Writer(output)
     for batch in _batches(items, batch_size):
         inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
         fresh = [key not in writer.keys for key, _ in _examples(inputs)]
         moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
         logits = teacher.eval()(**moved).logits
-        vocab = logits.shape[-1]
-        if top_k is not None and not 1 <= top_k < vocab:
-            raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
         for at, (key, tokens) in enumerate(_examples(inputs)):
             if fresh[at] and key not in writer.keys:
                 of_tokens = task.labels == "token"
@@ -263,7 +269,7 @@ class TeacherCache:
         try:
             settings = json.loads((self.folder / META_FILE).read_text())
             self.info = CacheInfo(**settings)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{where} holds no finished cache (no {META_FILE})") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {META_FILE} cannot be read ({error})") from error
@@ -288,11 +294,29 @@ class TeacherCache:
             )
 
     def _open(self, file: Path) -> None:
-        shard = safe_open(file, "pt")
-        metadata = shard.metadata()
+        """Note where the examples of this shard are; ValueError unless it is what META_FILE says.
+
+        Values are not checked: that would read all of it.
+        """
+        where = f"teacher_cache: {str(file)!r}"
+        try:
+            shard = safe_open(file, "pt")
+            metadata = shard.metadata()
+            lengths = json.loads(metadata["lengths"])
+            places = list(zip(json.loads(metadata["keys"]), lengths, strict=True))
+            names = shard.keys()
+            shapes = {name: shard.get_slice(name).get_shape() for name in names}
+            rows = sum(lengths)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where} is damaged, or no part of a cache ({error})") from error
+        vocab, top_k = self.info.vocab, self.info.top_k
+        wanted: dict[str, list[int]] = {"logits": [rows, vocab]}
+        if top_k is not None:
+            wanted = {"log_probs": [rows, top_k], "ids": [rows, top_k], "tail": [rows]}
+        if shapes != wanted:
+            raise ValueError(f"{where} holds {shapes}, {META_FILE} and its header say {wanted}")
         first = 0
-        keys, lengths = json.loads(metadata["keys"]), json.loads(metadata["lengths"])
-        for key, length in zip(keys, lengths, strict=True):
+        for key, length in places:
             self._places[key] = (len(self._shards), first, first + length)
             first += length
         self._shards.append(shard)
@@ -331,7 +355,7 @@ class TeacherCache:
         """
         examples = _examples(inputs)
         found = [self._example(at, key) for at, (key, _) in enumerate(examples)]
-        if self.info.task == "sequence-classification":
+        if self.info.task == SEQUENCE.name:
             return torch.cat(found)
         shape = (*inputs["input_ids"].shape, self.info.vocab)
         logits = torch.zeros(shape, dtype=found[0].dtype)

@@ -182,7 +182,14 @@ def read_rows(
         rows = (row for file in files for row in _read_file(option, file, columns, lines))
     else:
         rows = _columns(option, source, _load_dataset(option, source, split), columns)
-    return (row for row in rows if row[0] and not row[0].isspace())
+    for row in rows:
+        if row[0] is not None and not isinstance(row[0], str):
+            raise ValueError(
+                f"text_column: {columns[0]!r} of {option} holds {row[0]!r} "
+                f"({type(row[0]).__name__}), not text"
+            )
+        if row[0] and not row[0].isspace():
+            yield row
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -247,7 +254,7 @@ def examples(
     label_ids: dict[str, int] | None = None,
     max_tokens: int | None = None,
 ) -> Examples:
-    """Tokenise rows ``(text,)`` or ``(text, label)``; reading stops after ``max_tokens`` tokens.
+    """Tokenise rows ``(text,)`` or ``(text, label)``, at most ``max_tokens`` tokens of them.
 
     Args:
         label_ids: the classifier's names of labels; a label is such a name or the id itself.
@@ -262,10 +269,14 @@ def examples(
         encoded = tokenizer(texts, truncation=True, max_length=sequence_length, verbose=False)
         for ids, row in zip(encoded["input_ids"], batch, strict=True):
             labels = {} if label_ids is None else {"labels": _label(option, row[1], label_ids)}
-            found.append({"input_ids": ids} | labels)
             total += len(ids)
-        if max_tokens is not None and total >= max_tokens:
-            break
+            if max_tokens is not None and total > max_tokens:
+                return _some_examples(option, found)
+            found.append({"input_ids": ids} | labels)
+    return _some_examples(option, found)
+
+
+def _some_examples(option: str, found: list[dict[str, Any]]) -> Examples:
     if not found:
         raise ValueError(f"{option}: not enough text, there is no example")
     return Examples(found)
@@ -289,7 +300,7 @@ def token_blocks(
     sequence_length: int,
     max_tokens: int | None = None,
 ) -> TokenBlocks:
-    """Pack ``documents`` into blocks; reading stops once ``max_tokens`` tokens are there.
+    """Pack ``documents`` into blocks of at most ``max_tokens`` tokens in all.
 
     Everything is held in memory, 8 bytes a token. ValueError if there is not one whole block.
     """
@@ -304,7 +315,7 @@ def token_blocks(
             total += len(ids) + len(end)
         if max_tokens is not None and total >= max_tokens:
             break
-    count = total // sequence_length
+    count = (total if max_tokens is None else min(total, max_tokens)) // sequence_length
     if count == 0:
         raise ValueError(
             f"{option}: not enough text, {total} tokens; one block of "

@@ -7,6 +7,7 @@ line) before anything is written or trained. :func:`run` trains and reports.
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,11 +24,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import geometry, models, report
 from .arguments import DistillationArguments
-from .cache import CacheInfo, TeacherCache, cache_teacher, fingerprint_of
+from .cache import CacheInfo, TeacherCache, cache_teacher, check_can_be_written, fingerprint_of
 from .data import (
     Corpus,
     Examples,
@@ -40,10 +40,11 @@ from .data import (
     split_tail,
     token_blocks,
 )
+from .folders import check_can_be_made
 from .models import ModelSource
 from .relations import pooled
 from .tasks import CAUSAL_LM, ENCODER, MASKED_LM, SEQUENCE, TASKS, TOKEN, Task, check_config
-from .terms import DistillationTerms
+from .terms import DistillationTerms, layer_pairs
 from .trainer import DistillationTrainer
 
 #: Changes of the arguments that leave the labels as the only source of learning.
@@ -195,6 +196,10 @@ class RunArguments:
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
     )
 
+    def __post_init__(self) -> None:
+        if self.cache_top_k is not None and self.cache_top_k < 1:
+            raise ValueError(f"cache_top_k: {self.cache_top_k} is not at least 1")
+
 
 @dataclass
 class Experiment:
@@ -210,6 +215,8 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     configuration: dict[str, Any]  #: the options that were given, for the record
+    #: Encoders: title of a row -> sentence vectors [N, D] of the held-out examples.
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -268,6 +275,8 @@ def prepare_inputs(
     names = teacher.config().label2id or {} if task is SEQUENCE else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
     corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    for source in sources:
+        _check_length(source, corpus)
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 
@@ -280,6 +289,11 @@ def prepare(
 ) -> Experiment:
     """Check and load; ValueError (one line) on bad input. Writes nothing."""
     check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    if args.max_steps <= 0 and (args.max_steps != -1 or args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps: {args.max_steps} with num_train_epochs: {args.num_train_epochs} is no "
+            "training; give max_steps of at least 1, or -1 and more than 0 epochs"
+        )
     if run_args.teacher_cache is not None and model_args.student_layers is not None:
         raise ValueError(
             "teacher_cache: student_layers need the teacher itself; make the student first with "
@@ -301,6 +315,8 @@ def prepare(
     weights = args.resolved_terms(task is not ENCODER)
     if set(weights) - {"response"} and teacher is not None:
         DistillationTerms(args, student, teacher, weights)  # refuses what they lack
+    if teacher is not None and args.layer_map != "uniform":
+        layer_pairs(args, student, teacher)  # refused even where no term looks at it
     if cache is not None:
         ends = args.temperature_over_time()
         beside = [name for name in weights if name != "response"]
@@ -349,6 +365,7 @@ def write_cache(
         raise ValueError("teacher_cache: name the folder that is to be written")
     if args.temperature_schedule is not None and run_args.cache_top_k is not None:
         raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
+    check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
     inputs = prepare_inputs(model_args, data_args, args)
     teacher = inputs.teacher.model(args.teacher_dtype, inputs.task)
     module: Any = teacher
@@ -369,16 +386,17 @@ def write_cache(
 
 def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
     """Refuse an output folder that holds something, unless the caller wants that."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir: {str(output)!r} is not a folder")
+    check_can_be_made("output_dir", output)
     if resume is not None:
+        if overwrite:
+            raise ValueError("overwrite_output_dir: would delete what resume_from_checkpoint needs")
         if resume.lower() not in ("true", "last"):
             raise ValueError(
                 f"resume_from_checkpoint: {resume!r} is not `true` (which goes on from the last "
                 "checkpoints in output_dir)"
             )
         arms = [output / arm for arm in report.ARM_FOLDERS.values()]
-        if not any(arm.is_dir() and get_last_checkpoint(str(arm)) for arm in arms):
+        if not any(map(last_checkpoint, arms)):
             raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output)!r}")
     elif output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(
@@ -387,11 +405,31 @@ def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
         )
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in ``folder``: a killed run leaves one without its last file."""
+    found = {
+        int(state.parent.name.rpartition("-")[2]): str(state.parent)
+        for state in folder.glob("checkpoint-*/trainer_state.json")
+        if state.parent.name.rpartition("-")[2].isdigit() and state.stat().st_size
+    }
+    return found[max(found)] if found else None
+
+
 def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without the special token that the task's batches are made with."""
     needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
     if needed is not None and getattr(tokenizer, needed) is None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
+def _check_length(source: ModelSource, corpus: Corpus) -> None:
+    longest = max(corpus.train.sequence_length, corpus.validation.sequence_length)
+    positions = getattr(source.config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise ValueError(
+            f"sequence_length: {longest} tokens are more than the {positions} positions of "
+            f"{source.option} {source.name!r}"
+        )
 
 
 def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -536,7 +574,7 @@ def make_trainer(
 
 
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
-    """One row of the table: quality on the held-out text, size and speed of ``model``."""
+    """One row of the table: size of ``model``, and its quality on the held-out text."""
     is_teacher = model is experiment.teacher
     row: dict[str, Any] = {
         "name": title,
@@ -544,64 +582,100 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
         "megabytes": models.weight_bytes(model) / 1e6,
     }
     if experiment.task is ENCODER:
-        row |= {} if is_teacher else geometry.compare(*sentence_vectors(experiment, model))
-    else:
-        # Agreement with the teacher is measured for every student, one trained on labels only, too.
-        alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
-        changes = LABELS_ONLY | {"alpha": alpha}
-        trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
-        metrics = trainer.evaluate()
-        row |= {
-            "loss": metrics["eval_ce_loss"],
-            "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
-            "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
-            "accuracy": metrics["eval_accuracy"],
-        }
-        if "eval_perplexity" in metrics:
-            row["perplexity"] = metrics["eval_perplexity"]
-    return row | {"tokens_per_second": forward_speed(model, experiment)}
+        ours = experiment.vectors[title] = sentence_vectors(experiment, model)
+        return row if is_teacher else row | geometry.compare(ours, experiment.vectors["teacher"])
+    # Agreement with the teacher is measured for every student, one trained on labels only, too.
+    alpha = 0.0 if is_teacher else experiment.args.alpha or 0.5
+    changes = LABELS_ONLY | {"alpha": alpha}
+    trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
+    metrics = trainer.evaluate()
+    row |= {
+        "loss": metrics["eval_ce_loss"],
+        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
+        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
+        "accuracy": metrics["eval_accuracy"],
+    }
+    if "eval_perplexity" in metrics:
+        row["perplexity"] = metrics["eval_perplexity"]
+    return row
 
 
 @torch.no_grad()
-def sentence_vectors(experiment: Experiment, student: PreTrainedModel) -> list[Tensor]:
-    """Pooled vectors [N, D] of the student and of the teacher for all held-out examples."""
+def sentence_vectors(experiment: Experiment, model: PreTrainedModel) -> Tensor:
+    """Pooled vectors [N, D] of all held-out examples, on the CPU."""
     data, size = experiment.corpus.validation, experiment.args.per_device_eval_batch_size
-    found: list[list[Tensor]] = [[], []]
+    found: list[Tensor] = []
+    model.eval()
     for first in range(0, len(data), size):
         items = [data[i] for i in range(first, min(first + size, len(data)))]
-        batch = experiment.collator(items)
-        for model, vectors in zip((student, experiment.teacher), found, strict=True):
-            assert model is not None
-            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            hidden = model.eval()(**moved).last_hidden_state
-            how = experiment.args.pooling
-            vectors.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
-    return [torch.cat(vectors) for vectors in found]
+        moved = {k: v.to(model.device) for k, v in experiment.collator(items).items()}
+        hidden = model(**moved).last_hidden_state
+        how = experiment.args.pooling
+        found.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
+    return torch.cat(found)
+
+
+#: How long speeds are measured: until so many seconds have passed, within so many rounds.
+_SPEED_SECONDS, _SPEED_ROUNDS = 6.0, (7, 31)
+#: Tokens of the batch on a CPU: enough to keep it busy, few enough for many rounds.
+_SPEED_TOKENS = 256
 
 
 @torch.no_grad()
-def forward_speed(model: PreTrainedModel, experiment: Experiment, repeats: int = 3) -> float:
-    """Tokens per second of the model's forward alone: the median of ``repeats`` batches.
+def forward_speeds(
+    experiment: Experiment, timed: dict[str, PreTrainedModel]
+) -> dict[str, dict[str, Any]]:
+    """Title -> tokens per second of that model's forward alone, their spread, and every round.
 
-    Padding is not counted. The first batch warms up and is not timed.
+    The models take turns on one batch of held-out text, each round in another order, so that
+    whatever else the machine does meets all of them: medians over the same rounds are comparable.
+    The first round warms up and is not counted, nor is padding.
     """
-    device = next(model.parameters()).device
-    data = experiment.corpus.validation
+    on_cpu = experiment.args.device.type == "cpu"
+    data = experiment.corpus.validation.evenly(_SPEED_TOKENS if on_cpu else None)
     size = min(experiment.args.per_device_eval_batch_size, len(data))
     batch = dict(experiment.collator([data[i] for i in range(size)]))
     batch.pop("labels", None)
     mask = batch.get("attention_mask")
     tokens = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    names = list(timed)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    fewest, most = _SPEED_ROUNDS
+    started = 0.0
+    for number in range(most + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(_forward_seconds(timed[name], batch))
+        if number == 0:
+            started = time.perf_counter()
+        if number >= fewest and time.perf_counter() - started > _SPEED_SECONDS:
+            break
+    return {name: _speed(tokens, counted) for name, (_, *counted) in seconds.items()}
+
+
+def _speed(tokens: int, seconds: list[float]) -> dict[str, Any]:
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "tokens_per_second": tokens / median,
+        "speed_spread": (third - first) / 2 / median,
+        "forward_seconds": seconds,
+    }
+
+
+def _forward_seconds(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    device = next(model.parameters()).device
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     model.eval()
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        model(**moved)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return tokens / sorted(seconds[1:])[repeats // 2]
+    _wait_for(device)
+    started = time.perf_counter()
+    model(**moved, **models.without_cache(model))
+    _wait_for(device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def train(
@@ -609,23 +683,26 @@ def train(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
     folder = experiment.output / report.ARM_FOLDERS[arm]
-    trainer = make_trainer(experiment, arm, student, True, output_dir=str(folder), **changes)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    # Blocks have no padding, but may hold the token that batches of examples are padded with.
+    counted = "all" if isinstance(experiment.corpus.train, TokenBlocks) else "non_padding"
+    changes = changes | {"output_dir": str(folder), "include_num_input_tokens_seen": counted}
+    trainer = make_trainer(experiment, arm, student, True, **changes)
+    last = last_checkpoint(folder)
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started
     args = trainer.args
     if args.process_index == 0 and not any(folder.iterdir()):
         folder.rmdir()
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
-    data = experiment.corpus.train
-    mean_length = data.tokens / len(data)
-    tokens = (result.global_step - first_step) * sequences * mean_length
+    tokens = trainer.state.num_input_tokens_seen
+    share = (result.global_step - first_step) / max(1, result.global_step)
     row = {
         "train_seconds": seconds,
-        "train_tokens_per_second": tokens / seconds,
+        "train_tokens_per_second": tokens * share / seconds,
         "steps": result.global_step,
+        "tokens_seen": tokens,
+        "seed": args.seed,
         "resumed_from_step": first_step,
     }
     return row, trainer.state.log_history
@@ -654,11 +731,17 @@ def run(experiment: Experiment) -> dict[str, Any]:
         arms.append(("labels only", LABELS_ONLY))
     if experiment.args.uses_teacher:
         arms.append(("distilled", {}))
+    timed = {} if experiment.teacher is None else {"teacher": experiment.teacher}
     for position, (arm, changes) in enumerate(arms):
         last = position == len(arms) - 1
         student = experiment.student if last else copy.deepcopy(experiment.student)
         training, curves[arm] = train(experiment, arm, student, changes)
-        rows.append(evaluate(experiment, f"student, {arm}", student) | training)
+        title = f"student, {arm}"
+        timed[title] = student
+        rows.append(evaluate(experiment, title, student) | training)
+    if main_process:  # the others are idle, so that nothing competes
+        speeds = forward_speeds(experiment, timed)
+        rows = [row | speeds.get(row["name"], {}) for row in rows]
     results = report.results(experiment, rows, curves, time.perf_counter() - started)
     if main_process:
         report.write(experiment, results)

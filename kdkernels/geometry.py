@@ -1,6 +1,8 @@
-"""How much of an encoder's geometry a student keeps: three numbers over held-out examples."""
+"""How much of an encoder's geometry a student keeps: numbers over held-out examples."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,20 +19,34 @@ def _cosines(vectors: Tensor) -> Tensor:
     return rows @ rows.T
 
 
-def spearman(student: Tensor, teacher: Tensor) -> float:
-    """Rank correlation, in [-1, 1], of all N (N - 1) / 2 pairwise cosines of both models.
+def pairwise_cosines(vectors: Tensor) -> Tensor:
+    """The N (N - 1) / 2 cosines of all pairs of vectors [N, D], each pair once."""
+    first, second = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    return _cosines(vectors)[first, second]
+
+
+def _correlation(ours: Tensor, theirs: Tensor) -> float:
+    return float((unit(ours - ours.mean()) * unit(theirs - theirs.mean())).sum())
+
+
+def pearson(student: Tensor, teacher: Tensor) -> float:
+    """Linear correlation, in [-1, 1], of the pairwise cosines of both models.
 
     Args:
         student: [N, D_s]. teacher: [N, D_t]. N >= 3.
     """
-    first, second = torch.triu_indices(len(student), len(student), offset=1)
+    return _correlation(pairwise_cosines(student), pairwise_cosines(teacher))
+
+
+def spearman(student: Tensor, teacher: Tensor) -> float:
+    """Rank correlation, in [-1, 1], of the pairwise cosines; arguments as for :func:`pearson`."""
     ranks = []
     for vectors in (student, teacher):
-        cosines = _cosines(vectors)[first, second]
+        cosines = pairwise_cosines(vectors)
         rank = torch.empty_like(cosines)  # ties (identical sentences) get neighbouring ranks
         rank[cosines.argsort(stable=True)] = torch.arange(len(cosines), dtype=rank.dtype)
-        ranks.append(rank - rank.mean())
-    return float((unit(ranks[0]) * unit(ranks[1])).sum())
+        ranks.append(rank)
+    return _correlation(ranks[0], ranks[1])
 
 
 def neighbour_overlap(student: Tensor, teacher: Tensor, k: int = NEIGHBOURS) -> float:
@@ -52,9 +68,12 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> float | None:
 
 
 def compare(student: Tensor, teacher: Tensor) -> dict[str, float | None]:
-    """The three of them, by the names that the table uses."""
+    """All of them, by the names that the table uses; NaN for a student that has diverged."""
+    if not student.isfinite().all():  # NaN has no rank, but would get one
+        return dict.fromkeys(("spearman", "pearson", "cosine", "neighbours"), math.nan)
     return {
         "spearman": spearman(student, teacher),
+        "pearson": pearson(student, teacher),
         "cosine": mean_cosine(student, teacher),
         "neighbours": neighbour_overlap(student, teacher),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .tasks import CAUSAL_LM, Task, check_config
+from .tasks import CAUSAL_LM, SEQUENCE, TOKEN, Task, check_config
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,20 @@ class ModelSource:
 
     def model(self, dtype: str, task: Task = CAUSAL_LM) -> PreTrainedModel:
         """The model for ``task`` in ``dtype`` ("auto": as stored), on the CPU."""
-        model = self._load(task.auto_class.from_pretrained, "model", dtype=dtype)
-        return _without_gguf(model) if self.is_gguf else model
+        loader = task.auto_class.from_pretrained
+        if self.is_gguf:
+            return _without_gguf(self._load(loader, "model", dtype=dtype))
+        model, loading = self._load(loader, "model", dtype=dtype, output_loading_info=True)
+        # What a file lacks starts at random. A student may: a classifier's layer on a language
+        # model. The pooler of an encoder is not used.
+        lacking = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+        if lacking and self.option == "teacher":
+            raise ValueError(
+                f"teacher: {self.name!r} lacks {len(lacking)} weights of a {type(model).__name__} "
+                f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}); they would be "
+                "random numbers"
+            )
+        return model
 
 
 def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,6 +131,13 @@ def vocab_size(model: PreTrainedModel) -> int:
     """Width of a language model's logits: rows of the output embedding, else of the config."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return int(model.config.vocab_size if weight is None else weight.shape[0])
+
+
+def output_width(model: PreTrainedModel, task: Task) -> int:
+    """Entries in a row of the model's logits: a classifier's labels, else the vocabulary."""
+    if task in (SEQUENCE, TOKEN):
+        return int(model.config.num_labels or 0)
+    return vocab_size(model)
 
 
 def from_config(source: ModelSource, dtype: str, task: Task = CAUSAL_LM) -> PreTrainedModel:
@@ -223,6 +243,12 @@ def parameter_count(model: nn.Module) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, shared ones once: the size of the saved model but for its header."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """The option of the model's forward that keeps it from filling a cache for generation."""
+    takes_it = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes_it else {}
 
 
 #: Names under which architectures keep the probability of dropping attention in their config.

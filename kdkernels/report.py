@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from .geometry import pairwise_cosines
 
 if TYPE_CHECKING:
     from .distill import Experiment
@@ -22,7 +25,9 @@ ARM_FOLDERS = {
     "output only": "output-only",
     "distilled": "distilled",
 }
+#: What a run writes beside the student; the picture of the geometry is an encoder's.
 RESULT_FILES = ("results.json", "loss.png", "report.md", "report.html")
+GEOMETRY_FILE = "geometry.png"
 
 #: Okabe and Ito's palette: told apart by everyone.
 COLOURS = {
@@ -36,22 +41,31 @@ COLOURS = {
 _COLUMNS = (
     ("model", "name", "{}"),
     ("parameters", "millions", "{:.1f} M"),
+    ("size", "relative_size", "{:.2f}x"),
     ("MB", "megabytes", "{:.1f}"),
+    ("tokens/s", "tokens_per_second", "{:.0f}"),
+    ("speed", "relative_speed", "{:.2f}x"),
+    ("spread", "speed_spread", "{:.0%}"),
     ("held-out loss", "loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("agreement", "agreement", "{:.1%}"),
     ("divergence", "divergence", "{:.4f}"),
     ("Spearman", "spearman", "{:.3f}"),
+    ("Pearson", "pearson", "{:.3f}"),
     ("cosine", "cosine", "{:.3f}"),
     ("5-NN", "neighbours", "{:.3f}"),
-    ("tokens/s", "tokens_per_second", "{:.0f}"),
+    ("seed", "seed", "{}"),
+    ("steps", "steps", "{}"),
+    ("tokens seen", "tokens_seen", "{}"),
     ("training s", "train_seconds", "{:.0f}"),
 )
+#: Column -> the number that it shows as a share of the teacher's, the first row's.
+_RELATIVE = {"relative_size": "parameters", "relative_speed": "tokens_per_second"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table that is also aligned for a terminal."""
-    rows = [row | {"millions": row["parameters"] / 1e6} for row in rows]
+    rows = [row | _relative(row, rows[0]) | {"millions": row["parameters"] / 1e6} for row in rows]
     columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
     lines = [[title for title, _, _ in columns]]
     for row in rows:
@@ -62,9 +76,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+def _relative(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float]:
+    return {
+        column: row[key] / teacher[key]
+        for column, key in _RELATIVE.items()
+        if row.get(key) is not None and teacher.get(key) is not None
+    }
+
+
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table, heading first, with aligned columns; all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # At least 2: the rule under a heading needs a dash beside its colon.
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(_table_line(line, widths) for line in [lines[0], rule, *lines[1:]])
 
@@ -77,22 +100,27 @@ def _table_line(cells: list[str], widths: list[int]) -> str:
 
 #: Key of a row -> what its column is.
 _LEGEND = {
+    "parameters": "size: parameters over the teacher's",
     "megabytes": "MB: 10^6 bytes of weights, as saved",
+    "tokens_per_second": "tokens/s: forward alone, medians of rounds in which the models take "
+    "turns; speed: over the teacher's; spread: half of the middle half of the rounds, large where "
+    "the machine was busy",
     "loss": "held-out loss: cross-entropy in nats per prediction",
     "perplexity": "perplexity = exp(held-out loss)",
     "agreement": "agreement: share of predictions with the teacher's top entry",
     "divergence": "divergence: the distillation term",
-    "spearman": "Spearman: rank correlation with the teacher of all pairwise cosines of sentence "
-    "vectors",
+    "spearman": "Spearman, Pearson: correlation with the teacher of the cosines of all pairs of "
+    "sentences, of their ranks and linear",
     "cosine": "cosine: of a sentence's vectors in student and teacher",
     "neighbours": "5-NN: share of a sentence's 5 nearest neighbours that both have",
-    "tokens_per_second": "tokens/s: forward alone.",
+    "tokens_seen": "tokens seen: in training, padding not counted",
 }
 
 
 def legend(rows: list[dict[str, Any]]) -> str:
     """What the table's columns are."""
-    return "; ".join(text for key, text in _LEGEND.items() if any(key in row for row in rows))
+    told = [text for key, text in _LEGEND.items() if any(key in row for row in rows)]
+    return "; ".join(told) + "."
 
 
 def results(
@@ -141,6 +169,8 @@ def write(experiment: Experiment, outcome: dict[str, Any]) -> None:
     experiment.student.save_pretrained(folder)
     experiment.tokenizer.save_pretrained(folder)
     plot(outcome, output / "loss.png")
+    if experiment.vectors:
+        plot_geometry(experiment.vectors, outcome["rows"], output / GEOMETRY_FILE)
     shutil.copy(output / "loss.png", folder / "loss.png")
     (folder / "README.md").write_text(model_card(experiment, outcome), encoding="utf-8")
     text = json.dumps(outcome, indent=1, default=str)
@@ -154,7 +184,7 @@ def remove(output: Path) -> None:
     """Delete what an earlier run wrote into ``output``, and nothing else."""
     for name in (STUDENT_FOLDER, *ARM_FOLDERS.values()):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in RESULT_FILES:
+    for name in (*RESULT_FILES, GEOMETRY_FILE):
         (output / name).unlink(missing_ok=True)
 
 
@@ -169,10 +199,9 @@ _REPORT = """# {title}
 {ratios}
 
 One seed ({seed}), {validation_tokens} held-out tokens: differences of a few percent are not
-significant. All students start from the same weights and see the same batches for the same number
-of updates. {seconds:.0f} s in all.
+significant. {budget} {seconds:.0f} s in all.
 
-![Curves](loss.png)
+{pictures}
 
 ## Configuration
 
@@ -197,6 +226,14 @@ _RATIOS = {
 }
 
 
+def pictures(outcome: dict[str, Any]) -> dict[str, str]:
+    """File -> title of the pictures of a run; only an encoder's has the second one."""
+    found = {"loss.png": "Curves"}
+    if "spearman" in outcome["rows"][-1]:
+        found[GEOMETRY_FILE] = "Cosines of pairs of held-out sentences, student over teacher"
+    return found
+
+
 def ratios(rows: list[dict[str, Any]]) -> str:
     """The last row against the first, the teacher, in one sentence of measured numbers."""
     first, last = rows[0], rows[-1]
@@ -204,6 +241,16 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     if first.get("loss") and last.get("loss"):
         found.append(f"a held-out loss of {last['loss']:.4f} against {first['loss']:.4f}")
     return f"{last['name'].capitalize()}, against the teacher: {', '.join(found)}."
+
+
+def budget(rows: list[dict[str, Any]]) -> str:
+    """What the trained students were given, in one sentence: the same, or each its own."""
+    trained = [row for row in rows if "steps" in row]
+    spent = [f"{row['steps']} steps, {row['tokens_seen']} tokens" for row in trained]
+    if len(trained) > 1 and len(set(spent)) == 1:
+        return f"Equal budgets: the same first weights, the same batches, {spent[0]} each."
+    told = (f"{row['name']}: {each}" for row, each in zip(trained, spent, strict=True))
+    return f"Budget of {'; '.join(told)}."
 
 
 def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -215,6 +262,8 @@ def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
         "table": table(outcome["rows"]),
         "legend": legend(outcome["rows"]),
         "ratios": ratios(outcome["rows"]),
+        "budget": budget(outcome["rows"]),
+        "pictures": "\n\n".join(f"![{what}]({file})" for file, what in pictures(outcome).items()),
         "seed": seed,
         "seconds": outcome["seconds"],
         "validation_tokens": outcome["data"]["validation_tokens"],
@@ -249,7 +298,8 @@ def _html_block(block: str) -> str:
         level = len(block) - len(block.lstrip("#"))
         return f"<h{level}>{html.escape(block.lstrip('# '))}</h{level}>"
     if block.startswith("!["):
-        return '<img src="loss.png" alt="Curves">'
+        title, _, file = block.removeprefix("![").rstrip(")").partition("](")
+        return f'<img src="{html.escape(file)}" alt="{html.escape(title)}">'
     if not block.startswith("|"):
         return f"<p>{html.escape(block)}</p>"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
@@ -430,6 +480,45 @@ def _plot_distance(axes: Any, outcome: dict[str, Any]) -> None:
         style = {"color": COLOURS[arm], "marker": "o", "markersize": 5, "linestyle": "--"}
         axes.plot([0, last], [untrained, trained], label=f"{arm}, held out", **style)
     axes.set(title="Distance from the teacher", ylabel="distillation term, nats")
+
+
+def plot_geometry(vectors: dict[str, Tensor], rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each student: its cosine over the teacher's, for all pairs of examples.
+
+    Args:
+        vectors: title of a row -> sentence vectors [N, D]; the teacher's first.
+    """
+    import matplotlib
+    import numpy
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import LogNorm
+
+    cosines = {name: pairwise_cosines(found).numpy() for name, found in vectors.items()}
+    teacher = cosines.pop("teacher")
+    finite = [c[numpy.isfinite(c)] for c in (teacher, *cosines.values())]  # one may have diverged
+    edges = numpy.linspace(min(c.min(initial=0.0) for c in finite), 1, 81)
+    counts = {
+        name: numpy.histogram2d(teacher, values, bins=(edges, edges))[0].T
+        for name, values in cosines.items()
+    }
+    scale = LogNorm(1, max(2, *(found.max() for found in counts.values())))
+    size = (4.2 * len(counts) + 0.8, 4.6)
+    figure, grid = pyplot.subplots(
+        1, len(counts), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    spearman = {row["name"]: row["spearman"] for row in rows if "spearman" in row}
+    for axes, (name, found) in zip(grid[0], counts.items(), strict=True):
+        seen = numpy.ma.masked_equal(found, 0)
+        drawn = axes.pcolormesh(edges, edges, seen, norm=scale, cmap="viridis")
+        axes.plot(edges[[0, -1]], edges[[0, -1]], color=COLOURS["teacher"], linestyle=":")
+        axes.set(title=f"{name}\nSpearman {spearman[name]:.3f}", xlabel="teacher's cosine")
+        axes.set_box_aspect(1)
+    grid[0][0].set_ylabel("student's cosine")
+    figure.colorbar(drawn, ax=list(grid[0]), label="pairs of held-out sentences")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def _term_names(outcome: dict[str, Any]) -> list[str]:

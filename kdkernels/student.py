@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .features import layer_map
+from .folders import check_new
 from .models import ModelSource, keep_layers, parse_layers
 from .tasks import TASKS, check_config
 
@@ -45,8 +46,7 @@ def make_student(
         raise ValueError(f"task: {task!r} is not one of {', '.join(TASKS)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output_dir: {str(output)!r} exists and is not an empty folder")
+    check_new("output_dir", output)
     source = ModelSource("teacher", teacher)
     source.check()
     config = source.config()

@@ -51,6 +51,8 @@ _EXAMPLE_RELATIONS = {
 }
 #: Terms whose denominator is the number of examples; the others' is the number of tokens.
 EXAMPLE_TERMS = ("sentence", *_EXAMPLE_RELATIONS)
+#: Terms that the layer map is for.
+LAYER_TERMS = {"hidden", "attention", "minilm"}
 BALANCES = ("fixed", "gradient_norm", "uncertainty")
 
 #: How much of a gradient-norm factor is kept when a new one has been measured.
@@ -121,6 +123,8 @@ class TermArguments:
             if weight.lowest < 0:
                 raise ValueError(f"terms: {name}: {given[name]!r} is negative")
         if with_response:
+            if not any(weight.highest > 0 for weight in found.values()):
+                raise ValueError(f"terms: {self.terms!r}: every weight is 0, nothing is learnt")
             return {name: w for name, w in found.items() if w.highest > 0 or name == "response"}
         if "response" in found and found["response"].highest > 0:
             raise ValueError("terms: response needs logits, and a model without a head has none")
@@ -153,9 +157,26 @@ def _read_terms(given: dict | str | None) -> dict[str, Any]:
     try:
         if given.lstrip().startswith("{"):
             return json.loads(given)
-        return dict(part.strip().split("=") for part in given.split(","))
+        pairs = [part.strip().split("=") for part in given.split(",")]
+        found = dict(pairs)
     except ValueError:
         raise ValueError(f"terms: {given!r} is not a list such as hidden=1,gram=0.5") from None
+    if len(found) < len(pairs):
+        raise ValueError(f"terms: {given!r} holds a term twice")
+    return found
+
+
+def layer_pairs(
+    args: TermArguments, student: PreTrainedModel, teacher: PreTrainedModel
+) -> tuple[LayerPair, ...]:
+    """The pairs of ``args.layer_map``; ValueError, naming both models, if one does not exist."""
+    return layer_map(
+        args.layer_map,
+        student.config.num_hidden_layers,
+        teacher.config.num_hidden_layers,
+        student=f"the student {describe(student)}",
+        teacher=f"the teacher {describe(teacher)}",
+    )
 
 
 class Counts(NamedTuple):
@@ -209,12 +230,7 @@ class DistillationTerms(nn.Module):
         names = [name for name in self.weights if name != "response"]
         self.names = tuple(names)
         layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-        pairs = layer_map(
-            args.layer_map,
-            *layers,
-            student=f"the student {describe(student)}",
-            teacher=f"the teacher {describe(teacher)}",
-        )
+        pairs = layer_pairs(args, student, teacher) if LAYER_TERMS & set(names) else ()
         self.pairs, self.last = pairs, layers
         self.attention_pairs = tuple(pair for pair in pairs if 0 not in pair)
         if {"attention", "minilm"} & set(names) and not self.attention_pairs:

@@ -11,7 +11,6 @@ optimizer and of the checkpoints.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,13 @@ from .capture import Features, Needs, Recorder
 from .functional import KDLossOutput, fused_kd_loss
 from .heads import Head, Hidden, NoHead
 from .linear import fused_linear_kd_loss
-from .models import describe, tokenizer_difference, vocab_size
+from .models import (
+    describe,
+    output_width,
+    tokenizer_difference,
+    vocab_size,
+    without_cache,
+)
 from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
 from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
 
@@ -206,9 +211,9 @@ class DistillationTrainer(Trainer):
 
     def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
         """The length of the vocabularies' common prefix if they may differ; None: they do not."""
-        if self.task in (SEQUENCE, TOKEN):
-            return self._compare_widths(int(teacher.config.num_labels or 0))
-        return None if self.task.labels is None else self._compare_widths(vocab_size(teacher))
+        if self.task.labels is None:
+            return None
+        return self._compare_widths(output_width(teacher, self.task))
 
     def _compare_widths(self, theirs: int) -> int | None:
         if self.task in (SEQUENCE, TOKEN):
@@ -236,9 +241,8 @@ class DistillationTrainer(Trainer):
             module.to(self.args.teacher_device)
         elif getattr(teacher, "hf_device_map", None) is None:
             module.to(self.args.device)
-        takes_cache = "use_cache" in inspect.signature(teacher.forward).parameters
         self._no_recorder = Recorder(teacher, Needs(), "teacher")
-        self._teacher_kwargs = {"use_cache": False} if takes_cache else {}
+        self._teacher_kwargs = without_cache(teacher)
 
     # ---- output layers that are left out -------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import test_tasks
 import tiny_models
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from test_cli import options, refused
 from test_tasks import bert, masking_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
@@ -151,10 +154,45 @@ def test_what_a_cache_refuses(tmp_path: Path) -> None:
         write(tmp_path / "cache", teacher, [data])
     with pytest.raises(ValueError, match=r"cache_top_k: 17 is not in 1\.\.16"):
         write(tmp_path / "other", teacher, [data], top_k=17)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="holds no finished cache"):
         TeacherCache(tmp_path / "other")
     with pytest.raises(ValueError, match="a model without a head"):
         write(tmp_path / "encoder", bert("encoder", 1, seed=1), [data])
+
+
+def test_a_damaged_cache_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    write(tmp_path / "whole", tiny_models.llama(2, seed=2), [tiny_models.dataset(3)])
+    shard, meta = "rows-00000.safetensors", caching.META_FILE
+    content = (tmp_path / "whole" / shard).read_bytes()
+    info = json.loads((tmp_path / "whole" / meta).read_text())
+    with safe_open(tmp_path / "whole" / shard, "pt") as opened:
+        header, logits = opened.metadata(), opened.get_tensor("logits")
+    damages: list[tuple[str, bytes, str]] = [
+        (shard, content[:-1], "is damaged, or no part of a cache"),
+        (shard, b"", "is damaged, or no part of a cache"),
+        (shard, save({"logits": logits}), "is damaged, or no part of a cache"),  # no header
+        (shard, save({"x": logits}, header), "holds {'x': "),
+        (
+            shard,
+            save({"logits": logits[:-1]}, header),
+            r"holds {'logits': \[35, 17\]}, .* \[36, 17",
+        ),
+        (meta, json.dumps(info | {"vocab": 18}).encode(), r"\[36, 17\]}, .* \[36, 18"),
+        (meta, json.dumps(info | {"top_k": 3}).encode(), "say {'log_probs'"),
+        (meta, json.dumps(info | {"examples": 4}).encode(), "3 examples of 4"),
+        (meta, b"[1]", "cache.json cannot be read"),
+        (meta, b"\xff", "cache.json cannot be read"),
+    ]
+    for number, (file, damage, message) in enumerate(damages):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / file).write_bytes(damage)
+        with pytest.raises(ValueError, match=message) as refusal:
+            TeacherCache(folder)
+        assert str(folder) in str(refusal.value)
+    with pytest.raises(ValueError, match="holds no finished cache"):
+        TeacherCache(tmp_path / "whole" / shard)
 
 
 # ---- the command line ---------------------------------------------------------------------------

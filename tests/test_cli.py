@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,23 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from kdkernels import cli, report
+from kdkernels import cli, distill, report, sweep
 from kdkernels.distill import ModelArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 one_thread = tiny_models.one_thread
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +50,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertForMaskedLM(config).save_pretrained(folder / "bert")
     tiny_models.tokenizer().save_pretrained(folder / "bert")
     tiny_models.save_model(folder / "wide", layers=1, seed=1, vocab=tiny_models.VOCAB + 3)
+    settings = {"hidden_size": 16, "num_hidden_layers": 4, "state_size": 4, "pad_token_id": 1}
+    MambaForCausalLM(MambaConfig(vocab_size=17, **settings)).save_pretrained(folder / "mamba")
+    tiny_models.tokenizer().save_pretrained(folder / "mamba")
+    (folder / "numbers.jsonl").write_text('{"text": 7}\n' * 20)
     (folder / "not-a-model").mkdir()
     broken = tiny_models.save_model(folder / "broken", layers=1, seed=1)
     (broken / "model.safetensors").write_bytes(b"not safetensors")
@@ -87,8 +100,14 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {p.name for p in output.iterdir()} == {*report.RESULT_FILES, "student"}
     saved = (output / "student" / "model.safetensors").stat().st_size
     assert rows["student, distilled"]["megabytes"] * 1e6 == pytest.approx(saved, rel=0.25)
+    assert "tokens_per_second" not in rows["student, untrained"]
+    for name in (names[0], *names[2:]):
+        assert rows[name]["tokens_per_second"] > 0 and len(rows[name]["forward_seconds"]) >= 7
+    for name in names[2:]:  # 4 updates of 2 sequences of 16
+        assert [rows[name][key] for key in ("steps", "tokens_seen", "seed")] == [4, 128, 42]
     text = (output / "report.md").read_text()
     assert report.table(results["rows"]) in text and "student_layers: 0,3" in text
+    assert "the same batches, 4 steps, 128 tokens each" in text
     page = (output / "report.html").read_text()
     assert "<td>student, distilled</td>" in page and "<pre>" in page and "|" not in page
 
@@ -98,6 +117,52 @@ def test_a_whole_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     card = (output / "student" / "README.md").read_text()
     assert "license: apache-2.0" in card and report.table(results["rows"]) in card
     student.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+
+
+def test_a_narrow_column_has_a_rule_that_markdown_reads() -> None:
+    table = report.markdown([["a", "T"], ["x", "1"]])
+    assert table == "| a  |  T |\n| -- | -: |\n| x  |  1 |"
+
+
+def test_the_columns_of_a_run() -> None:
+    teacher = {"name": "teacher", "parameters": 8e6, "tokens_per_second": 100.0}
+    student = {"name": "student, distilled", "parameters": 2e6, "tokens_per_second": 250.0}
+    student |= {"seed": 3, "steps": 5, "tokens_seen": 640}
+    lines = [line.split("|") for line in report.table([teacher, student]).splitlines()]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    titles = ["model", "parameters", "size", "tokens/s", "speed", "seed", "steps", "tokens seen"]
+    assert cells[0] == titles
+    assert cells[2] == ["teacher", "8.0 M", "1.00x", "100", "1.00x", "-", "-", "-"]
+    assert cells[3] == ["student, distilled", "2.0 M", "0.25x", "250", "2.50x", "3", "5", "640"]
+    other = student | {"name": "student, labels only"}
+    assert report.budget([teacher, other, student]).endswith("5 steps, 640 tokens each.")
+    unequal = report.budget([teacher, other | {"tokens_seen": 512}, student])
+    assert "labels only: 5 steps, 512 tokens; " in unequal and "Equal" not in unequal
+
+
+def test_equal_models_get_equal_speeds_on_a_machine_that_slows_down(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = distill.prepare(*cli.parse(options(assets, tmp_path / "out")[1:]))
+    calls: list[Any] = []
+
+    def seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
+        assert batch["input_ids"].shape == (3, 16) and "labels" not in batch
+        calls.append(model)
+        return 1.1 ** len(calls)
+
+    monkeypatch.setattr(distill, "_forward_seconds", seconds)
+    models: dict[str, Any] = {"a": object(), "b": object()}
+    speeds = distill.forward_speeds(experiment, models)
+    assert len(calls) == 2 * (1 + distill._SPEED_ROUNDS[1])  # the first round warms up
+    assert all(set(calls[at : at + 2]) == set(models.values()) for at in range(0, len(calls), 2))
+    rates = [speed["tokens_per_second"] for speed in speeds.values()]
+    assert max(rates) < 1.15 * min(rates)  # one after the other: 1.1 ** 31 = 19 apart
+    first = sorted(speeds["a"]["forward_seconds"])
+    assert rates[0] == 48 / first[15]
+    assert speeds["a"]["speed_spread"] == pytest.approx(
+        ((first[22] + first[23]) - (first[7] + first[8])) / 4 / first[15]
+    )
 
 
 def test_a_run_with_terms_from_yaml(assets: Path, tmp_path: Path) -> None:
@@ -188,8 +253,10 @@ def test_resuming_and_overwriting(
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     assert cli.main(options(assets, through, **saving)) == 0
     assert cli.main(options(assets, resumed, **saving)) == 0
-    for arm in ("labels-only", "distilled"):  # as if it had been stopped after step 2
-        (resumed / arm / "checkpoint-4").rename(tmp_path / f"{arm}-gone")
+    # As if it had been stopped after step 2, and killed while it wrote the checkpoint of step 4.
+    (resumed / "labels-only" / "checkpoint-4").rename(tmp_path / "gone")
+    (resumed / "distilled" / "checkpoint-4" / "trainer_state.json").unlink()
+    (resumed / "distilled" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     again = options(assets, resumed, **saving, resume_from_checkpoint="true")
     assert cli.main(again) == 0
     losses = [
@@ -197,6 +264,13 @@ def test_resuming_and_overwriting(
         for folder in (through, resumed)
     ]
     assert losses[0] == losses[1]
+    rows = json.loads((resumed / "results.json").read_text())["rows"][2:]
+    assert [(r["resumed_from_step"], r["steps"], r["tokens_seen"]) for r in rows] == 2 * [
+        (2, 4, 128)
+    ]
+    capsys.readouterr()
+    assert cli.main([*again, "--overwrite_output_dir=true"]) == 2
+    assert "overwrite_output_dir: would delete" in capsys.readouterr().err
     (through / "mine.txt").write_text("kept")
     capsys.readouterr()
     assert cli.main(options(assets, through)) == 2
@@ -245,6 +319,29 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"student_dtype": "int8"}, "student_dtype: 'int8' is not one of"),
     ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: no checkpoint in"),
     ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint: 'x'"),
+    ({"train_text": "{assets}/numbers.jsonl"}, "text_column: 'text' of train_text holds 7 (int)"),
+    ({"sequence_length": 80}, "sequence_length: 80 tokens are more than the 64 positions of teach"),
+    ({"terms": "hidden=1,hidden=2"}, "terms: 'hidden=1,hidden=2' holds a term twice"),
+    ({"terms": "response=0"}, "terms: 'response=0': every weight is 0"),
+    ({"terms": "attention=1", "layer_map": "0:0"}, "layer_map: '0:0' has only embeddings"),
+    ({"layer_map": "7:9"}, "layer_map: student layer 7 of pair 7:9 does not exist"),
+    ({"layer_map": "1:1,1:1", "terms": "hidden=1"}, "layer_map: '1:1,1:1' is not uniform, last"),
+    ({"temperature_schedule": "warmup:2:0.5"}, "temperature_schedule: 0.0 is not allowed"),
+    ({"max_steps": 0}, "max_steps: 0 with num_train_epochs: 3.0 is no training"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0 is not at least 1"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: 0 is not at least 1"),
+    ({"learning_rate": "nan"}, "learning_rate: nan is not allowed"),
+    ({"seed": -1}, "seed: -1 is not at least 0"),
+    ({"cache_top_k": 0}, "cache_top_k: 0 is not at least 1"),
+    (
+        {"teacher": "{assets}/mamba", "terms": "attention=1"},
+        "terms: the student 'mamba' (MambaForCausalLM) gives no attentions",
+    ),
+    (
+        {"teacher": "{assets}/wide", "student": "{assets}/teacher", "terms": "hidden=1"}
+        | {"student_layers": None, "vocab_policy": "truncate"},
+        "layer_map: 'uniform' needs a teacher with at least as many layers as the student",
+    ),
 ]
 
 
@@ -285,9 +382,16 @@ def test_bad_configurations(
         ("temprature: 2", "unknown key 'temprature'; did you mean 'temperature'?"),
         ("- 1", "does not hold `option: value` lines"),
         ("a: [", "is not YAML"),
+        ("", "does not hold `option: value` lines"),
+        ("temperature: [1, 2]", "argument --temperature: invalid float value: '1,2'"),
+        ("max_steps: many", "invalid int value: 'many'"),
+        ("baseline: maybe", "got maybe"),
+        ("terms: hidden", "terms: 'hidden' is not a list such as hidden=1"),
+        ("terms: {hidden: {a: 1}}", "terms: hidden: {'a': 1} is not a number"),
+        ("layer_map: [[1, 2, 3]]", "layer_map: '1:2:3' is not uniform, last"),
     ]:
         config.write_text(content)
-        refused(["distill", str(config)], message, capfd)
+        refused(["distill", str(config), *options(assets, tmp_path / "out")[1:]], message, capfd)
 
 
 def test_output_that_exists_is_not_touched(
@@ -296,7 +400,25 @@ def test_output_that_exists_is_not_touched(
     (tmp_path / "results.json").write_text("precious")
     refused(options(assets, tmp_path), "is not empty", capfd)
     refused(options(assets, tmp_path / "results.json"), "is not a folder", capfd)
+    refused(options(assets, tmp_path / "results.json" / "out"), "results.json' is not a f", capfd)
     assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def documented() -> list[str]:
+    """Commands of the README and the settings page that need no file of an earlier one."""
+    lines = [line for name in ("README.md", "docs/settings.md") for line in (ROOT / name).open()]
+    commands = [line.strip() for line in lines if line.startswith("    kdkernels ")]
+    known = ("kdkernels distill ", "kdkernels sweep ", "kdkernels cache-teacher ")
+    return [c for c in commands if c.startswith(known) and "sweep/best.yaml" not in c]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_options_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, name, *words = shlex.split(command)
+    others = [sweep.SweepArguments] if name == "sweep" else []
+    model, _, _, args, *_ = cli.parse(words, name, others)
+    args.resolved_terms(model.task != "encoder")
 
 
 def test_unknown_commands(capfd: pytest.CaptureFixture[str]) -> None:

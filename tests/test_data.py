@@ -10,7 +10,14 @@ import pytest
 import tiny_models
 import torch
 
-from kdkernels.data import TokenBlocks, check_source, read_documents, split_tail, token_blocks
+from kdkernels.data import (
+    TokenBlocks,
+    check_source,
+    examples,
+    read_documents,
+    split_tail,
+    token_blocks,
+)
 
 ROWS = ["w1 w2 w3", "w4 w5", "", "w6"]
 
@@ -61,7 +68,9 @@ def test_reading_stops_at_max_tokens() -> None:
         while True:
             yield "w1 w2 w3"
 
-    assert token_blocks("train_text", endless(), tiny_models.tokenizer(), 4, 100).tokens >= 100
+    assert token_blocks("train_text", endless(), tiny_models.tokenizer(), 4, 102).tokens == 100
+    rows = ((text,) for text in endless())
+    assert examples("train_text", rows, tiny_models.tokenizer(), 2, None, 101).tokens == 100
 
 
 def test_the_tail_is_held_out() -> None:

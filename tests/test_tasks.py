@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import tiny_models
 import torch
@@ -182,12 +183,25 @@ def test_masked_blocks() -> None:
     assert torch.equal(masked.inputs, data.MaskedBlocks(blocks, tokenizer, seed=1).inputs)
 
 
+def test_a_student_that_diverges_is_reported_as_such(assets: Path, tmp_path: Path) -> None:
+    changes = {"terms": "hidden=1", "learning_rate": 1e30, "baseline": "false"}
+    assert cli.main(command(assets, "encoder", tmp_path / "out", **changes)) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][-1]
+    for name in ("spearman", "pearson", "cosine", "neighbours"):
+        assert math.isnan(row[name])
+    assert (tmp_path / "out" / "geometry.png").exists()
+
+
 def test_geometry() -> None:
     teacher = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     same = geometry.compare(3 * teacher, teacher)
-    assert [same[n] for n in ("spearman", "cosine", "neighbours")] == pytest.approx([1, 1, 1])
+    assert list(same.values()) == pytest.approx([1, 1, 1, 1])
     other = geometry.compare(torch.randn(20, 4), teacher)
     assert other["cosine"] is None and abs(other["spearman"]) < 0.6 and other["neighbours"] < 0.7
+    cosines = [geometry.pairwise_cosines(v).numpy() for v in (teacher[:7, :4], teacher[:7])]
+    assert len(cosines[0]) == 21
+    want = numpy.corrcoef(*cosines)[0, 1]
+    assert geometry.pearson(teacher[:7, :4], teacher[:7]) == pytest.approx(want)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -206,6 +220,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("masked-lm", "sequence-classification", "encoder"):
         bert(kind, 4, seed=2).save_pretrained(folder / kind)
         masking_tokenizer().save_pretrained(folder / kind)
+    bert("sequence-classification", 2, seed=2, num_labels=1).save_pretrained(folder / "one-label")
+    masking_tokenizer().save_pretrained(folder / "one-label")
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(len(tiny_models.WORDS) - 1, (60, 9), generator=generator)
     lines = [" ".join(tiny_models.WORDS[i] for i in row[: 3 + row[0] % 6]) for row in words]
@@ -250,6 +266,13 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
     assert math.isfinite(rows["student, distilled"][key])
     assert rows["student, distilled"][key] != rows[f"student, {baseline}"][key]
     loader = {"encoder": AutoModel, "sequence-classification": AutoModelForSequenceClassification}
+    picture = tmp_path / "out" / "geometry.png"
+    assert picture.exists() == (kind == "encoder")
+    if kind == "encoder":
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert 'src="geometry.png"' in (tmp_path / "out" / "report.html").read_text()
+        seen = rows["student, distilled"]["tokens_seen"]  # examples differ in length
+        assert 0 < seen < 2 * 4 * 8 and seen == rows[f"student, {baseline}"]["tokens_seen"]
     model = loader.get(kind, BertForMaskedLM).from_pretrained(tmp_path / "out" / "student")
     assert model.config.num_hidden_layers == 2
     card = (tmp_path / "out" / "student" / "README.md").read_text()
@@ -266,6 +289,8 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
         ("masked-lm", {"teacher": "no-mask"}, "its tokenizer has no mask_token"),
         ("sequence-classification", {"train_text": "bad.jsonl"}, "label 7 is not one of the"),
         ("sequence-classification", {"train_text": "lines.txt"}, "has no column 'label'"),
+        ("sequence-classification", {"teacher": "masked-lm"}, "lacks 2 weights of a BertForSeq"),
+        ("sequence-classification", {"teacher": "one-label"}, "has 1 label(s)"),
         ("sequence-classification", {"label_column": "x"}, "label_column: 'x' is not a column"),
     ],
 )
