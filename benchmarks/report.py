@@ -12,6 +12,7 @@ from .summary import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLUMNS = (
     "workload",
@@ -398,15 +399,21 @@ def plot(run: Run, path: Path) -> bool:
         _draw_costs(axes[2], run, other, [c.workload["divergence"] for c in other], eager=True)
         dtype, vocab = other[0].workload["dtype"], other[0].workload["vocab"]
         axes[2].set_title(f"Divergences, {dtype}, V = {vocab}, T = 2 (log scale)")
+    _save(figure, run, "alpha T² KL + (1 - alpha) CE, forward + backward", path)
+    return True
+
+
+def _save(figure: Figure, run: Run, what: str, path: Path) -> None:
+    """Write the figure, titled with what was measured, where and when."""
+    from matplotlib import pyplot
+
     machine, date = run.machine, run.versions["date"][:10]
     figure.suptitle(
-        f"alpha T² KL + (1 - alpha) CE, forward + backward: {machine['cpu']}, "
-        f"{run.options['threads']} threads, {machine['device']}, {date}",
+        f"{what}: {machine['cpu']}, {run.options['threads']} threads, {machine['device']}, {date}",
         fontsize=12,
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return True
 
 
 def _shape_label(contest: Contest) -> str:
@@ -510,14 +517,7 @@ def plot_linear(run: Run, path: Path) -> bool:
     )
     for draw, axis in zip(draws, axes[:, 0], strict=True):
         draw(axis, run)
-    machine, date = run.machine, run.versions["date"][:10]
-    figure.suptitle(
-        f"Hidden states to loss and gradients: {machine['cpu']}, {run.options['threads']} threads, "
-        f"{machine['device']}, {date}",
-        fontsize=12,
-    )
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    _save(figure, run, "Hidden states to loss and gradients", path)
     return True
 
 
