@@ -40,10 +40,21 @@ class _Head(NamedTuple):
     hidden: Tensor  # [rows, H]
     weight: Tensor  # [vocab, H]
     bias: Tensor | None  # [vocab]
+    picked: Tensor | None  # [rows of a tile, H]: memory for those of rows given by index
+    widened: Tensor | None  # [rows of a tile, H]: memory for them in the products' dtype
+
+    def states(self, rows: Tensor | slice) -> Tensor:
+        """The rows' hidden states in the products' dtype."""
+        if isinstance(rows, slice):
+            hidden = self.hidden[rows]
+        else:
+            assert self.picked is not None
+            hidden = torch.index_select(self.hidden, 0, rows, out=self.picked[: rows.numel()])
+        return hidden if self.widened is None else self.widened[: hidden.shape[0]].copy_(hidden)
 
     def tile(self, rows: Tensor | slice, memory: Tensor) -> Tensor:
         """The rows' logits in the dtype of ``memory`` [>= rows, vocab]: never rounded to less."""
-        hidden = self.hidden[rows]
+        hidden = self.states(rows)
         out = memory[: hidden.shape[0]]
         products.project(hidden, self.weight, out)
         return out if self.bias is None else out.add_(self.bias)
@@ -114,17 +125,6 @@ class _LinearProblem(NamedTuple):
         """Of a tile that is computed here."""
         return loss_dtype(self.student_input)
 
-    def logits_of(self, source: _Source) -> _Head | _Given:
-        """The common vocabulary's part of a model's logits."""
-        hidden, weight, bias, logits = source
-        if logits is not None:
-            return _Given(logits[..., : self.vocab])
-        assert hidden is not None and weight is not None
-        bias = None if bias is None else bias[: self.vocab]
-        # Not -1: of no elements it could be anything.
-        rows = self.leading_shape.numel()
-        return _Head(hidden.reshape(rows, hidden.shape[-1]), weight[: self.vocab], bias)
-
 
 def _vocab(source: _Source) -> int:
     _, weight, _, logits = source
@@ -134,10 +134,36 @@ def _vocab(source: _Source) -> int:
     return weight.shape[0]
 
 
-class _Gradients:
-    """Gradients of the student's inputs, summed over tiles in the math dtype; None: not wanted."""
+def _logits_of(
+    problem: _LinearProblem, source: _Source, tile: int, by_index: bool
+) -> _Head | _Given:
+    """The common vocabulary's part of a model's logits, with memory for ``tile`` rows."""
+    hidden, weight, bias, logits = source
+    if logits is not None:
+        return _Given(logits[..., : problem.vocab])
+    assert hidden is not None and weight is not None
+    # Not -1: of no elements it could be anything.
+    hidden = hidden.reshape(problem.leading_shape.numel(), hidden.shape[-1])
+    dtype = products.factor_dtype(hidden, weight, problem.logits_dtype)
+    shape = (tile, hidden.shape[-1])
+    return _Head(
+        hidden,
+        weight[: problem.vocab],
+        None if bias is None else bias[: problem.vocab],
+        hidden.new_empty(shape) if by_index else None,
+        None if hidden.dtype == dtype else hidden.new_empty(shape, dtype=dtype),
+    )
 
-    def __init__(self, problem: _LinearProblem, wanted: Sequence[bool]) -> None:
+
+class _Gradients:
+    """Gradients of the student's inputs, summed over tiles in the math dtype; None: not wanted.
+
+    Tiles share what memory they need: glibc's heap grows with every aligned block that is freed
+    and taken again (by 0.4 chunk budgets over 65536 tokens of 50k logits).
+    """
+
+    def __init__(self, sweep: _Sweep, wanted: Sequence[bool]) -> None:
+        problem = sweep.problem
         self.vocab = problem.vocab
         self.hidden, self.weight, self.bias, self.logits = (
             torch.zeros(
@@ -149,6 +175,8 @@ class _Gradients:
             else None
             for name, tensor, want in zip(_STUDENT, problem.student, wanted, strict=True)
         )
+        if self.hidden is not None and sweep.counted is not None:
+            self.picked = self.hidden.new_empty((sweep.step, self.hidden.shape[-1]))
 
     def add(self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor) -> None:
         """Propagate the gradient of a tile of logits."""
@@ -156,14 +184,17 @@ class _Gradients:
             assert self.logits is not None
             self.logits.flatten(0, -2)[rows, : self.vocab] = tile
             return
-        hidden = source.hidden[rows]
-        to_hidden = (
-            None if self.hidden is None else hidden.new_zeros(hidden.shape, dtype=tile.dtype)
-        )
+        by_row = None if self.hidden is None else self.hidden.view(source.hidden.shape)
         to_weight = None if self.weight is None else self.weight[: self.vocab]
-        products.propagate(tile, hidden, source.weight, to_hidden, to_weight)
-        if self.hidden is not None and to_hidden is not None:
-            self.hidden.view(source.hidden.shape)[rows] = to_hidden
+        if by_row is None:
+            to_hidden = None
+        elif isinstance(rows, slice):
+            to_hidden = by_row[rows]
+        else:
+            to_hidden = self.picked[: rows.numel()].zero_()
+        products.propagate(tile, source.states(rows), source.weight, to_hidden, to_weight)
+        if by_row is not None and to_hidden is not None and isinstance(rows, Tensor):
+            by_row.index_copy_(0, rows, to_hidden)
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
 
@@ -198,27 +229,43 @@ def _with_denominator(problem: _LinearProblem, counted: Tensor | None) -> _Linea
     return problem._replace(num_items=valid.to(problem.logits_dtype))
 
 
+def _row_bytes(problem: _LinearProblem, by_index: bool) -> int:
+    """What a tile takes a row: logits and copies of hidden states.
+
+    Two of logits, whatever is given: of given ones the rows that count are copied, or the gradient
+    needs memory.
+    """
+    wide = problem.logits_dtype.itemsize
+    size = 2 * problem.vocab * wide
+    for hidden in (problem.student_hidden, problem.teacher_hidden):
+        if hidden is not None:
+            widened = wide if hidden.itemsize < wide else 0
+            size += hidden.shape[-1] * (by_index * hidden.itemsize + widened)
+    if problem.student_hidden is not None and by_index:
+        size += problem.student_hidden.shape[-1] * wide  # their gradient
+    return size
+
+
 class _Sweep:
     """The tiles of one call: which rows, and each tile's logits in memory that all share."""
 
     def __init__(self, problem: _LinearProblem, max_chunk_bytes: int) -> None:
         self.counted = _rows_to_read(problem)
         self.problem = _with_denominator(problem, self.counted)
-        self.student = problem.logits_of(problem.student)
-        self.teacher = problem.logits_of(problem.teacher)
         rows = problem.leading_shape.numel()
         self.total = rows if self.counted is None else self.counted.numel()
-        dtype, vocab = problem.logits_dtype, problem.vocab
-        # Two tiles, whatever is given: of given logits the rows that count are copied, or the
-        # gradient needs memory.
-        most = max(1, max_chunk_bytes // (2 * vocab * dtype.itemsize))
+        by_index = self.counted is not None
+        most = max(1, max_chunk_bytes // _row_bytes(problem, by_index))
         tiles = max(1, math.ceil(self.total / most))
         self.step = max(1, math.ceil(self.total / tiles))  # tiles of one size: a short one is slow
+        self.student = _logits_of(problem, problem.student, self.step, by_index)
+        self.teacher = _logits_of(problem, problem.teacher, self.step, by_index)
         heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
         # Freed with the call: keeping it for the next one would save 1.3 %, and raise the peak of
         # what else a training step does.
         device = problem.student_input.device
-        self.memory = torch.empty((heads, self.step, vocab), dtype=dtype, device=device)
+        shape = (heads, self.step, problem.vocab)
+        self.memory = torch.empty(shape, dtype=problem.logits_dtype, device=device)
 
     def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem]]:
         """Each tile's rows (of the flattened leading shape) and its problem."""
@@ -259,7 +306,7 @@ def _run_forward(
     check_labels(problem)
     dtype, device, shape = problem.logits_dtype, problem.student_input.device, problem.leading_shape
     sweep = _Sweep(problem, max_chunk_bytes)
-    gradients = _Gradients(problem, wanted)
+    gradients = _Gradients(sweep, wanted)
     height = BACKENDS[backend].statistics_rows
     statistics = torch.zeros((height, shape.numel()), dtype=dtype, device=device)
     per_row = problem.options.reduction == "none"
@@ -293,7 +340,7 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     """The wanted gradients, recomputed from the inputs, times grad_output."""
     sweep = _Sweep(problem, max_chunk_bytes)
-    gradients = _Gradients(problem, wanted)
+    gradients = _Gradients(sweep, wanted)
     # Not -1: with no rows it could be anything.
     count = problem.leading_shape.numel()
     statistics = statistics.reshape(BACKENDS[backend].statistics_rows, count)
@@ -466,9 +513,10 @@ def fused_linear_kd_loss(
             in both models).
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
-        max_chunk_bytes: memory of the tiles of logits, > 0. The default, 256 MiB, holds 667 rows of
-            a 50k vocabulary and 220 of a 152k one. More was not faster on a CPU; 32 MiB took 1.37
-            times the CPU time.
+        max_chunk_bytes: memory of the tiles of logits and of copies of their rows' hidden states,
+            > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU). The
+            default, 256 MiB, holds 667 rows of a 50k vocabulary and 220 of a 152k one. More was
+            not faster on a CPU; 32 MiB took 1.37 times the CPU time.
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it.
 

@@ -69,6 +69,12 @@ def _wide(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return half and dtype == torch.float32 and wide_results(hidden.device)
 
 
+def factor_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What the hidden states are multiplied in for logits in ``dtype``."""
+    as_given = _wide(hidden, weight, dtype) or _in_bfloat16(hidden, weight, dtype)
+    return hidden.dtype if as_given else dtype
+
+
 def _pieces(
     weight: Tensor, tile_dtype: torch.dtype, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -80,10 +86,15 @@ def _pieces(
         yield slice(None), weight
         return
     size = PIECE_BYTES if weight.device.type == "cpu" else PIECE_BYTES_ACCELERATOR
-    step = max(1, size // (max(weight.shape[1], 1) * tile_dtype.itemsize))
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, min(start + step, weight.shape[0]))
-        yield part, weight[part].to(dtype)
+    vocab, hidden = weight.shape
+    step = max(1, size // (max(hidden, 1) * tile_dtype.itemsize))
+    memory = weight.new_empty(
+        (0 if weight.dtype == dtype else min(step, vocab), hidden), dtype=dtype
+    )
+    for start in range(0, vocab, step):
+        part = slice(start, min(start + step, vocab))
+        rows = weight[part]
+        yield part, rows if rows.dtype == dtype else memory[: rows.shape[0]].copy_(rows)
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -92,9 +103,8 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         return
     native = _in_bfloat16(hidden, weight, out.dtype)
-    dtype = hidden.dtype if native else out.dtype
-    hidden = hidden.to(dtype)
-    for part, rows in _pieces(weight, out.dtype, dtype):
+    hidden = hidden.to(factor_dtype(hidden, weight, out.dtype))
+    for part, rows in _pieces(weight, out.dtype, hidden.dtype):
         if native:
             rounded = torch.mm(hidden, rows.t())
             rest = torch.addmm(rounded, hidden, rows.t(), beta=-1)

@@ -106,6 +106,14 @@ def device_of(backend: str) -> str:
     return pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
+def needs_float64(backend: str, device: str) -> None:
+    """Skip the test of a backend that computes in float32 only."""
+    probe = torch.zeros(1, 2, dtype=torch.float64, device=device)
+    reasons = BACKENDS[backend].why_not(Problem(probe, probe, None, None, None, Options()))
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
 # ------------------------------------------------------------------------------------ inputs
 
 

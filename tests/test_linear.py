@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor
@@ -371,7 +372,7 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_half_products_with_float32_results(wide_products: list[str], dtype: torch.dtype) -> None:
     """The path of GPUs: exact logits; the tile's gradient is rounded in bfloat16 only."""
     given = inputs(dtype)
-    got = run(given, temperature=2.0, max_chunk_bytes=9 * ROW_BYTES)
+    got = run(given, temperature=2.0, max_chunk_bytes=11 * ROW_BYTES)
     want = expected(given, temperature=2.0)
     tiles = 4  # of 32 rows that count
     products_a_tile = 4 if dtype == torch.bfloat16 else 2
@@ -604,13 +605,25 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
             shapes.append(self.memory.shape)
 
     monkeypatch.setattr(linear_module, "_Sweep", Recorded)
-    for rows in (65, 512):
-        fused_linear_kd_loss(**inputs(lead=(rows,)), max_chunk_bytes=16 * ROW_BYTES).backward()
-    given = inputs(lead=(512,))
-    del given["teacher_hidden"], given["teacher_weight"]
-    given["teacher_logits"] = torch.randn(512, VOCAB)
-    fused_linear_kd_loss(**given, max_chunk_bytes=16 * ROW_BYTES)
-    assert shapes == [(2, 15, VOCAB), (2, 16, VOCAB), (1, 16, VOCAB)]
+
+    def sweep(
+        rows: int, row_bytes: int, dtype: torch.dtype = torch.float32, **changed: Any
+    ) -> None:
+        given = {**inputs(dtype, lead=(rows,)), **changed}
+        fused_linear_kd_loss(**given, max_chunk_bytes=16 * row_bytes).backward()
+
+    # Rows picked by index: the student's states, their gradient, the teacher's states.
+    picked = ROW_BYTES + 4 * (2 * H_STUDENT + H_TEACHER)
+    sweep(65, picked)
+    sweep(512, picked)
+    sweep(512, ROW_BYTES, labels=None)
+    # In float32, too.
+    sweep(512, picked + 2 * (H_STUDENT + H_TEACHER), torch.bfloat16)
+    without = {"teacher_hidden": None, "teacher_weight": None}
+    teacher_logits = torch.randn(512, VOCAB)
+    sweep(512, ROW_BYTES + 8 * H_STUDENT, **without, teacher_logits=teacher_logits)
+    full = (2, 16, VOCAB)
+    assert shapes == [(2, 15, VOCAB), full, full, full, (1, 16, VOCAB)]
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows() -> None:
@@ -624,7 +637,9 @@ def test_compiles_as_one_graph_for_any_number_of_rows() -> None:
             torch.testing.assert_close(one, other)
 
 
-def test_gradcheck_in_float64(backend: str) -> None:
+def test_gradcheck_in_float64(backend: str, device: str) -> None:
+    cases.needs_float64(backend, device)
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
