@@ -27,7 +27,7 @@ def choose_backend(problem: Problem, name: str | None) -> str:
     if name is None:
         for candidate in BACKENDS:
             if not _reasons(candidate, problem):
-                return candidate
+                return _prepared(candidate, problem)
         raise RuntimeError(_refusal("no backend can run this problem", problem, list(BACKENDS)))
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
@@ -35,6 +35,11 @@ def choose_backend(problem: Problem, name: str | None) -> str:
         able = [other for other in BACKENDS if not _reasons(other, problem)]
         message = _refusal(f"backend {name!r} cannot run this problem", problem, [name])
         raise RuntimeError(f"{message}; it can run on: {', '.join(able) or 'none'}")
+    return _prepared(name, problem)
+
+
+def _prepared(name: str, problem: Problem) -> str:
+    BACKENDS[name].prepare(problem)
     return name
 
 

@@ -274,10 +274,12 @@ void allow_shared_memory(const Kernel& kernel, const DeviceLimits& limits, int r
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!done.insert({kernel.address, launch.device}).second) return;
+  const std::pair<const void*, int> one{kernel.address, launch.device};
+  if (done.count(one)) return;
   check(cudaFuncSetAttribute(kernel.address, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              limits.shared_bytes - reserved),
         "cudaFuncSetAttribute", launch.device);
+  done.insert(one);
 }
 
 // False: the rows do not fit, or no cluster of the size that they need can be scheduled.
@@ -364,8 +366,11 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
 }  // namespace
 
 int64_t workspace_bytes(int64_t rows) {
+  constexpr int64_t slot = sizeof(Sums) + sizeof(Evaluated);
+  constexpr int64_t statistics = 10 * sizeof(float);
+  static_assert(kWorkspaceHead + kMostParts * slot + statistics <= 1024);
   const int64_t slots = rows <= kSplitRows ? rows * kMostParts : 0;
-  return kWorkspaceHead + slots * static_cast<int64_t>(sizeof(Sums) + sizeof(Evaluated));
+  return kWorkspaceHead + slots * slot;
 }
 
 void run(const Problem& problem, const Launch& launch) {

@@ -45,6 +45,9 @@ class Backend(ABC):
     def why_not(self, problem: Problem) -> list[str]:
         """Why this backend, available as it is, cannot run this problem; empty: it can."""
 
+    def prepare(self, problem: Problem) -> None:  # noqa: B027
+        """Called once this backend is chosen, while a call is checked (or traced)."""
+
     @abstractmethod
     def forward(
         self,

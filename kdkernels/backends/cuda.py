@@ -63,9 +63,11 @@ class CudaBackend(NativeBackend):
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         if problem.vocab > 1 << 30:
             reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
-        if problem.labels is not None and not reasons:
-            gpu.prepare(device)
         return reasons
+
+    def prepare(self, problem: Problem) -> None:
+        if problem.labels is not None:
+            gpu.make_label_flag(problem.student.device)
 
     def run(
         self,

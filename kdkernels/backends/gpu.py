@@ -40,6 +40,6 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def prepare(device: torch.device) -> bool:
+def make_label_flag(device: torch.device) -> bool:
     """Make the flag while a call is checked (or traced), not inside a graph's memory pool."""
     return label_errors(device).dtype == torch.int64

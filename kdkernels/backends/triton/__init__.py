@@ -59,9 +59,12 @@ class TritonBackend(Backend):
             reasons.append(f"it has no kernel for the divergence {divergence!r}")
         if problem.vocab >= 1 << 24:
             reasons.append(f"its columns are counted in float32: {problem.vocab} >= 2^24")
-        if problem.labels is not None and kind == "cuda" and not reasons:
-            gpu.prepare(problem.student.device)
         return reasons
+
+    def prepare(self, problem: Problem) -> None:
+        device = problem.student.device
+        if problem.labels is not None and device.type == "cuda":
+            gpu.make_label_flag(device)
 
     def forward(
         self,
