@@ -8,9 +8,10 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import divergences, ops
+from .backends import BACKENDS
 from .dispatch import choose_backend
 from .divergences import Divergence
 from .problem import (
@@ -121,8 +122,10 @@ def fused_kd_loss(
             count.
         gradient: ``"forward"`` computes it with the loss and stores it (one [..., V] tensor in the
             student's dtype); ``"recompute"`` computes it in the backward, with grad_output applied
-            in float32 before rounding; ``"auto"`` is ``"forward"``, except for float16 (whose
-            stored gradient would underflow under a GradScaler) and for reduction ``"none"``.
+            in float32 before rounding; ``"auto"`` is ``"forward"``, except for reduction ``"none"``
+            and for float16, whose stored gradient would underflow under a GradScaler: on the
+            backend "cpu" it is stored for the grad_output of the backward before this one and
+            recomputed if another one comes (to the same bits), elsewhere it is recomputed.
         backend: ``"cpu"``, ``"torch"``, ``"reference"`` or None for the fastest that can run it.
         return_outputs: return a :class:`KDLossOutput`.
 
@@ -160,7 +163,10 @@ def fused_kd_loss(
     )
     _flag("return_outputs", return_outputs)
     problem = call.problem
-    store = call.gradient == "forward" and student_logits.requires_grad and torch.is_grad_enabled()
+    differentiable = student_logits.requires_grad and torch.is_grad_enabled()
+    foreseen = differentiable and call.gradient == "foreseen"
+    expected = ops.GRAD_OUTPUT.expected() if foreseen else None
+    store = (differentiable and call.gradient == "forward") or expected is not None
     loss, statistics, _ = ops.kd_forward(
         problem.student,
         problem.teacher,
@@ -171,6 +177,7 @@ def fused_kd_loss(
         call.backend,
         store,
         return_outputs,
+        expected,
     )
     return finish(call, loss, statistics, return_outputs)
 
@@ -180,7 +187,7 @@ class Call(NamedTuple):
 
     problem: Problem
     backend: str
-    gradient: str  # "forward" or "recompute"
+    gradient: str  # "forward", "recompute", or "foreseen": stored for the grad_output of before
     shift: bool
     with_labels: bool
 
@@ -230,11 +237,20 @@ def prepare(
         mask, weights = _shifted(student_logits, mask, weights, ignore_index)
     items = _item_tensor(num_items, student_logits, reduction)
     problem = Problem(student_logits, teacher_logits.detach(), mask, weights, items, options)
-    if gradient == "auto":
-        stored = student_logits.dtype != torch.float16 and reduction != "none"
-        gradient = "forward" if stored else "recompute"
     name = choose_backend(problem, backend)
+    if gradient == "auto":
+        gradient = _gradient_mode(problem, name)
     return Call(problem, name, gradient, shift, labels is not None)
+
+
+def _gradient_mode(problem: Problem, backend: str) -> str:
+    """The mode of "auto"."""
+    if problem.options.reduction == "none":
+        return "recompute"
+    if problem.student.dtype != torch.float16:
+        return "forward"
+    traced = torch.compiler.is_compiling() or type(problem.student) not in (Tensor, nn.Parameter)
+    return "foreseen" if BACKENDS[backend].foresees and not traced else "recompute"
 
 
 def finish(

@@ -114,8 +114,13 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _unpack(arguments)
-    want_gradient, extras = arguments[_OPTIONS_END + 1 :]
-    result = BACKENDS[backend].forward(problem, want_gradient=want_gradient, extras=extras)
+    want_gradient, extras, expected = arguments[_OPTIONS_END + 1 :]
+    foreseen = {}
+    if expected is not None:
+        foreseen["grad_output"] = torch.tensor(expected, dtype=torch.float64, device="cpu")
+    result = BACKENDS[backend].forward(
+        problem, want_gradient=want_gradient, extras=extras, **foreseen
+    )
     gradient = result.gradient
     if gradient is None:  # an op has a fixed number of outputs
         gradient = problem.student.new_empty((0,))
@@ -130,7 +135,7 @@ def _backward(*arguments: Any) -> Tensor:
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _unpack(arguments)
-    want_gradient, _ = arguments[_OPTIONS_END + 1 :]
+    want_gradient = arguments[_OPTIONS_END + 1]
     student, shape = problem.student, problem.leading_shape
     loss_shape = shape if problem.options.reduction == "none" else ()
     dtype = loss_dtype(student)
@@ -145,6 +150,40 @@ def _backward_fake(*arguments: Any) -> Tensor:
     return arguments[0].new_empty(arguments[0].shape)
 
 
+class _GradOutput:
+    """What the latest gradients on the CPU were multiplied by: a guess at the next grad_output.
+
+    A float16 gradient has to meet it before rounding. It is 1, or a ``GradScaler``'s factor, which
+    stays for thousands of steps; then the gradient that was stored for it in the forward is, to the
+    bit, what the backward would recompute. A wrong guess costs the time of the stored gradient, so
+    none is made until the number has come twice.
+    """
+
+    def __init__(self) -> None:
+        self._latest = 1.0
+        self._steady = True
+
+    def expected(self) -> float | None:
+        """None: no guess. Nor is one made under hooks for saved tensors.
+
+        A checkpoint's recomputation, for one, must save what its forward saved.
+        """
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return self._latest if self._steady and not hooked else None
+
+    def is_as_expected(self, expected: float | None, grad_output: Tensor) -> bool:
+        """Whether the guess was right; remembers what came."""
+        if type(grad_output) is not Tensor or grad_output.device.type != "cpu" or grad_output.ndim:
+            return False
+        got = grad_output.item()
+        self._steady = got == self._latest
+        self._latest = got
+        return got == expected
+
+
+GRAD_OUTPUT = _GradOutput()
+
+
 class _KdLoss(torch.autograd.Function):
     """Autograd of kd_forward: only the loss is differentiable, and only in the student's logits."""
 
@@ -154,10 +193,10 @@ class _KdLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The arguments come as one, since autograd looks at each input it is given: 4 us a call.
         loss, statistics, gradient = below_autograd(kd_forward, keyset, arguments)
-        want_gradient = arguments[_OPTIONS_END + 1]
-        save(ctx, [gradient] if want_gradient else [*arguments[:_TENSORS], statistics])
+        want_gradient, _, ctx.expected = arguments[_OPTIONS_END + 1 :]
+        ctx.stored = want_gradient and ctx.expected is None
+        save(ctx, [gradient] if ctx.stored else [*arguments[:_TENSORS], statistics, gradient])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
-        ctx.want_gradient = want_gradient
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics, gradient)
         return loss, statistics, gradient
@@ -168,12 +207,14 @@ class _KdLoss(torch.autograd.Function):
             return None, None, None
         with torch.no_grad():
             tensors = saved(ctx)
-            if ctx.want_gradient:
+            if ctx.stored:
                 gradient = scaled(tensors[0], grad_output, ctx.scalars[-1])
             else:
-                gradient = kd_backward(
-                    *tensors[:_TENSORS], *ctx.scalars, tensors[_TENSORS], grad_output
-                )
+                *inputs, statistics, gradient = tensors
+                if not GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
+                    gradient = kd_backward(*inputs, *ctx.scalars, statistics, grad_output)
+                elif keeps_graph():
+                    gradient = gradient.clone()
         return refuse_second_derivative(gradient), None, None
 
 
@@ -201,7 +242,8 @@ def _backward_autograd(keyset: Any, *arguments: Any) -> Tensor:
 
 kd_forward = define(
     "kd_forward",
-    f"({_TENSORS_SCHEMA}, {OPTIONS_SCHEMA}, str backend, bool want_gradient, bool extras)"
+    f"({_TENSORS_SCHEMA}, {OPTIONS_SCHEMA}, str backend, bool want_gradient, bool extras,"
+    " float? expected_grad_output)"
     " -> (Tensor loss, Tensor statistics, Tensor gradient)",
     _forward,
     _forward_autograd,

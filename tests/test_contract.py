@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from cases import evaluate, labels_for, logits, oracle, pair
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import fused_kd_loss
+from kdkernels import fused_kd_loss, ops
+from kdkernels.backends import BACKENDS
 
 INF = math.inf
 #: Divergences that stay finite where the teacher excludes an entry (-inf).
@@ -839,6 +840,72 @@ def test_row27_both_gradient_modes_give_the_same_bits(backend: str, device: str)
         for mode in ("forward", "recompute")
     )
     assert torch.equal(forward, recompute)
+
+
+def _float16_gradients(
+    backend: str, device: str, grad_outputs: Sequence[float], gradient: str = "auto"
+) -> list[Tensor]:
+    student, teacher = pair((5, 300), torch.float16, device=device)
+    gradients = []
+    for grad_output in grad_outputs:
+        leaf = student.clone().requires_grad_()
+        loss = cases.call(leaf, teacher, backend=backend, gradient=gradient)
+        (loss * grad_output).backward()
+        gradients.append(leaf.grad)
+    return gradients
+
+
+def test_row27_a_foreseen_grad_output_changes_no_bit(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GradScaler's factor comes, stays, goes bad and changes: as if each were recomputed."""
+    monkeypatch.setattr(ops, "GRAD_OUTPUT", ops._GradOutput())
+    recomputed = []
+    backward = type(BACKENDS[backend]).backward
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        recomputed.append(float(args[3]))
+        return backward(*args, **options)
+
+    monkeypatch.setattr(type(BACKENDS[backend]), "backward", counted)
+    sequence = [1.0, 1.0, 65536.0, 65536.0, 65536.0, math.nan, math.nan, 3.0, 7.0, 3.0, 7.0]
+    got = _float16_gradients(backend, device, sequence)
+    if backend == "cpu":
+        # What came once or changed; NaN never equals itself.
+        assert recomputed[:2] == [65536.0, 65536.0]
+        assert len(recomputed) == 2 + 6
+    else:
+        assert len(recomputed) == len(sequence)
+    want = _float16_gradients(backend, device, sequence, "recompute")
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_row27_a_foreseen_gradient_serves_two_backwards(backend: str, device: str) -> None:
+    student, teacher = pair((5, 300), torch.float16, device=device)
+    (once,) = _float16_gradients(backend, device, [1.0])
+    leaf = student.clone().requires_grad_()
+    loss = cases.call(leaf, teacher, backend=backend)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, 2 * once, rtol=0, atol=0)
+    (again,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+def test_row27_a_checkpoint_saves_twice_the_same(backend: str, device: str) -> None:
+    """Whatever grad_output has come between the forward and its repetition."""
+    student, teacher = pair((5, 300), torch.float16, device=device)
+    leaf = student.clone().requires_grad_()
+
+    def loss(z: Tensor) -> Tensor:
+        return cases.call(z, teacher, backend=backend)
+
+    value = checkpoint(loss, leaf, use_reentrant=False)
+    _float16_gradients(backend, device, [5.0])
+    value.backward()
+    (once,) = _float16_gradients(backend, device, [1.0], "recompute")
+    torch.testing.assert_close(leaf.grad, once, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

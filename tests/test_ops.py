@@ -76,7 +76,9 @@ def test_opcheck_of_the_forward(
 ) -> None:
     given = OP_OPTIONS[option]
     arguments = op_arguments(backend, device, given, True)
-    torch.library.opcheck(ops.kd_forward, (*arguments, want_gradient, given.get("extras", False)))
+    torch.library.opcheck(
+        ops.kd_forward, (*arguments, want_gradient, given.get("extras", False), None)
+    )
 
 
 @pytest.mark.parametrize("option", OP_OPTIONS)
@@ -84,7 +86,7 @@ def test_opcheck_of_the_backward(
     backend: str, device: str, option: str, plain_memory: None
 ) -> None:
     arguments = op_arguments(backend, device, OP_OPTIONS[option], False)
-    loss, statistics, _ = ops.kd_forward(*arguments, False, False)
+    loss, statistics, _ = ops.kd_forward(*arguments, False, False, None)
     torch.library.opcheck(ops.kd_backward, (*arguments, statistics, torch.ones_like(loss)))
 
 
@@ -92,9 +94,9 @@ def test_opcheck_of_the_backward(
 def test_fake_tensors_have_the_real_ones_shapes(backend: str, device: str, option: str) -> None:
     for want in (True, False):
         arguments = op_arguments(backend, device, OP_OPTIONS[option], False)
-        real = ops.kd_forward(*arguments, want, False)
+        real = ops.kd_forward(*arguments, want, False, None)
         meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
-        for one, other in zip(real, ops.kd_forward(*meta, want, False), strict=True):
+        for one, other in zip(real, ops.kd_forward(*meta, want, False, None), strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype
             assert one.stride() == other.stride()
 
@@ -228,6 +230,7 @@ def test_a_bad_argument_is_reported_under_compile(plain_memory: None) -> None:
 @cases.each_spec
 @cases.each_mode
 def test_gradcheck_in_float64(backend: str, device: str, spec: cases.Spec, gradient: str) -> None:
+    cases.needs_float64(backend, device)
     student, teacher = cases.pair((3, 7), torch.float64, scale=1.0, device=device)
     labels = torch.tensor([1, -100, 6], device=device)
 
@@ -250,6 +253,7 @@ def test_gradcheck_in_float64(backend: str, device: str, spec: cases.Spec, gradi
 
 
 def test_gradcheck_of_unreduced_rows(backend: str, device: str) -> None:
+    cases.needs_float64(backend, device)
     student, teacher = cases.pair((3, 7), torch.float64, device=device)
 
     def function(z: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ class Backend(ABC):
     name: str
     #: Rows that this backend appends to the statistics for its own backward.
     state_rows: int = 0
+    #: Whether ``forward`` takes the ``grad_output`` [] that the gradient is stored for, if that can
+    #: be foreseen: where the later, real one is read at no cost, to be compared.
+    foresees: bool = False
 
     @property
     def statistics_rows(self) -> int:

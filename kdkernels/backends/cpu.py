@@ -24,6 +24,7 @@ _ISAS: tuple[str, ...] = () if _native is None else tuple(_native.cpu_isas())
 
 class CpuBackend(NativeBackend):
     name = "cpu"
+    foresees = True
 
     def unavailable(self) -> list[str]:
         if WHY_NOT is not None:

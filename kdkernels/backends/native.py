@@ -46,6 +46,7 @@ class NativeBackend(Backend):
         want_gradient: bool,
         extras: bool,
         gradient_out: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Result:
         shape, device = problem.leading_shape, problem.student.device
         reduced = problem.options.reduction != "none"
@@ -54,7 +55,7 @@ class NativeBackend(Backend):
         gradient = gradient_out
         if gradient is None and want_gradient:
             gradient = empty_gradient(problem.student)
-        self.run(problem, loss, statistics, gradient, None, extras)
+        self.run(problem, loss, statistics, gradient, grad_output, extras)
         return Result(loss, statistics, gradient)
 
 
