@@ -167,18 +167,7 @@ def fused_kd_loss(
     foreseen = differentiable and call.gradient == "foreseen"
     expected = ops.GRAD_OUTPUT.expected() if foreseen else None
     store = (differentiable and call.gradient == "forward") or expected is not None
-    loss, statistics, _ = ops.kd_forward(
-        problem.student,
-        problem.teacher,
-        problem.labels,
-        problem.token_weights,
-        problem.num_items,
-        *problem.options,
-        call.backend,
-        store,
-        return_outputs,
-        expected,
-    )
+    loss, statistics = ops.kd_loss(problem, call.backend, store, return_outputs, expected)
     return finish(call, loss, statistics, return_outputs)
 
 
@@ -413,12 +402,19 @@ def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | N
     if name == "labels":
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"labels: dtype {tensor.dtype} is not an integer dtype")
-        return tensor.to(torch.int64).contiguous()
+        return _contiguous(tensor, torch.int64)
     if tensor.is_complex():
         raise TypeError(f"token_weights: dtype {tensor.dtype} is not real")
     if tensor.requires_grad:
         raise ValueError("token_weights: requires grad, but is not differentiable; pass .detach()")
-    return tensor.to(torch.float32).contiguous()
+    return _contiguous(tensor, torch.float32)
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asking first is cheaper than calling ops that have nothing to do.
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _shifted(

@@ -10,6 +10,8 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import Divergence, KDLoss, fused_kd_loss, ops
 from kdkernels.functional import prepare
@@ -222,6 +224,40 @@ def test_a_bad_argument_is_reported_under_compile(plain_memory: None) -> None:
     compiled = torch.compile(lambda z: fused_kd_loss(z, z, temperature=-1.0), backend="aot_eager")
     with pytest.raises(Exception, match="temperature"):
         compiled(torch.zeros(2, 3))
+
+
+# ---------------------------------------------------------------------------- who sees the op
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_observed_call_is_the_op_and_gives_the_same_bits(backend: str, device: str) -> None:
+    """A plain call on the CPU goes around the dispatcher; not where somebody would miss it."""
+    student, teacher = cases.pair((3, 7), device=device)
+    labels = torch.tensor([1, -100, 6], device=device)
+
+    def gradient(student: Tensor) -> Tensor:
+        leaf = student.detach().requires_grad_()
+        cases.call(leaf, teacher, labels, backend=backend).backward()
+        return leaf.grad
+
+    want = gradient(student)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        torch.testing.assert_close(gradient(student), want, rtol=0, atol=0)
+    assert "kdkernels::kd_forward" in {event.key for event in profiled.key_averages()}
+    with _Seen() as seen:
+        torch.testing.assert_close(gradient(student), want, rtol=0, atol=0)
+    assert "kdkernels.kd_forward.default" in seen.names
+    with torch.inference_mode():
+        cases.call(student, teacher, labels, backend=backend)
 
 
 # --------------------------------------------------------------------------------- gradcheck
