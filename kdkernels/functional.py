@@ -8,7 +8,7 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import divergences, ops
 from .backends import BACKENDS
@@ -238,7 +238,7 @@ def _gradient_mode(problem: Problem, backend: str) -> str:
         return "recompute"
     if problem.student.dtype != torch.float16:
         return "forward"
-    traced = torch.compiler.is_compiling() or type(problem.student) not in (Tensor, nn.Parameter)
+    traced = torch.compiler.is_compiling() or type(problem.student) not in ops.PLAIN
     return "foreseen" if BACKENDS[backend].foresees and not traced else "recompute"
 
 

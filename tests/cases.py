@@ -96,9 +96,12 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d)[6
 each_mode = pytest.mark.parametrize("gradient", ("forward", "recompute"))
 
 
+def _refusals(backend: str, probe: Tensor) -> list[str]:
+    return BACKENDS[backend].why_not(Problem(probe, probe, None, None, None, Options()))
+
+
 def device_of(backend: str) -> str:
-    probe = torch.zeros(1, 2)
-    reasons = BACKENDS[backend].why_not(Problem(probe, probe, None, None, None, Options()))
+    reasons = _refusals(backend, torch.zeros(1, 2))
     if not reasons:
         return "cpu"
     if torch.cuda.is_available():
@@ -108,8 +111,7 @@ def device_of(backend: str) -> str:
 
 def needs_float64(backend: str, device: str) -> None:
     """Skip the test of a backend that computes in float32 only."""
-    probe = torch.zeros(1, 2, dtype=torch.float64, device=device)
-    reasons = BACKENDS[backend].why_not(Problem(probe, probe, None, None, None, Options()))
+    reasons = _refusals(backend, torch.zeros(1, 2, dtype=torch.float64, device=device))
     if reasons:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 

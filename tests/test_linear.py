@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import FusedLinearKDLoss, divergences, fused_kd_loss, fused_linear_kd_loss, products
+from kdkernels import FusedLinearKDLoss, fused_kd_loss, fused_linear_kd_loss, products
 from kdkernels import linear as linear_module
 
 ROWS, H_STUDENT, H_TEACHER, VOCAB = 37, 24, 17, 211
@@ -112,7 +112,7 @@ def test_loss_and_all_gradients_over_chunks(backend: str, chunk_rows: int, mode:
     assert_close(got, expected(given, **options), 2e-6)
 
 
-@pytest.mark.parametrize("name", divergences.names())
+@pytest.mark.parametrize("name", cases.BUILT_IN)
 def test_every_divergence(backend: str, name: str) -> None:
     given = inputs()
     assert_close(
