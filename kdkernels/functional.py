@@ -225,7 +225,8 @@ def prepare(
     if _flag("shift", shift):
         mask, weights = _shifted(student_logits, mask, weights, ignore_index)
     items = _item_tensor(num_items, student_logits, reduction)
-    problem = Problem(student_logits, teacher_logits.detach(), mask, weights, items, options)
+    teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
+    problem = Problem(student_logits, teacher, mask, weights, items, options)
     name = choose_backend(problem, backend)
     if gradient == "auto":
         gradient = _gradient_mode(problem, name)

@@ -10,7 +10,7 @@ eager call on the CPU that nothing traces, transforms or observes goes around th
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,12 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend = _unpack(arguments)
-    want_gradient, extras, expected = arguments[_OPTIONS_END + 1 :]
+    return _run(problem, backend, *arguments[_OPTIONS_END + 1 :])
+
+
+def _run(
+    problem: Problem, backend: str, want_gradient: bool, extras: bool, expected: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     foreseen = {}
     if expected is not None:
         foreseen["grad_output"] = torch.tensor(expected, dtype=torch.float64, device="cpu")
@@ -189,43 +194,68 @@ class _GradOutput:
 GRAD_OUTPUT = _GradOutput()
 
 
-class _KdLoss(torch.autograd.Function):
-    """Autograd of kd_forward: only the loss is differentiable, and only in the student's logits."""
+# Autograd of kd_forward: only the loss is differentiable, and only in the student's logits. Both
+# functions receive what was computed: autograd looks at each tensor that goes in or comes out, and
+# the statistics, the gradient and 20 arguments as such would cost 12 us a call.
+
+
+class _StoredGradient(torch.autograd.Function):
+    """A loss whose gradient was computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, results: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        loss, gradient = results
+        ctx.save_for_backward(gradient)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return _once(_stored, ctx, grad_output), None, None
+
+
+class _RecomputedGradient(torch.autograd.Function):
+    """A loss whose gradient the backward computes, unless the right one was foreseen."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, keyset: Any | None, arguments: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # The arguments come as one, since autograd looks at each input it is given: 4 us a call.
-        # No keys: around the dispatcher.
-        loss, statistics, gradient = (
-            _forward(*arguments)
-            if keyset is None
-            else below_autograd(kd_forward, keyset, arguments)
-        )
-        want_gradient, _, ctx.expected = arguments[_OPTIONS_END + 1 :]
-        ctx.stored = want_gradient and ctx.expected is None
-        save(ctx, [gradient] if ctx.stored else [*arguments[:_TENSORS], statistics, gradient])
+        ctx: Any, student: Tensor, results: tuple[Tensor, Tensor, Tensor], arguments: Sequence[Any]
+    ) -> Tensor:
+        loss, statistics, foreseen = results
+        save(ctx, [*arguments[:_TENSORS], statistics, foreseen])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
+        ctx.expected = arguments[-1]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics, gradient)
-        return loss, statistics, gradient
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None
-        with torch.no_grad():
-            tensors = saved(ctx)
-            if ctx.stored:
-                gradient = scaled(tensors[0], grad_output, ctx.scalars[-1])
-            else:
-                *inputs, statistics, gradient = tensors
-                if not GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
-                    gradient = kd_backward(*inputs, *ctx.scalars, statistics, grad_output)
-                elif keeps_graph():
-                    gradient = gradient.clone()
-        return refuse_second_derivative(gradient), None, None
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return _once(_recomputed, ctx, grad_output), None, None
+
+
+def _stored(ctx: Any, grad_output: Tensor) -> Tensor:
+    return scaled(ctx.saved_tensors[0], grad_output, ctx.backend)
+
+
+def _recomputed(ctx: Any, grad_output: Tensor) -> Tensor:
+    *inputs, statistics, foreseen = saved(ctx)
+    if not GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
+        return kd_backward(*inputs, *ctx.scalars, statistics, grad_output)
+    return foreseen.clone() if keeps_graph() else foreseen
+
+
+def _once(
+    gradient: Callable[[Any, Tensor], Tensor], ctx: Any, grad_output: Tensor | None
+) -> Tensor | None:
+    """The gradient for this grad_output, made to have no derivative of its own."""
+    if grad_output is None:
+        return None
+    if not torch.is_grad_enabled():  # the rule; entering no_grad would take 6 us
+        return gradient(ctx, grad_output)
+    with torch.no_grad():
+        result = gradient(ctx, grad_output)
+    return refuse_second_derivative(result)
 
 
 def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
@@ -240,9 +270,21 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     refuse_transforms(arguments[0])
-    if arguments[0].requires_grad and torch.is_grad_enabled():
-        return _KdLoss.apply(arguments[0], keyset, arguments)
-    return below_autograd(kd_forward, keyset, arguments)
+    if not (arguments[0].requires_grad and torch.is_grad_enabled()):
+        return below_autograd(kd_forward, keyset, arguments)
+    with torch.no_grad():
+        results = below_autograd(kd_forward, keyset, arguments)
+    return _attached(results, arguments), *results[1:]
+
+
+def _attached(results: tuple[Tensor, Tensor, Tensor], arguments: Sequence[Any]) -> Tensor:
+    """The loss of these results as a function of the student's logits."""
+    loss, _, gradient = results
+    student, backend = arguments[0], arguments[_OPTIONS_END]
+    want_gradient, _, expected = arguments[_OPTIONS_END + 1 :]
+    if want_gradient and expected is None:
+        return _StoredGradient.apply(student, (loss, gradient), backend)
+    return _RecomputedGradient.apply(student, results, arguments)
 
 
 def _backward_autograd(keyset: Any, *arguments: Any) -> Tensor:
@@ -274,24 +316,26 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, differentiable: ``kd_forward``, or the same without the dispatcher.
 
-    It would pass 23 arguments through twice: on [8, 1000], forward and backward, 264 to 286 us
-    instead of 211 to 221, eager PyTorch taking 330 to 340 (Zen 3, best of each run, in turns).
+    It would pass 23 arguments through twice: on [8, 1000], forward and backward, 233 to 252 us
+    instead of 184 to 188, eager PyTorch taking 307 to 333 (Zen 3, best and median of three runs).
     """
-    student = problem.student
     tensors = (
-        student,
+        problem.student,
         problem.teacher,
         problem.labels,
         problem.token_weights,
         problem.num_items,
     )
-    arguments = (*tensors, *problem.options, backend, want_gradient, extras, expected)
+    settings = (backend, want_gradient, extras, expected)
+    arguments = (*tensors, *problem.options, *settings)
     if _is_observed(tensors):
         loss, statistics, _ = kd_forward(*arguments)
-    elif student.requires_grad and torch.is_grad_enabled():
-        loss, statistics, _ = _KdLoss.apply(student, None, arguments)
+    elif problem.student.requires_grad and torch.is_grad_enabled():
+        with torch.no_grad():
+            results = _run(problem, *settings)
+        loss, statistics = _attached(results, arguments), results[1]
     else:
-        loss, statistics, _ = _forward(*arguments)
+        loss, statistics, _ = _run(problem, *settings)
     return loss, statistics
 
 

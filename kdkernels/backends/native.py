@@ -6,7 +6,6 @@ import importlib
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..problem import STATISTICS, Problem
@@ -48,10 +47,9 @@ class NativeBackend(Backend):
         gradient_out: Tensor | None = None,
         grad_output: Tensor | None = None,
     ) -> Result:
-        shape, device = problem.leading_shape, problem.student.device
-        reduced = problem.options.reduction != "none"
-        loss = torch.empty(() if reduced else shape, dtype=problem.math_dtype, device=device)
-        statistics = torch.empty((len(STATISTICS), *shape), dtype=loss.dtype, device=device)
+        student, shape, dtype = problem.student, problem.leading_shape, problem.math_dtype
+        loss = student.new_empty(() if problem.options.reduction != "none" else shape, dtype=dtype)
+        statistics = student.new_empty((len(STATISTICS), *shape), dtype=dtype)
         gradient = gradient_out
         if gradient is None and want_gradient:
             gradient = empty_gradient(problem.student)
