@@ -17,7 +17,11 @@ struct Entry {
   X p;
   X q;
   X delta;       // log2 q - log2 p; NaN where both are absent
+  X ratio;       // the smaller of p and q over the larger; only for functors that say kUsesRatio
+  X shortfall;   // ratio - 1, exact where they agree; with the ratio
   X log_larger;  // the larger of log2 p and log2 q; only for functors that say kUsesLog
+
+  KD_INLINE void set_ratio() { decay(bounded(absolute(delta)), ratio, shortfall); }
 };
 
 // In units of the functor's own, unit(): a constant factor is cheaper once a row than once an
@@ -29,7 +33,13 @@ struct Term {
 };
 
 KD_INLINE Entry<double> make_entry(double log_p, double log_q) {
-  return {exp(log_p), exp(log_q), (log_q - log_p) * kLog2E, maximum(log_p, log_q) * kLog2E};
+  Entry<double> e{};
+  e.p = exp(log_p);
+  e.q = exp(log_q);
+  e.delta = (log_q - log_p) * kLog2E;
+  e.set_ratio();
+  e.log_larger = maximum(log_p, log_q) * kLog2E;
+  return e;
 }
 
 // Both probabilities relative to the larger one: nothing here can overflow, and where the two agree
@@ -41,12 +51,12 @@ struct Relative {
   X shortfall;  // ratio - 1
   X larger;
 
-  KD_INLINE explicit Relative(const Entry<X>& e) : larger(maximum(e.p, e.q)) {
-    const X bits = bounded(absolute(e.delta));
-    decay(bits, ratio, shortfall);
-    // By the same constant that `shortfall` starts with: where the two agree they must cancel.
-    distance = X(kLn2) * bits;
-  }
+  KD_INLINE explicit Relative(const Entry<X>& e)
+      // By the same constant that `shortfall` starts with: where the two agree they must cancel.
+      : distance(X(kLn2) * bounded(absolute(e.delta))),
+        ratio(e.ratio),
+        shortfall(e.shortfall),
+        larger(maximum(e.p, e.q)) {}
   // q - p
   KD_INLINE X excess(const Entry<X>& e) const {
     const X gap = larger * shortfall;
@@ -99,6 +109,7 @@ struct Uncentred {
 
 // KL(p || q) = sum p (log p - log q)
 struct ForwardKl : InUnitsOfOne {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
@@ -113,6 +124,7 @@ struct ForwardKl : InUnitsOfOne {
 
 // KL(q || p) = sum q (log q - log p)
 struct ReverseKl : InUnitsOfOne {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
@@ -127,6 +139,7 @@ struct ReverseKl : InUnitsOfOne {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
 struct Jsd : Uncentred {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   double beta;
   KD_INLINE explicit Jsd(double given) : beta(given) {}
@@ -141,6 +154,7 @@ struct Jsd : Uncentred {
 
 // The same at beta = 1/2, where the share is at least 1/2.
 struct EvenJsd : Uncentred {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
@@ -154,6 +168,7 @@ struct EvenJsd : Uncentred {
 
 // sum |p - q| / 2; the slope is 0 where they agree
 struct Tvd : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
@@ -166,6 +181,7 @@ struct Tvd : Uncentred {
 
 // KL(p || m), m = beta p + (1 - beta) q, 0 < beta < 1
 struct SkewForwardKl {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   double beta;
   template <class X>
@@ -186,6 +202,7 @@ struct SkewForwardKl {
 
 // KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
 struct SkewReverseKl {
+  static constexpr bool kUsesRatio = true;
   static constexpr bool kUsesLog = false;
   double beta;
   template <class X>
@@ -205,6 +222,7 @@ struct SkewReverseKl {
 
 // KL(q || q)
 struct Nothing : InUnitsOfOne, Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>&) const {
@@ -223,27 +241,29 @@ KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope) {
   return {select(differ, settled, X(0.0)), select(differ, slope, X(0.0))};
 }
 
-// 2^x and 2^x - 1; kFalls: x is not above 0 but by rounding.
+// 2^-x and 2^-x - 1; kFalls: x is not below 0 but by rounding.
 template <bool kFalls, class X>
-KD_INLINE void raise(X x, X& power, X& less_one) {
+KD_INLINE void lower(X x, X& power, X& less_one) {
   if (kFalls) {
-    decay(bounded(-x), power, less_one);
+    decay(bounded(x), power, less_one);
   } else {
-    grow(x, power, less_one);
+    grow(-x, power, less_one);
   }
 }
 
+// 2^(exponent x)
 template <bool kFalls, class X>
 KD_INLINE X power_of(double exponent, X x) {
   X power, less_one;
-  raise<kFalls>(X(exponent) * x, power, less_one);
+  lower<kFalls>(X(-exponent) * x, power, less_one);
   return power;
 }
 
+// 2^-x - 1
 template <bool kFalls, class X>
 KD_INLINE X less_one_of(X x) {
   X power, less_one;
-  raise<kFalls>(x, power, less_one);
+  lower<kFalls>(x, power, less_one);
   return less_one;
 }
 
@@ -262,6 +282,7 @@ KD_INLINE X scaled(X scale, X factor) {
 // are positive
 template <bool kFalls>
 struct AlphaBeta : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = true;
   double a, b;
   KD_INLINE AlphaBeta(double first, double second) : a(first), b(second) {}
@@ -271,7 +292,7 @@ struct AlphaBeta : Uncentred {
     const auto student_larger = e.delta > X(0.0);
     const X scale = power_of<kFalls>(s, e.log_larger);
     // Both powers start from the same rounded exponent: where the two are small they must cancel.
-    const X descent = X(-s) * absolute(e.delta);
+    const X descent = X(s) * absolute(e.delta);
     const X part = select(student_larger, X(a / s), X(b / s));
     const X smaller = less_one_of<kFalls>(descent);
     const X crossed = less_one_of<kFalls>(part * descent);
@@ -285,6 +306,7 @@ struct AlphaBeta : Uncentred {
 // b = 0: (1/a^2) [p^a ln(p^a/q^a) - p^a + q^a]; kFalls: a is positive
 template <bool kFalls>
 struct AlphaOnly : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = true;
   double a;
   KD_INLINE explicit AlphaOnly(double given) : a(given) {}
@@ -294,7 +316,7 @@ struct AlphaOnly : Uncentred {
     const X distance = X(a) * absolute(e.delta);
     const X scale = power_of<kFalls>(a, e.log_larger);
     X power, less_one;
-    raise<kFalls>(-distance, power, less_one);
+    lower<kFalls>(distance, power, less_one);
     const X shortfall = select(student_larger, -less_one, less_one);
     const X pull = select(student_larger, -fading<kFalls>(power, distance), distance);
     return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
@@ -306,6 +328,7 @@ struct AlphaOnly : Uncentred {
 // a = 0: (1/b^2) [q^b ln(q^b/p^b) - q^b + p^b]; kFalls: b is positive
 template <bool kFalls>
 struct BetaOnly : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = true;
   double b;
   KD_INLINE explicit BetaOnly(double given) : b(given) {}
@@ -315,7 +338,7 @@ struct BetaOnly : Uncentred {
     const X distance = X(b) * absolute(e.delta);
     const X scale = power_of<kFalls>(b, e.log_larger);
     X power, less_one;
-    raise<kFalls>(-distance, power, less_one);
+    lower<kFalls>(distance, power, less_one);
     const X pull = select(student_larger, distance, -fading<kFalls>(power, distance));
     const X shortfall = select(student_larger, less_one, -less_one);
     return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
@@ -326,12 +349,13 @@ struct BetaOnly : Uncentred {
 
 // a = -b, not zero: (1/a^2) [ln(q^a/p^a) + (q^a/p^a)^-1 - 1]
 struct AlphaOpposite : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = false;
   double a;
   KD_INLINE explicit AlphaOpposite(double given) : a(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X shortfall = less_one_of<false>(X(-a) * e.delta);
+    const X shortfall = less_one_of<false>(X(a) * e.delta);
     return settle<false>(e, multiply_add(X(a * kLn2), e.delta, shortfall), shortfall);
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * a), -1.0 / a}; }
@@ -339,6 +363,7 @@ struct AlphaOpposite : Uncentred {
 
 // a = b = 0: (ln p - ln q)^2 / 2
 struct LogRatio : Uncentred {
+  static constexpr bool kUsesRatio = false;
   static constexpr bool kUsesLog = false;
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from . import divergences, schedules
 from .dispatch import available_backends
+from .functional import DIVISOR, divides
 from .terms import TermArguments
 
 VOCAB_POLICIES = ("error", "truncate")
@@ -112,9 +113,10 @@ class DistillationArguments(TermArguments, TrainingArguments):
             self.alpha = ends.end
         if self.temperature_schedule is not None:
             ends = self.temperature_over_time()
-            self._check_number("temperature_schedule", ends.lowest, ends.lowest > 0, "> 0")
+            for end in (ends.lowest, ends.highest):
+                self._check_number("temperature_schedule", end, divides(end), DIVISOR)
             self.temperature = ends.end
-        self._check_number("temperature", self.temperature, self.temperature > 0, "> 0")
+        self._check_number("temperature", self.temperature, divides(self.temperature), DIVISOR)
         self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
         self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
         smoothing = self.label_smoothing_factor

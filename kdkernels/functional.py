@@ -29,6 +29,11 @@ from .problem import (
 _GRADIENT_MODES = ("auto", "forward", "recompute")
 _VOCAB_POLICIES = ("error", "truncate")
 
+#: No scalar argument may exceed this, and what divides must not be below its inverse: float32 holds
+#: the square of both, and products with logits of any size that occurs.
+_LARGEST = 1e18
+DIVISOR = "a number from 1e-18 to 1e18"
+
 
 class KDLossOutput(NamedTuple):
     """``fused_kd_loss(..., return_outputs=True)``. Everything but ``loss`` is detached.
@@ -94,7 +99,8 @@ def fused_kd_loss(
             constant (detached). Only read.
         labels: [...], any integer dtype. ``ignore_index`` rows count in neither term and are not
         read.
-        temperature: T > 0 of both softmaxes in D. The cross-entropy is always at T = 1.
+        temperature: T of both softmaxes in D, from 1e-18 to 1e18. The cross-entropy is always at
+            T = 1.
         alpha: weight of D, finite. None: 0.5 with labels, 1 without. Without labels only 1 is
         possible.
         divergence: a name of :mod:`kdkernels.divergences` (``forward_kl``, ``reverse_kl``, ``jsd``,
@@ -105,16 +111,19 @@ def fused_kd_loss(
         temperature_squared: multiply D by T^2, which keeps the scale of its gradient as T grows.
         reduction: ``"mean"`` over the rows that count (0 if none does), ``"sum"`` or ``"none"``.
         num_items: denominator of ``"mean"`` instead of the number of rows that count, for gradient
-            accumulation: a number > 0 or a tensor of one element (0 divides by 1). No device sync.
+            accumulation: a number from 1e-18 to 1e18 or a tensor of one element (0 divides by 1).
+            No device sync.
         token_weights: [...], weight of each row's loss; negative ones are allowed. Not
             differentiable. They do not enter the denominator: for a weighted mean pass
             ``num_items=token_weights.sum()``.
         ignore_index: the label of rows that do not count.
         label_smoothing: in [0, 1], of the cross-entropy; needs labels.
         z_loss: >= 0, weight of logsumexp(z_s)^2 (PaLM, arXiv:2204.02311); independent of alpha.
-        logit_softcap: c > 0: z -> c * tanh(z / c) (Gemma 2, arXiv:2408.00118), applied after
-            ``logit_scale``. One number for both models or (student, teacher), None for neither.
-        logit_scale: factor of the logits, not 0. One number for both or (student, teacher).
+        logit_softcap: c from 1e-18 to 1e18: z -> c * tanh(z / c) (Gemma 2, arXiv:2408.00118),
+            applied after ``logit_scale``. One number for both models or (student, teacher), None
+            for neither.
+        logit_scale: factor of the logits, of magnitude 1e-18 to 1e18. One number for both or
+            (student, teacher).
         vocab_policy: what to do if the vocabularies differ in size: ``"error"``, or ``"truncate"``
             to the common prefix (for both terms; the gradient of the rest is 0).
         shift: next-token shift: logits [B, S, V] at position s are compared with labels (and
@@ -312,7 +321,23 @@ def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
     number: Any = given
     if not (-math.inf < number < math.inf and ok(number)):  # traceable, unlike math.isfinite
         raise ValueError(f"{name}: {given!r} is not {allowed}")
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name}: {given!r} exceeds {_LARGEST:g}; float32 holds its square")
     return float(number)
+
+
+def divides(number: float) -> bool:
+    """Whether the number and its inverse are positive and have squares in float32."""
+    return 1 / _LARGEST <= number <= _LARGEST
+
+
+def _scale(given: Any) -> float:
+    allowed = f"{DIVISOR}, nor the negative of one"
+    return _number("logit_scale", given, allowed, lambda factor: divides(abs(factor)))
+
+
+def _softcap(given: Any) -> float:
+    return _number("logit_softcap", given, DIVISOR, lambda cap: cap == 0 or divides(cap))
 
 
 def _flag(name: str, given: Any) -> bool:
@@ -340,8 +365,8 @@ def _options(
     if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if num_items is not None:
-        num_items = _number("num_items", num_items, "a finite number > 0", lambda n: n > 0)
-    temperature = _number("temperature", temperature, "a finite number > 0", lambda t: t > 0)
+        num_items = _number("num_items", num_items, DIVISOR, divides)
+    temperature = _number("temperature", temperature, DIVISOR, divides)
     resolved = divergences.resolve(divergence, _number("beta", beta, "finite", lambda b: True))
     student_scale, teacher_scale, student_softcap, teacher_softcap = transforms
     return Options(
@@ -354,10 +379,10 @@ def _options(
             "label_smoothing", label_smoothing, "in [0, 1]", lambda e: 0 <= e <= 1
         ),
         z_loss=_number("z_loss", z_loss, "a finite number >= 0", lambda z: z >= 0),
-        student_scale=_number("logit_scale", student_scale, "finite and not 0", bool),
-        teacher_scale=_number("logit_scale", teacher_scale, "finite and not 0", bool),
-        student_softcap=_number("logit_softcap", student_softcap, "a number > 0", lambda c: c >= 0),
-        teacher_softcap=_number("logit_softcap", teacher_softcap, "a number > 0", lambda c: c >= 0),
+        student_scale=_scale(student_scale),
+        teacher_scale=_scale(teacher_scale),
+        student_softcap=_softcap(student_softcap),
+        teacher_softcap=_softcap(teacher_softcap),
         ignore_index=int(ignore_index),
         reduction=reduction,
         denominator=num_items or 0.0,

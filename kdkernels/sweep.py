@@ -21,6 +21,7 @@ from typing import Any
 
 from . import divergences, report
 from .distill import Experiment, evaluate, make_trainer
+from .functional import DIVISOR, divides
 from .tasks import ENCODER
 
 #: Metric -> whether larger is better.
@@ -60,7 +61,7 @@ class SweepArguments:
     )
 
     def __post_init__(self) -> None:
-        self._each("sweep_temperatures", lambda t: t > 0 and math.isfinite(t), "> 0")
+        self._each("sweep_temperatures", divides, DIVISOR)
         self._each("sweep_alphas", lambda a: 0 < a <= 1, "in (0, 1]")
         known = divergences.names()
         self._each("sweep_divergences", lambda d: d in known, f"one of {', '.join(known)}")

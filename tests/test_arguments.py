@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from typing import Any
 
 import cases
@@ -56,6 +57,17 @@ def test_none_is_not_a_number(name: str) -> None:
         ("temperature", 0),
         ("temperature", 0.0),
         ("temperature", -1.0),
+        # Beyond float32 these gave NaN; the smallest temperatures hung the CPU kernel.
+        ("temperature", 1e-39),
+        ("temperature", 1e39),
+        ("logit_scale", 1e39),
+        ("logit_scale", (1.0, -1e-40)),
+        ("logit_softcap", 1e39),
+        ("logit_softcap", 1e-40),
+        ("alpha", -1e39),
+        ("z_loss", 1e39),
+        ("num_items", 1e-300),
+        ("beta", 1e300),
         ("label_smoothing", -0.1),
         ("label_smoothing", 1.1),
         ("z_loss", -1e-4),
@@ -87,7 +99,7 @@ def test_none_is_not_a_number(name: str) -> None:
 )
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     *_, shown = value if isinstance(value, tuple) else (value,)
-    refuse(ValueError, f"{name}.*{shown!r}", **{name: value})
+    refuse(ValueError, f"{name}.*{re.escape(repr(shown))}", **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -247,6 +259,37 @@ def test_available_backends_lists_every_backend_with_reasons() -> None:
     assert {"cpu", "torch", "reference"} <= set(found)
     assert found["torch"] == found["reference"] == []
     assert all(isinstance(reason, str) for reasons in found.values() for reason in reasons)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "torch", "reference"))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"temperature": 1e-18},
+        {"temperature": 1e18},
+        {"logit_scale": 1e-18},
+        {"logit_scale": 1e18},
+        {"logit_softcap": 1e-18},
+        {"logit_softcap": 1e18},
+        {"num_items": 1e-18},
+        {"num_items": 1e18},
+        {"alpha": -1e18},
+        {"z_loss": 1e18},
+    ),
+    ids=str,
+)
+def test_the_ends_of_the_ranges_compute(backend: str, options: dict[str, Any]) -> None:
+    if reasons := kdkernels.available_backends()[backend]:
+        pytest.skip("; ".join(reasons))
+    student, teacher = cases.pair((3, 40))
+    student[:, 5] = teacher[:, 5] = -math.inf
+    student.requires_grad_()
+    loss = fused_kd_loss(student, teacher, LABELS, backend=backend, **options)
+    loss.backward()
+    assert student.grad is not None
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+    assert (student.grad[:, 5] == 0).all()
 
 
 @pytest.mark.parametrize("kind", (int, float))
