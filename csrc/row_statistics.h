@@ -45,6 +45,11 @@ struct PowerSum {
       *this = other;
       return;
     }
+    if (other.reference == reference) {  // the rule: the blocks of a row
+      sum += other.sum;
+      moment += other.moment;
+      return;
+    }
     const int top = other.reference > reference ? other.reference : reference;
     const double mine = ldexp(1.0, reference - top), theirs = ldexp(1.0, other.reference - top);
     sum = sum * mine + other.sum * theirs;

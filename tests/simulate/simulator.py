@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,11 +62,18 @@ def ptxsim() -> Any:
     return _import("")
 
 
+def building() -> FileLock:
+    """Held while something is built, which another pytest worker may want at the same time."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    return FileLock(ROOT / "build" / "simulate.lock")
+
+
 @functools.cache
 def fake() -> Any:
     """The stand-in CUDA runtime of ptxsim."""
     module = _import(".fake")
-    module.runtime()
+    with building():
+        module.runtime()
     return module
 
 
@@ -82,9 +90,10 @@ def native() -> Any:
     options = {"KDKERNELS_CUDA": "1", "KDKERNELS_CUDART": "shared", "KDKERNELS_CUDA_ARCHS": "90"}
     call = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]
     call += ["--build-temp", str(target / "objects")]
-    done = subprocess.run(
-        call, cwd=ROOT, env=os.environ | options, capture_output=True, text=True, check=False
-    )
+    with building():
+        done = subprocess.run(
+            call, cwd=ROOT, env=os.environ | options, capture_output=True, text=True, check=False
+        )
     if done.returncode:
         pytest.fail(f"the simulated build fails:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     fake()  # first: the module needs the stand-in's libcudart
