@@ -232,12 +232,12 @@ struct Nothing : InUnitsOfOne, Uncentred {
 
 // The family of alpha-beta divergences needs no centring, its summands are of Bregman's kind. A
 // summand is never negative, so inf - inf, which exponents of opposite sign can give, stands for
-// +inf; entries that agree (or are absent from both) give exactly 0.
-// With kFalls nothing becomes infinite.
+// +inf, which is `infinite` in the functor's own units; entries that agree (or are absent from both)
+// give exactly 0. With kFalls nothing becomes infinite.
 template <bool kFalls, class X>
-KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope) {
+KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope, double infinite = INFINITY) {
   const auto differ = absolute(e.delta) > X(0.0);
-  const X settled = kFalls ? value : select(is_nan(value), X(INFINITY), value);
+  const X settled = kFalls ? value : select(is_nan(value), X(infinite), value);
   return {select(differ, settled, X(0.0)), select(differ, slope, X(0.0))};
 }
 
@@ -298,7 +298,8 @@ struct AlphaBeta : Uncentred {
     const X crossed = less_one_of<kFalls>(part * descent);
     const X value = multiply_subtract(part, smaller, crossed);
     const X slope = select(student_larger, X(0.0), smaller) - crossed;
-    return settle<kFalls>(e, scaled<kFalls>(scale, value), scaled<kFalls>(scale, slope));
+    const double infinite = a * b > 0.0 ? INFINITY : -INFINITY;  // in units of 1 / (a b)
+    return settle<kFalls>(e, scaled<kFalls>(scale, value), scaled<kFalls>(scale, slope), infinite);
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * b), 1.0 / a}; }
 };

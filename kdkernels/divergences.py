@@ -314,6 +314,7 @@ class AlphaBeta(Divergence):
     * a + b = 0:  ``1/a^2 sum [log(q^a / p^a) + (q^a / p^a)^-1 - 1]``
     * a = b = 0:  ``1/2 sum (log p - log q)^2``
 
+    Exponents are 0 or of magnitude 1e-4 to 100: nearer to 0, float32 loses what the limits keep.
     (a, b) = (1, 0) is forward KL, (0, 1) reverse KL. Fields are the paper's alpha and beta; they
     have nothing to do with ``fused_kd_loss``'s ``alpha`` and ``beta``.
     """
@@ -327,6 +328,11 @@ class AlphaBeta(Divergence):
         for field, given in (("alpha", self.alpha), ("beta", self.beta)):
             if not math.isfinite(given):
                 raise ValueError(f"{field}: {given!r} is not finite ({self.name!r})")
+            if given != 0 and not 1e-4 <= abs(given) <= 100:
+                raise ValueError(
+                    f"{field}: {given!r} is neither 0 nor of magnitude 1e-4 to 100, where float32 "
+                    f"can tell powers from 1, 0 and infinity ({self.name!r})"
+                )
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         dead = _is_dead(log_p, log_q)

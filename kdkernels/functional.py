@@ -364,6 +364,8 @@ def _options(
         raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
     if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: {ignore_index!r} is not an int64, as labels are")
     if num_items is not None:
         num_items = _number("num_items", num_items, DIVISOR, divides)
     temperature = _number("temperature", temperature, DIVISOR, divides)

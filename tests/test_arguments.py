@@ -67,6 +67,8 @@ def test_none_is_not_a_number(name: str) -> None:
         ("alpha", -1e39),
         ("z_loss", 1e39),
         ("num_items", 1e-300),
+        ("ignore_index", 2**63),
+        ("ignore_index", -(10**30)),
         ("beta", 1e300),
         ("label_smoothing", -0.1),
         ("label_smoothing", 1.1),
@@ -154,6 +156,8 @@ def test_beta_is_in_range_and_never_unread(divergence: Any, beta: float, match: 
         (SkewReverseKL, (0.0,)),
         (AlphaBeta, (math.inf, 0.0)),
         (AlphaBeta, (0.1, math.nan)),
+        (AlphaBeta, (1e-5, 0.5)),
+        (AlphaBeta, (0.5, -101)),
     ],
 )
 def test_divergence_objects_check_their_parameters(cls: Any, arguments: tuple[float, ...]) -> None:
