@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from torch import Tensor
 
@@ -47,6 +48,13 @@ def why_no_nvcc() -> str | None:
     if os.environ.get("NVCC") or os.environ.get("CUDA_HOME") or shutil.which("nvcc"):
         return None
     return "nvcc was not found"
+
+
+def why_no_stand_in() -> str | None:
+    """Why ptxsim's CUDA runtime cannot stand in for NVIDIA's in this process, or None."""
+    if torch.version.cuda is None:
+        return None
+    return f"torch {torch.__version__} has loaded NVIDIA's CUDA runtime: a CPU build is needed"
 
 
 def _import(name: str) -> Any:
@@ -77,10 +85,9 @@ def fake() -> Any:
     return module
 
 
+_WHY_NOT = why_no_nvcc() or why_no_ptxsim() or why_no_stand_in()
 #: Of test files that run the CUDA kernels.
-needs_simulator = pytest.mark.skipif(
-    bool(why_no_nvcc() or why_no_ptxsim()), reason=str(why_no_nvcc() or why_no_ptxsim())
-)
+needs_simulator = pytest.mark.skipif(bool(_WHY_NOT), reason=str(_WHY_NOT))
 
 
 @functools.cache
