@@ -101,8 +101,8 @@ def fused_kd_loss(
         read.
         temperature: T of both softmaxes in D, from 1e-18 to 1e18. The cross-entropy is always at
             T = 1.
-        alpha: weight of D, finite. None: 0.5 with labels, 1 without. Without labels only 1 is
-        possible.
+        alpha: weight of D, of magnitude up to 1e18. None: 0.5 with labels, 1 without. Without
+            labels only 1 is possible.
         divergence: a name of :mod:`kdkernels.divergences` (``forward_kl``, ``reverse_kl``, ``jsd``,
             ``tvd``, ``skew_forward_kl``, ``skew_reverse_kl``, ``alpha_beta``) or an object.
         beta: weight of the teacher in the mixture of ``jsd`` (0: forward KL, 1: reverse KL),
@@ -118,7 +118,8 @@ def fused_kd_loss(
             ``num_items=token_weights.sum()``.
         ignore_index: the label of rows that do not count.
         label_smoothing: in [0, 1], of the cross-entropy; needs labels.
-        z_loss: >= 0, weight of logsumexp(z_s)^2 (PaLM, arXiv:2204.02311); independent of alpha.
+        z_loss: from 0 to 1e18, weight of logsumexp(z_s)^2 (PaLM, arXiv:2204.02311); independent of
+            alpha.
         logit_softcap: c from 1e-18 to 1e18: z -> c * tanh(z / c) (Gemma 2, arXiv:2408.00118),
             applied after ``logit_scale``. One number for both models or (student, teacher), None
             for neither.

@@ -270,21 +270,25 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     refuse_transforms(arguments[0])
-    if not (arguments[0].requires_grad and torch.is_grad_enabled()):
-        return below_autograd(kd_forward, keyset, arguments)
-    with torch.no_grad():
-        results = below_autograd(kd_forward, keyset, arguments)
-    return _attached(results, arguments), *results[1:]
+    return _differentiable(arguments, lambda: below_autograd(kd_forward, keyset, arguments))
 
 
-def _attached(results: tuple[Tensor, Tensor, Tensor], arguments: Sequence[Any]) -> Tensor:
-    """The loss of these results as a function of the student's logits."""
-    loss, _, gradient = results
+def _differentiable(
+    arguments: Sequence[Any], forward: Callable[[], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``forward`` returns, its loss with a gradient if the student is to have one."""
     student, backend = arguments[0], arguments[_OPTIONS_END]
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return forward()
+    with torch.no_grad():
+        results = forward()
+    loss, statistics, gradient = results
     want_gradient, _, expected = arguments[_OPTIONS_END + 1 :]
     if want_gradient and expected is None:
-        return _StoredGradient.apply(student, (loss, gradient), backend)
-    return _RecomputedGradient.apply(student, results, arguments)
+        loss = _StoredGradient.apply(student, (loss, gradient), backend)
+    else:
+        loss = _RecomputedGradient.apply(student, results, arguments)
+    return loss, statistics, gradient
 
 
 def _backward_autograd(keyset: Any, *arguments: Any) -> Tensor:
@@ -330,12 +334,8 @@ def kd_loss(
     arguments = (*tensors, *problem.options, *settings)
     if _is_observed(tensors):
         loss, statistics, _ = kd_forward(*arguments)
-    elif problem.student.requires_grad and torch.is_grad_enabled():
-        with torch.no_grad():
-            results = _run(problem, *settings)
-        loss, statistics = _attached(results, arguments), results[1]
     else:
-        loss, statistics, _ = _run(problem, *settings)
+        loss, statistics, _ = _differentiable(arguments, lambda: _run(problem, *settings))
     return loss, statistics
 
 
