@@ -275,7 +275,8 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
             raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
-    if student.shape[:-1] != teacher.shape[:-1]:
+    same_shape = student.shape == teacher.shape
+    if not same_shape and student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from "
             f"student_logits' {tuple(student.shape[:-1])}"
@@ -286,7 +287,7 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
         )
     if vocab_policy not in _VOCAB_POLICIES:
         raise ValueError(f"vocab_policy: {vocab_policy!r} is not one of {_VOCAB_POLICIES}")
-    if vocab_policy == "error" and student.shape[-1] != teacher.shape[-1]:
+    if not same_shape and vocab_policy == "error":
         raise ValueError(
             f"teacher_logits: vocabulary {teacher.shape[-1]} differs from student_logits' "
             f"{student.shape[-1]}; vocab_policy='truncate' compares the common prefix"

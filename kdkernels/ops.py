@@ -117,14 +117,14 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     return problem, arguments[_OPTIONS_END]
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> _Results:
     problem, backend = _unpack(arguments)
     return _run(problem, backend, *arguments[_OPTIONS_END + 1 :])
 
 
 def _run(
     problem: Problem, backend: str, want_gradient: bool, extras: bool, expected: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Results:
     foreseen = {}
     if expected is not None:
         foreseen["grad_output"] = torch.tensor(expected, dtype=torch.float64, device="cpu")
@@ -143,7 +143,7 @@ def _backward(*arguments: Any) -> Tensor:
     return BACKENDS[backend].backward(problem, statistics, grad_output)
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> _Results:
     problem, backend = _unpack(arguments)
     want_gradient = arguments[_OPTIONS_END + 1]
     student, shape = problem.student, problem.leading_shape
@@ -195,23 +195,28 @@ GRAD_OUTPUT = _GradOutput()
 
 
 # Autograd of kd_forward: only the loss is differentiable, and only in the student's logits. Both
-# functions receive what was computed: autograd looks at each tensor that goes in or comes out, and
-# the statistics, the gradient and 20 arguments as such would cost 12 us a call.
+# functions are handed the computation and hand its other results out in a tuple: autograd looks at
+# each tensor that goes in or comes out, and the statistics, the gradient and 20 arguments as such
+# would cost 12 us a call.
+
+_Results = tuple[Tensor, Tensor, Tensor]
 
 
 class _StoredGradient(torch.autograd.Function):
-    """A loss whose gradient was computed beside it."""
+    """A loss whose gradient is computed beside it."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, results: tuple[Tensor, Tensor], backend: str) -> Tensor:
-        loss, gradient = results
-        ctx.save_for_backward(gradient)
+    def forward(
+        ctx: Any, student: Tensor, compute: Callable[[], _Results], backend: str
+    ) -> tuple[Tensor, _Results]:
+        results = compute()
+        ctx.save_for_backward(results[2])
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        return loss
+        return results[0], results
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         return _once(_stored, ctx, grad_output), None, None
 
 
@@ -220,17 +225,17 @@ class _RecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, results: tuple[Tensor, Tensor, Tensor], arguments: Sequence[Any]
-    ) -> Tensor:
-        loss, statistics, foreseen = results
-        save(ctx, [*arguments[:_TENSORS], statistics, foreseen])
+        ctx: Any, student: Tensor, compute: Callable[[], _Results], arguments: Sequence[Any]
+    ) -> tuple[Tensor, _Results]:
+        results = compute()
+        save(ctx, [*arguments[:_TENSORS], *results[1:]])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
         ctx.expected = arguments[-1]
         ctx.set_materialize_grads(False)
-        return loss
+        return results[0], results
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         return _once(_recomputed, ctx, grad_output), None, None
 
 
@@ -268,27 +273,22 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
     return BACKENDS[backend].scale_gradient(gradient, grad_output, overwrite=not keeps_graph())
 
 
-def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_autograd(keyset: Any, *arguments: Any) -> _Results:
     refuse_transforms(arguments[0])
     return _differentiable(arguments, lambda: below_autograd(kd_forward, keyset, arguments))
 
 
-def _differentiable(
-    arguments: Sequence[Any], forward: Callable[[], tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``forward`` returns, its loss with a gradient if the student is to have one."""
+def _differentiable(arguments: Sequence[Any], compute: Callable[[], _Results]) -> _Results:
+    """What ``compute`` returns, its loss with a gradient if the student is to have one."""
     student, backend = arguments[0], arguments[_OPTIONS_END]
     if not (student.requires_grad and torch.is_grad_enabled()):
-        return forward()
-    with torch.no_grad():
-        results = forward()
-    loss, statistics, gradient = results
+        return compute()
     want_gradient, _, expected = arguments[_OPTIONS_END + 1 :]
     if want_gradient and expected is None:
-        loss = _StoredGradient.apply(student, (loss, gradient), backend)
+        loss, others = _StoredGradient.apply(student, compute, backend)
     else:
-        loss = _RecomputedGradient.apply(student, results, arguments)
-    return loss, statistics, gradient
+        loss, others = _RecomputedGradient.apply(student, compute, arguments)
+    return loss, *others[1:]
 
 
 def _backward_autograd(keyset: Any, *arguments: Any) -> Tensor:

@@ -84,7 +84,7 @@ class Backend(ABC):
         One number or one per row. The multiplication is skipped where reading the number costs
         nothing (on the CPU) and it is 1.
         """
-        if grad_output.ndim == 0 and grad_output.device.type == "cpu" and grad_output.item() == 1.0:
+        if grad_output.ndim == 0 and grad_output.is_cpu and grad_output.item() == 1.0:
             return gradient if overwrite else gradient.clone()
         out = gradient if overwrite else gradient.clone()
         return out.mul_(grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1))
@@ -92,6 +92,6 @@ class Backend(ABC):
 
 def empty_gradient(student: Tensor) -> Tensor:
     """Memory for the student's gradient: contiguous, whatever the strides of the student."""
-    if student.device.type == "cpu":
+    if student.is_cpu:
         return GRADIENT_MEMORY.take(student.shape, student.dtype)
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)

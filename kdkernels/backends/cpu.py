@@ -36,7 +36,7 @@ class CpuBackend(NativeBackend):
 
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []
-        if problem.student.device.type != "cpu":
+        if not problem.student.is_cpu:
             reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
         if problem.options.divergence not in DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")

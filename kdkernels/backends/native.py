@@ -49,7 +49,7 @@ class NativeBackend(Backend):
     ) -> Result:
         student, shape, dtype = problem.student, problem.leading_shape, problem.math_dtype
         loss = student.new_empty(() if problem.options.reduction != "none" else shape, dtype=dtype)
-        statistics = student.new_empty((len(STATISTICS), *shape), dtype=dtype)
+        statistics = student.new_empty(len(STATISTICS), *shape, dtype=dtype)
         gradient = gradient_out
         if gradient is None and want_gradient:
             gradient = empty_gradient(problem.student)
