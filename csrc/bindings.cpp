@@ -100,7 +100,7 @@ std::pair<double, double> divergence_at(const std::string& name,
                                         const std::vector<double>& parameters, double log_p,
                                         double log_q) {
   return visit(resolve(name, parameters), [&](auto functor) {
-    const Entry<double> e = make_entry(log_p, log_q);
+    const Entry<double> e = make_entry(functor, log_p, log_q);
     const Term<double> centred = functor(e), unit = functor.unit(), offset = functor.offset(e);
     return std::make_pair(centred.value * unit.value - offset.value,
                           centred.slope * unit.slope - offset.slope);

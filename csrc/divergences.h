@@ -12,16 +12,35 @@
 
 namespace kd {
 
+// Which ratio of the two probabilities a functor's entries come with.
+enum class Ratio { none, smaller_over_larger, student_over_teacher, teacher_over_student };
+
 template <class X>
 struct Entry {
   X p;
   X q;
   X delta;       // log2 q - log2 p; NaN where both are absent
-  X ratio;       // the smaller of p and q over the larger; only for functors that say kUsesRatio
+  X ratio;       // the one that the functor asks for, at most near the largest power of two
   X shortfall;   // ratio - 1, exact where they agree; with the ratio
-  X log_larger;  // the larger of log2 p and log2 q; only for functors that say kUsesLog
+  X log_larger;  // the larger of log2 p and log2 q, for functors that say kUsesLog: instead of both
 
-  KD_INLINE void set_ratio() { decay(bounded(absolute(delta)), ratio, shortfall); }
+  template <Ratio kRatio>
+  KD_INLINE void set_ratio() {
+    if constexpr (kRatio == Ratio::smaller_over_larger) {
+      decay(bounded(absolute(delta)), ratio, shortfall);
+    } else if constexpr (kRatio == Ratio::student_over_teacher) {
+      decay(clamped(-delta), ratio, shortfall);
+    } else if constexpr (kRatio == Ratio::teacher_over_student) {
+      decay(clamped(delta), ratio, shortfall);
+    }
+  }
+};
+
+// What a functor takes of an entry beside delta: a ratio, and either p and q or a logarithm.
+template <Ratio kGiven, bool kLog = false>
+struct Uses {
+  static constexpr Ratio kRatio = kGiven;
+  static constexpr bool kUsesLog = kLog;
 };
 
 // In units of the functor's own, unit(): a constant factor is cheaper once a row than once an
@@ -32,12 +51,13 @@ struct Term {
   X slope;  // d value / d log q
 };
 
-KD_INLINE Entry<double> make_entry(double log_p, double log_q) {
+template <class Functor>
+KD_INLINE Entry<double> make_entry(const Functor&, double log_p, double log_q) {
   Entry<double> e{};
   e.p = exp(log_p);
   e.q = exp(log_q);
   e.delta = (log_q - log_p) * kLog2E;
-  e.set_ratio();
+  e.template set_ratio<Functor::kRatio>();
   e.log_larger = maximum(log_p, log_q) * kLog2E;
   return e;
 }
@@ -64,30 +84,14 @@ struct Relative {
   }
 };
 
-// The mixture m = beta p + (1 - beta) q in log space, relative to the larger of p and q. One flat
-// object: GCC 12 copies nested ones through memory.
-template <class X>
-struct Mixture : Relative<X> {
-  X part;       // what the smaller of the two adds to the share
-  X share;      // m / larger, in (0, 1]
-  X log_share;  // log of it
-
-  KD_INLINE Mixture(const Entry<X>& e, double beta) : Relative<X>(e) {
-    const auto student_larger = e.delta > X(0.0);
-    const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
-    // The floor: a share of 0, where q has vanished beside p, would be divided by.
-    const X of_larger = select(student_larger, X(1.0 - beta), X(maximum(beta, 1e-37)));
-    part = of_smaller * this->ratio;
-    share = part + of_larger;
-    log_share = log_of_share(share, of_smaller * this->shortfall);
-  }
-};
-
-// log(m / q)
+// log(m / q), m a mixture of p and q, log_share = log(m / larger)
 template <class X>
 KD_INLINE X mixture_over_student(X delta, X distance, X log_share) {
   return select(delta > X(0.0), X(0.0), distance) + log_share;
 }
+
+// A weight of the larger that its reciprocal and logarithm allow.
+constexpr double kLeastShare = 1e-37;
 
 // 0 * inf is 0: an entry with weight 0 contributes nothing, however infinite its factor.
 template <class X>
@@ -108,9 +112,7 @@ struct Uncentred {
 };
 
 // KL(p || q) = sum p (log p - log q)
-struct ForwardKl : InUnitsOfOne {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct ForwardKl : Uses<Ratio::smaller_over_larger>, InUnitsOfOne {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X excess = Relative<X>(e).excess(e);
@@ -123,9 +125,7 @@ struct ForwardKl : InUnitsOfOne {
 };
 
 // KL(q || p) = sum q (log q - log p)
-struct ReverseKl : InUnitsOfOne {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct ReverseKl : Uses<Ratio::smaller_over_larger>, InUnitsOfOne {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X pull = weigh(e.q, X(kLn2) * e.delta);
@@ -138,24 +138,27 @@ struct ReverseKl : InUnitsOfOne {
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
-struct Jsd : Uncentred {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct Jsd : Uses<Ratio::smaller_over_larger>, Uncentred {
   double beta;
   KD_INLINE explicit Jsd(double given) : beta(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m(e, beta);
-    const X surprise = multiply_add(m.share, m.log_share, m.part * m.distance);
-    return {m.larger * surprise, e.q * mixture_over_student(e.delta, m.distance, m.log_share)};
+    const Relative<X> r(e);
+    const auto student_larger = e.delta > X(0.0);
+    const X of_smaller = select(student_larger, X(beta), X(1.0 - beta));
+    // The floor: a share of 0, where q has vanished beside p, has no logarithm.
+    const X of_larger = select(student_larger, X(1.0 - beta), X(maximum(beta, kLeastShare)));
+    const X part = of_smaller * r.ratio;
+    const X share = part + of_larger;  // m / larger, in (0, 1]
+    const X log_share = log_of_share(share, of_smaller * r.shortfall);
+    const X surprise = multiply_add(share, log_share, part * r.distance);
+    return {r.larger * surprise, e.q * mixture_over_student(e.delta, r.distance, log_share)};
   }
   KD_INLINE Term<double> unit() const { return {-1.0, beta - 1.0}; }
 };
 
 // The same at beta = 1/2, where the share is at least 1/2.
-struct EvenJsd : Uncentred {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct EvenJsd : Uses<Ratio::smaller_over_larger>, Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const Relative<X> r(e);
@@ -167,9 +170,7 @@ struct EvenJsd : Uncentred {
 };
 
 // sum |p - q| / 2; the slope is 0 where they agree
-struct Tvd : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = false;
+struct Tvd : Uses<Ratio::none>, Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X difference = e.q - e.p;
@@ -180,50 +181,52 @@ struct Tvd : Uncentred {
 };
 
 // KL(p || m), m = beta p + (1 - beta) q, 0 < beta < 1
-struct SkewForwardKl {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct SkewForwardKl : Uses<Ratio::student_over_teacher> {
   double beta;
+  KD_INLINE explicit SkewForwardKl(double given) : beta(given) {}
+  // q - p. The ratio keeps its digits where they are close, the difference where they are far apart.
+  template <class X>
+  static KD_INLINE X excess(const Entry<X>& e) {
+    return select(e.delta > X(1.0), e.q - e.p, e.p * e.shortfall);
+  }
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m(e, beta);
-    const auto student_larger = e.delta > X(0.0);
-    const X excess = m.excess(e);
-    const X log_m_over_p = m.log_share + select(student_larger, m.distance, X(0.0));
-    const X q_over_m = select(student_larger, X(1.0), m.ratio) / m.share;
-    return {X(1.0 - beta) * excess - e.p * log_m_over_p, excess * q_over_m};
+    const X share = multiply_add(X(1.0 - beta), e.ratio, X(maximum(beta, kLeastShare)));  // m / p
+    const X log_share = log_of_share(share, X(1.0 - beta) * e.shortfall);
+    const X gap = excess(e);
+    return {multiply_subtract(X(1.0 - beta), gap, e.p * log_share), gap * (e.ratio / share)};
   }
   KD_INLINE Term<double> unit() const { return {1.0, (1.0 - beta) * (1.0 - beta)}; }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {X(1.0 - beta) * Relative<X>(e).excess(e), X(1.0 - beta) * e.q};
+    return {X(1.0 - beta) * excess(e), X(1.0 - beta) * e.q};
   }
 };
 
 // KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
-struct SkewReverseKl {
-  static constexpr bool kUsesRatio = true;
-  static constexpr bool kUsesLog = false;
+struct SkewReverseKl : Uses<Ratio::teacher_over_student>, InUnitsOfOne {
   double beta;
+  KD_INLINE explicit SkewReverseKl(double given) : beta(given) {}
+  // p - q, as above.
+  template <class X>
+  static KD_INLINE X excess(const Entry<X>& e) {
+    return select(e.delta < X(-1.0), e.p - e.q, e.q * e.shortfall);
+  }
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const Mixture<X> m(e, beta);
-    const X excess = X(beta) * m.excess(e);
-    const X q_over_m = select(e.delta > X(0.0), X(1.0), m.ratio) / m.share;
-    const X push = e.q * mixture_over_student(e.delta, m.distance, m.log_share);
-    return {push + excess, multiply_add(X(1.0 - beta) * excess, q_over_m, push)};
+    const X share = multiply_add(X(beta), e.ratio, X(1.0 - beta));  // m / q
+    const X log_share = log_of_share(share, X(beta) * e.shortfall);
+    const X pull = multiply_subtract(X((1.0 - beta) * beta), e.shortfall / share, log_share);
+    return {multiply_subtract(X(beta), excess(e), e.q * log_share), e.q * pull};
   }
-  KD_INLINE Term<double> unit() const { return {-1.0, -1.0}; }
   template <class X>
   KD_INLINE Term<X> offset(const Entry<X>& e) const {
-    return {-X(beta) * Relative<X>(e).excess(e), -X(beta) * e.q};
+    return {X(beta) * excess(e), -X(beta) * e.q};
   }
 };
 
 // KL(q || q)
-struct Nothing : InUnitsOfOne, Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = false;
+struct Nothing : Uses<Ratio::none>, InUnitsOfOne, Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>&) const {
     return {X(0.0), X(0.0)};
@@ -233,11 +236,11 @@ struct Nothing : InUnitsOfOne, Uncentred {
 // The family of alpha-beta divergences needs no centring, its summands are of Bregman's kind. A
 // summand is never negative, so inf - inf, which exponents of opposite sign can give, stands for
 // +inf, which is `infinite` in the functor's own units; entries that agree (or are absent from both)
-// give exactly 0. With kFalls nothing becomes infinite.
-template <bool kFalls, class X>
+// give exactly 0.
+template <class X>
 KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope, double infinite = INFINITY) {
   const auto differ = absolute(e.delta) > X(0.0);
-  const X settled = kFalls ? value : select(is_nan(value), X(infinite), value);
+  const X settled = select(is_nan(value), X(infinite), value);
   return {select(differ, settled, X(0.0)), select(differ, slope, X(0.0))};
 }
 
@@ -260,10 +263,10 @@ KD_INLINE X power_of(double exponent, X x) {
 }
 
 // 2^-x - 1
-template <bool kFalls, class X>
+template <class X>
 KD_INLINE X less_one_of(X x) {
   X power, less_one;
-  lower<kFalls>(x, power, less_one);
+  grow(-x, power, less_one);
   return less_one;
 }
 
@@ -281,34 +284,41 @@ KD_INLINE X scaled(X scale, X factor) {
 // -1/(ab) [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] with a, b and a + b not zero; kFalls: both
 // are positive
 template <bool kFalls>
-struct AlphaBeta : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = true;
+struct AlphaBeta : Uses<Ratio::none, true>, Uncentred {
   double a, b;
   KD_INLINE AlphaBeta(double first, double second) : a(first), b(second) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const double s = a + b;
     const auto student_larger = e.delta > X(0.0);
-    const X scale = power_of<kFalls>(s, e.log_larger);
-    // Both powers start from the same rounded exponent: where the two are small they must cancel.
-    const X descent = X(s) * absolute(e.delta);
     const X part = select(student_larger, X(a / s), X(b / s));
-    const X smaller = less_one_of<kFalls>(descent);
-    const X crossed = less_one_of<kFalls>(part * descent);
+    // Both powers start from the same rounded exponent: where the two are small they must cancel.
+    X scale, smaller, crossed;
+    if constexpr (kFalls) {
+      // Nothing becomes infinite, and entries that agree or are absent give 0 by themselves.
+      const X descent = bounded(X(s) * absolute(e.delta));
+      decay_three(bounded(X(-s) * e.log_larger), descent, part * descent, scale, smaller, crossed);
+    } else {
+      const X descent = X(s) * absolute(e.delta);
+      scale = power_of<false>(s, e.log_larger);
+      smaller = less_one_of(descent);
+      crossed = less_one_of(part * descent);
+    }
     const X value = multiply_subtract(part, smaller, crossed);
     const X slope = select(student_larger, X(0.0), smaller) - crossed;
-    const double infinite = a * b > 0.0 ? INFINITY : -INFINITY;  // in units of 1 / (a b)
-    return settle<kFalls>(e, scaled<kFalls>(scale, value), scaled<kFalls>(scale, slope), infinite);
+    if constexpr (kFalls) {
+      return {scale * value, scale * slope};
+    } else {
+      const double infinite = a * b > 0.0 ? INFINITY : -INFINITY;  // in units of 1 / (a b)
+      return settle(e, weigh(scale, value), weigh(scale, slope), infinite);
+    }
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * b), 1.0 / a}; }
 };
 
 // b = 0: (1/a^2) [p^a ln(p^a/q^a) - p^a + q^a]; kFalls: a is positive
 template <bool kFalls>
-struct AlphaOnly : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = true;
+struct AlphaOnly : Uses<Ratio::none, true>, Uncentred {
   double a;
   KD_INLINE explicit AlphaOnly(double given) : a(given) {}
   template <class X>
@@ -320,17 +330,15 @@ struct AlphaOnly : Uncentred {
     lower<kFalls>(distance, power, less_one);
     const X shortfall = select(student_larger, -less_one, less_one);
     const X pull = select(student_larger, -fading<kFalls>(power, distance), distance);
-    return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
-                         scaled<kFalls>(scale, shortfall));
+    return settle(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
+                  scaled<kFalls>(scale, shortfall));
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * a), 1.0 / a}; }
 };
 
 // a = 0: (1/b^2) [q^b ln(q^b/p^b) - q^b + p^b]; kFalls: b is positive
 template <bool kFalls>
-struct BetaOnly : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = true;
+struct BetaOnly : Uses<Ratio::none, true>, Uncentred {
   double b;
   KD_INLINE explicit BetaOnly(double given) : b(given) {}
   template <class X>
@@ -342,33 +350,28 @@ struct BetaOnly : Uncentred {
     lower<kFalls>(distance, power, less_one);
     const X pull = select(student_larger, distance, -fading<kFalls>(power, distance));
     const X shortfall = select(student_larger, less_one, -less_one);
-    return settle<false>(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)),
-                         weigh(scale, pull));
+    return settle(e, weigh(scale, multiply_add(X(kLn2), pull, shortfall)), weigh(scale, pull));
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (b * b), kLn2 / b}; }
 };
 
 // a = -b, not zero: (1/a^2) [ln(q^a/p^a) + (q^a/p^a)^-1 - 1]
-struct AlphaOpposite : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = false;
+struct AlphaOpposite : Uses<Ratio::none>, Uncentred {
   double a;
   KD_INLINE explicit AlphaOpposite(double given) : a(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X shortfall = less_one_of<false>(X(a) * e.delta);
-    return settle<false>(e, multiply_add(X(a * kLn2), e.delta, shortfall), shortfall);
+    const X shortfall = less_one_of(X(a) * e.delta);
+    return settle(e, multiply_add(X(a * kLn2), e.delta, shortfall), shortfall);
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * a), -1.0 / a}; }
 };
 
 // a = b = 0: (ln p - ln q)^2 / 2
-struct LogRatio : Uncentred {
-  static constexpr bool kUsesRatio = false;
-  static constexpr bool kUsesLog = false;
+struct LogRatio : Uses<Ratio::none>, Uncentred {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    return settle<false>(e, e.delta * e.delta, e.delta);
+    return settle(e, e.delta * e.delta, e.delta);
   }
   KD_INLINE Term<double> unit() const { return {0.5 * kLn2 * kLn2, kLn2}; }
 };

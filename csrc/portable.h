@@ -33,11 +33,13 @@ KD_INLINE void grow(double a, double& power, double& less_one) {
   power = exp2(a);
   less_one = expm1(a * kLn2);
 }
-// At most where 2^-a is nothing beside 1; the bound for a NaN.
-KD_INLINE double bounded(double a) { return minimum(a, 1021.0); }
-// 2^-a and 2^-a - 1 for a bounded a, not much below 0, where nothing need look after overflow.
+// At most where 2^-a is exactly 0, and that for a NaN.
+KD_INLINE double bounded(double a) { return minimum(a, 1100.0); }
+// The same, and 2^-a is finite.
+KD_INLINE double clamped(double a) { return maximum(-1021.0, bounded(a)); }
+// 2^-a and 2^-a - 1 for a bounded or clamped a, where nothing need look after overflow.
 KD_INLINE void decay(double a, double& power, double& less_one) { grow(-a, power, less_one); }
-// log(u) for 0 < u <= 1, given u - 1 as well, which keeps every digit when u is near 1.
+// log(u) for u > 0, given u - 1 as well, which keeps every digit when u is near 1.
 KD_INLINE double log_of_share(double u, double u_minus_one) {
   return u > 0.5 ? log1p(u_minus_one) : log(u);
 }
@@ -85,6 +87,7 @@ KD_INLINE void assemble(float shifted, float r, float& power, float& less_one) {
 
 // A NaN becomes the bound, whose power is exactly 0: the bits of 2^-127 are none.
 KD_INLINE float bounded(float a) { return fminf(a, 127.0f); }
+KD_INLINE float clamped(float a) { return fmaxf(-127.0f, bounded(a)); }
 
 KD_INLINE void decay(float a, float& power, float& less_one) {
   const float shifted = kBiasedMagicNumber - a;
@@ -126,6 +129,15 @@ KD_INLINE float log_of_share(float u, float u_minus_one) {
   p = multiply_add(p, f, -0.499999911f);
   p = multiply_add(p, f, 1.0f);
   return multiply_add(n, static_cast<float>(kLn2 * 0x1p-23), f * p);
+}
+
+// 2^-a, 2^-b - 1 and 2^-c - 1, for which a SIMD register has a faster way.
+template <class X>
+KD_INLINE void decay_three(X a, X b, X c, X& power, X& b_less_one, X& c_less_one) {
+  X unused;
+  decay(a, power, unused);
+  decay(b, unused, b_less_one);
+  decay(c, unused, c_less_one);
 }
 
 }  // namespace kd

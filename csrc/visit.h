@@ -65,9 +65,9 @@ KD_INLINE auto visit(const Divergence& divergence, Visitor&& visitor) {
       return visitor(Tvd{});
     case DivergenceKind::skew_forward_kl:
       // Without a share of the teacher the mixture is the student.
-      return beta == 0.0 ? visitor(ForwardKl{}) : visitor(SkewForwardKl{beta});
+      return beta == 0.0 ? visitor(ForwardKl{}) : visitor(SkewForwardKl(beta));
     case DivergenceKind::skew_reverse_kl:
-      return beta == 0.0 ? visitor(Nothing{}) : visitor(SkewReverseKl{beta});
+      return beta == 0.0 ? visitor(Nothing{}) : visitor(SkewReverseKl(beta));
     case DivergenceKind::alpha_beta:
       return visit_alpha_beta(divergence.first, divergence.second, visitor);
     case DivergenceKind::forward_kl:

@@ -359,7 +359,7 @@ KD_DEVICE Entry<float> make_entry(const Task& task, const Totals& totals, float 
   e.q = power_of_two(log_q);
   e.p = power_of_two(log_p);
   e.delta = (u_s - u_t) - (totals.student_log - totals.teacher_log);
-  if constexpr (Functor::kUsesRatio) e.set_ratio();
+  e.template set_ratio<Functor::kRatio>();
   if constexpr (Functor::kUsesLog) e.log_larger = maximum(log_p, log_q);
   return e;
 }
