@@ -293,16 +293,16 @@ struct AlphaBeta : Uses<Ratio::none, true>, Uncentred {
     const auto student_larger = e.delta > X(0.0);
     const X part = select(student_larger, X(a / s), X(b / s));
     // Both powers start from the same rounded exponent: where the two are small they must cancel.
+    const X descent = X(s) * absolute(e.delta), part_of_it = part * descent;
     X scale, smaller, crossed;
     if constexpr (kFalls) {
       // Nothing becomes infinite, and entries that agree or are absent give 0 by themselves.
-      const X descent = bounded(X(s) * absolute(e.delta));
-      decay_three(bounded(X(-s) * e.log_larger), descent, part * descent, scale, smaller, crossed);
+      decay_three(bounded(X(-s) * e.log_larger), bounded(descent), bounded(part_of_it), scale,
+                  smaller, crossed);
     } else {
-      const X descent = X(s) * absolute(e.delta);
       scale = power_of<false>(s, e.log_larger);
       smaller = less_one_of(descent);
-      crossed = less_one_of(part * descent);
+      crossed = less_one_of(part_of_it);
     }
     const X value = multiply_subtract(part, smaller, crossed);
     const X slope = select(student_larger, X(0.0), smaller) - crossed;
