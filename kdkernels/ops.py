@@ -320,8 +320,8 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, differentiable: ``kd_forward``, or the same without the dispatcher.
 
-    It would pass 23 arguments through twice: on [8, 1000], forward and backward, 233 to 252 us
-    instead of 184 to 188, eager PyTorch taking 307 to 333 (Zen 3, best and median of three runs).
+    It would pass 23 arguments through twice: on [8, 1000], forward and backward, 215 to 233 us
+    instead of 167 to 181, eager PyTorch taking 310 to 333 (Zen 3, best and median of 30 rounds).
     """
     tensors = (
         problem.student,
