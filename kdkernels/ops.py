@@ -32,6 +32,8 @@ _OPTIONS_END = _TENSORS + len(Options._fields)
 
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
 
+_Results = tuple[Tensor, Tensor, Tensor]  # loss, statistics, gradient
+
 #: Types of tensors that nothing but torch's own code computes with.
 PLAIN = (Tensor, nn.Parameter)
 
@@ -198,8 +200,6 @@ GRAD_OUTPUT = _GradOutput()
 # functions are handed the computation and hand its other results out in a tuple: autograd looks at
 # each tensor that goes in or comes out, and the statistics, the gradient and 20 arguments as such
 # would cost 12 us a call.
-
-_Results = tuple[Tensor, Tensor, Tensor]
 
 
 class _StoredGradient(torch.autograd.Function):
