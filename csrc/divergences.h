@@ -22,7 +22,7 @@ struct Entry {
   X delta;       // log2 q - log2 p; NaN where both are absent
   X ratio;       // the one that the functor asks for, at most near the largest power of two
   X shortfall;   // ratio - 1, exact where they agree; with the ratio
-  X log_larger;  // the larger of log2 p and log2 q, for functors that say kUsesLog: instead of both
+  X log_larger;  // of log2 p and log2 q; for functors that say kUsesLog, which read neither p nor q
 
   template <Ratio kRatio>
   KD_INLINE void set_ratio() {
