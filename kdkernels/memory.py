@@ -35,7 +35,7 @@ class GradientMemory:
         """An uninitialised contiguous tensor; it owns its memory like any other."""
         needed = math.prod(shape) * dtype.itemsize
         if needed < _SMALLEST or os.environ.get("KDKERNELS_KEEP_GRADIENT_MEMORY") == "0":
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(*shape, dtype=dtype)  # a Size as one argument takes twice as long
         with self._lock:  # between the look at the count and the new reference
             if not self._fits(needed):
                 self._kept = None  # before the allocation: never two blocks of ours at a time
