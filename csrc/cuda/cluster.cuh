@@ -25,8 +25,11 @@ KD_DEVICE void cluster_barrier() {
 struct Barrier {
   uint64_t state;
 
-  KD_DEVICE void initialise() {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&state)) : "memory");
+  // `senders`: how many blocks arrive, besides this one's `expect`.
+  KD_DEVICE void initialise(int senders = 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(senders + 1)
+                 : "memory");
   }
   KD_DEVICE void expect(unsigned bytes) {
     asm volatile(
@@ -43,6 +46,18 @@ struct Barrier {
         "@!done bra again;\n}" ::"r"(shared_address(&state)),
         "r"(parity)
         : "memory");
+  }
+  // Whether a wait would return at once.
+  KD_DEVICE bool is_over(unsigned parity) {
+    unsigned over;
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(over)
+        : "r"(shared_address(&state)), "r"(parity)
+        : "memory");
+    return over != 0;
   }
   // For what other blocks sent.
   KD_DEVICE void wait_for_cluster(unsigned parity) {
@@ -106,10 +121,13 @@ struct Mailbox {
     return record;
   }
 
-  // To the same slot of another block, whose barrier counts the bytes.
+  // To the same slot of another block, whose barrier counts the bytes and this arrival; `extra`
+  // takes the last word. The arrival is relaxed: fence_cluster() before it makes it release.
   template <class Record>
-  KD_DEVICE void send(int slot, const Record& record, Barrier& barrier, int rank) const {
-    const auto m = Message<kWords>::of(record);
+  KD_DEVICE void send(int slot, const Record& record, int extra, Barrier& barrier,
+                      int rank) const {
+    auto m = Message<kWords>::of(record);
+    m.at[kWords - 1] = static_cast<unsigned>(extra);
     const unsigned on = remote_address(&barrier.state, rank);
     const unsigned to = remote_address(&pieces[0][slot], rank);
 #pragma unroll
@@ -120,16 +138,24 @@ struct Mailbox {
           "r"(m.at[i]), "r"(m.at[i + 1]), "r"(m.at[i + 2]), "r"(m.at[i + 3]), "r"(on)
           : "memory");
     }
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(on)
+                 : "memory");
+  }
+
+  KD_DEVICE int extra(int slot) const {
+    return static_cast<int>(pieces[kWords / 4 - 1][slot].w);
   }
 };
+
+// What this block did before it, and shared by barriers with the calling thread, comes before what
+// a block does that later sees an arrival of this thread. A MEMBAR of the device in the machine
+// code, so it waits for the thread's stores to global memory: to be called where there is time.
+KD_DEVICE void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 // After the initialisation of barriers, before the first copy names them.
 KD_DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-
-// Orders this thread's ordinary accesses to shared memory before later bulk copies into it.
-KD_DEVICE void fence_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Both addresses and the size are multiples of 16. The data are read once: evict_first.
 KD_DEVICE void bulk_copy(char* to, const char* from, unsigned bytes, Barrier& barrier,
@@ -140,5 +166,13 @@ KD_DEVICE void bulk_copy(char* to, const char* from, unsigned bytes, Barrier& ba
       "l"(from), "r"(bytes), "r"(shared_address(&barrier.state)), "l"(policy)
       : "memory");
 }
+
+// 16 bytes to shared memory, without a register; the same thread waits for it.
+KD_DEVICE void copy_ahead(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+KD_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace kd::cuda

@@ -1,5 +1,5 @@
-// The small kernels around the rows: the number of rows that count, the sum of their losses, and a
-// stored gradient times what came from above.
+// The small kernels around the rows: which rows count, the sum of their losses, and a stored
+// gradient times what came from above.
 #pragma once
 
 #include "device.cuh"
@@ -21,16 +21,104 @@ KD_DEVICE Number block_sum(Number x, Number (&slots)[kFinishThreads / 32]) {
   return warp(slots[threadIdx.x % 32]);
 }
 
-// One block: 0 rows count as 1, so that nothing is divided by 0.
-static __global__ void __launch_bounds__(kFinishThreads)
-    count_kernel(const int64_t* labels, int64_t ignore_index, int64_t rows, float* denominator) {
-  __shared__ unsigned long long slots[kFinishThreads / 32];
-  unsigned long long counted = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += kFinishThreads) {
-    counted += labels[row] != ignore_index;
+// What is given of the rows besides their logits.
+struct RowInputs {
+  int rows, vocab;
+  const int64_t* labels;  // [rows], or null
+  int64_t ignore_index;
+  const float* row_weights;  // [rows], or null
+  const float* grad_output;
+  int64_t grad_output_stride;
+  const float* denominator;  // on the device, or null: then 1 / scale, or, where that is 0, the
+  float scale;               // number of labels that are not ignore_index
+  bool backward;             // only the gradient is wanted
+  unsigned long long* label_errors;  // 1 + the highest row whose label is out of range; or null
+};
+
+// Rows that do not count are not read. A weight of 0 makes a row one of them.
+KD_DEVICE bool plan_row(const RowInputs& given, int row, float scale, RowPlan& plan) {
+  const int64_t label = given.labels ? given.labels[row] : 0;
+  plan.row = row;
+  plan.label = kIgnored;
+  plan.weight = given.row_weights ? given.row_weights[row] : 1.0f;
+  plan.share = plan.weight * scale;
+  if (given.grad_output) plan.share *= given.grad_output[row * given.grad_output_stride];
+  if (given.labels && label == given.ignore_index) return false;
+  if (given.labels && (label < 0 || label >= given.vocab)) {
+    plan.label = kSpoiled;
+    if (given.label_errors) {
+      atomicMax(given.label_errors, static_cast<unsigned long long>(row) + 1);
+    }
+    return false;
   }
-  counted = block_sum(counted, slots);
-  if (threadIdx.x == 0) *denominator = counted ? static_cast<float>(counted) : 1.0f;
+  if (plan.weight == 0.0f || (given.backward && plan.share == 0.0f)) return false;
+  if (given.labels) plan.label = static_cast<int>(label);
+  return true;
+}
+
+// One block: the rows that count, in order, and from the end the others. So a row that counts costs
+// the row kernels no decision, and clusters share those alone.
+static __global__ void __launch_bounds__(kFinishThreads)
+    plan_kernel(const __grid_constant__ RowInputs given, Plan* plan, RowPlan* planned) {
+  constexpr int kWarps = kFinishThreads / 32, kRows = 4;  // rows of a thread and turn
+  __shared__ unsigned long long slots[kWarps];
+  __shared__ int counts[kRows * kWarps];
+  float scale = given.scale;
+  if (given.denominator) {
+    scale = *given.denominator == 0.0f ? 1.0f : 1.0f / *given.denominator;
+  } else if (scale == 0.0f) {
+    unsigned long long labelled = 0;
+    for (int row = threadIdx.x; row < given.rows; row += kFinishThreads) {
+      labelled += given.labels[row] != given.ignore_index;
+    }
+    labelled = block_sum(labelled, slots);
+    // No rows count as one, so that nothing is divided by 0.
+    const float denominator = labelled ? static_cast<float>(labelled) : 1.0f;
+    if (threadIdx.x == 0) plan->denominator = denominator;
+    scale = 1.0f / denominator;
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int before = 0;  // rows that count, of earlier turns
+  for (int64_t turn = 0; turn < given.rows; turn += kRows * kFinishThreads) {
+    RowPlan mine[kRows];
+    bool counts_mine[kRows];
+    unsigned votes[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = turn + i * kFinishThreads + threadIdx.x;
+      counts_mine[i] = row < given.rows && plan_row(given, static_cast<int>(row), scale, mine[i]);
+      votes[i] = __ballot_sync(kWholeWarp, counts_mine[i]);
+      if (lane == 0) counts[i * kWarps + warp] = __popc(votes[i]);
+    }
+    __syncthreads();
+    if (warp == 0) {  // what stands before each warp's; a lane has kRows of them
+      int sum = 0, own[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) own[i] = counts[lane * kRows + i], sum += own[i];
+      int upto = sum;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(kWholeWarp, upto, step);
+        if (lane >= step) upto += other;
+      }
+      upto += before - sum;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) counts[lane * kRows + i] = upto, upto += own[i];
+      before = upto;  // of the last lane: all
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = turn + i * kFinishThreads + threadIdx.x;
+      if (row >= given.rows) continue;
+      const int earlier = counts[i * kWarps + warp] + __popc(votes[i] & ((1u << lane) - 1));
+      const int64_t others = row - earlier;
+      planned[counts_mine[i] ? earlier : given.rows - 1 - others] = mine[i];
+    }
+    __syncthreads();
+    if (warp == 0) before = __shfl_sync(kWholeWarp, before, 31);
+  }
+  if (threadIdx.x == 0) plan->counted = before, plan->next = 0;
 }
 
 // One block, so that the order of the sum depends on nothing.

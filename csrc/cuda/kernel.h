@@ -69,9 +69,17 @@ Kernel resident_kernel_of(const BetaOnly<false>&);
 Kernel resident_kernel_of(const AlphaOpposite&);
 Kernel resident_kernel_of(const LogRatio&);
 
-// Of a KL between plain logits of one format; not for LabelSum::separate.
-Kernel register_kernel_of_float32(bool reverse, LabelSum label_sum);
-Kernel register_kernel_of_bfloat16(bool reverse, LabelSum label_sum);
-Kernel register_kernel_of_float16(bool reverse, LabelSum label_sum);
+// Of a KL between logits of one format, for `columns` per thread. Where those are many there is
+// neither cube nor fourth; and all but LabelSum::separate are for plain logits.
+Kernel register_kernel_of_float32_forward(LabelSum label_sum, int columns);
+Kernel register_kernel_of_float32_reverse(LabelSum label_sum, int columns);
+Kernel register_kernel_of_bfloat16_forward(LabelSum label_sum, int columns);
+Kernel register_kernel_of_bfloat16_reverse(LabelSum label_sum, int columns);
+Kernel register_kernel_of_float16_forward(LabelSum label_sum, int columns);
+Kernel register_kernel_of_float16_reverse(LabelSum label_sum, int columns);
+
+// Where each thread may have kWideColumnsPerThread. In float32 only one stage of such a block's
+// slice would fit.
+constexpr bool has_wide_form(DType dtype) { return dtype != DType::float32; }
 
 }  // namespace kd::cuda

@@ -91,12 +91,43 @@ LabelSum label_sum_of(const Problem& p) {
   if (!labelled && p.z_loss == 0.0 && !p.extras) return LabelSum::none;
   if (p.temperature == 1.0) return LabelSum::student;
   if (p.temperature == 2.0) return LabelSum::square;
+  if (p.temperature == 3.0) return LabelSum::cube;
   return p.temperature == 4.0 ? LabelSum::fourth : LabelSum::separate;
 }
+
+RowInputs row_inputs(const Problem& p, const Launch& launch) {
+  RowInputs given{};
+  given.rows = static_cast<int>(p.rows());
+  given.vocab = static_cast<int>(p.vocab);
+  given.labels = p.labels;
+  given.ignore_index = p.ignore_index;
+  given.row_weights = p.row_weights;
+  given.grad_output = static_cast<const float*>(p.grad_output);
+  given.grad_output_stride = p.grad_output_stride;
+  given.denominator = launch.num_items;
+  // Without labels all rows count; of no rows the mean is 0.
+  double denominator = p.denominator;
+  if (denominator == 0.0 && !p.labels) denominator = p.rows() > 0 ? p.rows() : 1.0;
+  given.scale = denominator == 0.0 ? 0.0f : static_cast<float>(1.0 / denominator);
+  given.backward = !p.statistics;
+  given.label_errors = launch.label_errors;
+  return given;
+}
+
+// The plan of the call and those of its rows.
+int64_t head_bytes(int64_t rows) { return kWorkspaceHead + rows * int64_t{sizeof(RowPlan)}; }
 
 bool is_closed(const Divergence& divergence) {
   return divergence.kind == DivergenceKind::forward_kl ||
          divergence.kind == DivergenceKind::reverse_kl;
+}
+
+void set_label_sum(Task& task, const Problem& p, LabelSum label_sum) {
+  task.label_sum = label_sum;
+  // Where the label's exponentials are powers of the student's, its factor must be just that power.
+  task.label_factor = label_sum == LabelSum::separate
+                          ? static_cast<float>(kLog2E)
+                          : static_cast<float>(p.temperature) * task.student.factor;
 }
 
 Task make_task(const Problem& p, const Launch& launch) {
@@ -108,15 +139,9 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.outer = p.outer;
   task.inner = p.inner;
   task.vocab = static_cast<int>(p.vocab);
-  task.labels = p.labels;
-  task.ignore_index = p.ignore_index;
-  task.row_weights = p.row_weights;
-  task.grad_output = static_cast<const float*>(p.grad_output);
-  task.grad_output_stride = p.grad_output_stride;
-  task.denominator = launch.num_items;
-  // Of no rows the mean is 0.
-  const double rows = p.rows() > 0 ? static_cast<double>(p.rows()) : 1.0;
-  task.scale = static_cast<float>(1.0 / (p.denominator != 0.0 ? p.denominator : rows));
+  char* workspace = static_cast<char*>(launch.workspace);
+  task.plan = reinterpret_cast<Plan*>(workspace);
+  task.rows_planned = reinterpret_cast<const RowPlan*>(workspace + kWorkspaceHead);
   task.alpha = static_cast<float>(p.alpha);
   task.ce_weight = static_cast<float>(p.ce_weight());
   task.kd_scale = static_cast<float>(p.kd_scale());
@@ -126,19 +151,28 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.slope_unit = static_cast<float>(unit.slope);
   task.label_smoothing = p.labels ? static_cast<float>(p.label_smoothing) : 0.0f;
   task.z_loss = static_cast<float>(p.z_loss);
-  task.label_sum = label_sum_of(p);
-  // Where the label's exponentials are powers of the student's, its factor must be just that power.
-  task.label_factor = task.label_sum == LabelSum::separate
-                          ? static_cast<float>(kLog2E)
-                          : static_cast<float>(p.temperature) * task.student.factor;
+  set_label_sum(task, p, label_sum_of(p));
   task.inverse_temperature = static_cast<float>(1.0 / p.temperature);
   task.extras = p.extras;
   task.losses = p.reduce ? nullptr : static_cast<float*>(p.loss);
   task.statistics = static_cast<float*>(p.statistics);
-  task.label_errors = launch.label_errors;
   task.gradient = static_cast<char*>(p.gradient);
   task.gradient_columns = p.gradient_columns;
   return task;
+}
+
+// Whether every row of this side starts at a multiple of 16 bytes.
+bool is_aligned(const Task& task, const Side& side) {
+  const int64_t size = size_of(side.dtype);
+  return reinterpret_cast<intptr_t>(side.data) % 16 == 0 &&
+         (task.outer == 1 || side.outer_stride * size % 16 == 0) &&
+         (task.inner == 1 || side.inner_stride * size % 16 == 0);
+}
+
+RowShape shape_of(const Task& task) {
+  return {task.rows(), task.vocab,
+          static_cast<int>(size_of(task.student.dtype) + size_of(task.teacher.dtype)),
+          is_aligned(task, task.student)};
 }
 
 void launch_stream(const Kernel& kernel, dim3 grid, int threads, Task& task, Split& split,
@@ -155,20 +189,19 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   const Kernel kernel = visit(problem.divergence, [&](const auto& functor) {
     return stream_kernel_of(general(functor), narrow ? 8 : 4);
   });
+  const RowShape shape = shape_of(task);
   int blocks_per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel.address,
                                                       kStreamThreads, 0),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor", launch.device);
   const StreamPolicy policy =
-      stream_policy({task.rows(), task.vocab,
-                     static_cast<int>(size_of(task.student.dtype) + size_of(task.teacher.dtype))},
-                    limits, blocks_per_processor);
+      stream_policy(shape, limits, blocks_per_processor);
   Split split;
   split.parts = policy.parts;
-  split.each = static_cast<int>(slice_columns(task.vocab, policy.parts) / 8);
+  split.each = static_cast<int>(slice_columns(shape, policy.parts) / 8);
   const dim3 grid(static_cast<unsigned>(policy.blocks), static_cast<unsigned>(policy.parts));
   if (policy.parts == 1) return launch_stream(kernel, grid, kStreamThreads, task, split, launch);
-  char* memory = static_cast<char*>(launch.workspace) + kWorkspaceHead;
+  char* memory = static_cast<char*>(launch.workspace) + head_bytes(task.rows());
   split.observed = reinterpret_cast<Sums*>(memory);
   split.evaluated = reinterpret_cast<Evaluated*>(split.observed + task.rows() * policy.parts);
   for (const int step : {observe_step, evaluate_step, differentiate_step}) {
@@ -205,22 +238,35 @@ const char* why_not_resident(const Task& task, const DeviceLimits& limits) {
 const char* why_not_registers(const Problem& problem, const Task& task) {
   if (!is_closed(problem.divergence)) return "the divergence is not a KL";
   if (task.student.dtype != task.teacher.dtype) return "the dtypes differ";
-  if (!problem.student.is_plain() || !problem.teacher.is_plain())
-    return "the logits are transformed";
+  // The largest logit has to stay the largest.
+  if (problem.student.scale < 0.0 || problem.teacher.scale < 0.0) return "logit_scale is negative";
   if (task.extras || task.label_smoothing != 0.0f) return "label smoothing or extra outputs";
-  if (task.label_sum == LabelSum::separate) return "labels at a temperature other than 1, 2 or 4";
   return task.is_single() ? "the vocabulary has one entry" : nullptr;
 }
 
-Kernel register_kernel_of(const Problem& problem, const Task& task) {
+Kernel register_kernel_of(const Problem& problem, const Task& task, LabelSum label_sum,
+                          int columns) {
   const bool reverse = problem.divergence.kind == DivergenceKind::reverse_kl;
-  if (task.student.dtype == DType::bfloat16) {
-    return register_kernel_of_bfloat16(reverse, task.label_sum);
+  const auto choose = [&](auto of_forward, auto of_reverse) {
+    return (reverse ? of_reverse : of_forward)(label_sum, columns);
+  };
+  switch (task.student.dtype) {
+    case DType::bfloat16:
+      return choose(register_kernel_of_bfloat16_forward, register_kernel_of_bfloat16_reverse);
+    case DType::float16:
+      return choose(register_kernel_of_float16_forward, register_kernel_of_float16_reverse);
+    default:
+      return choose(register_kernel_of_float32_forward, register_kernel_of_float32_reverse);
   }
-  if (task.student.dtype == DType::float16) {
-    return register_kernel_of_float16(reverse, task.label_sum);
-  }
-  return register_kernel_of_float32(reverse, task.label_sum);
+}
+
+// How a register kernel with these columns per thread makes the exponentials at T = 1. Those of
+// transformed logits are no power that could be reused, and wide kernels know few powers.
+LabelSum label_sum_in_registers(const Problem& problem, const Task& task, int columns) {
+  const bool plain = problem.student.is_plain() && problem.teacher.is_plain();
+  const bool is_rare = task.label_sum == LabelSum::cube || task.label_sum == LabelSum::fourth;
+  const bool wide = columns != kColumnsPerThread;
+  return !plain || (wide && is_rare) ? LabelSum::separate : task.label_sum;
 }
 
 // A launch of a row-resident kernel.
@@ -260,10 +306,13 @@ int active_clusters(const Kernel& kernel, const Cluster& cluster, const Launch& 
   if (status == cudaSuccess) {
     status = cudaOccupancyMaxActiveClusters(&count, kernel.address, &config);
   }
-  // A size that the device refuses is one that it does not run.
-  if (status != cudaSuccess) {
+  // A size or a configuration that the device refuses is one that it does not run; what else may
+  // go wrong says nothing about later calls.
+  if (status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidConfiguration) {
     cudaGetLastError();
     count = 0;
+  } else {
+    check(status, "cudaOccupancyMaxActiveClusters", launch.device);
   }
   return known[key] = count;
 }
@@ -283,17 +332,27 @@ void allow_shared_memory(const Kernel& kernel, const DeviceLimits& limits, int r
 }
 
 // False: the rows do not fit, or no cluster of the size that they need can be scheduled.
-bool resident_rows(const Kernel& kernel, Task& task, const Launch& launch, int forced_cluster) {
+// `kernel_of` has a kernel for each number of columns per thread, or one for all.
+template <class KernelOf>
+bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const Launch& launch,
+                   int forced_cluster) {
   const DeviceLimits& limits = limits_of(launch.device);
   const int s_size = static_cast<int>(size_of(task.student.dtype));
-  const int t_size = static_cast<int>(size_of(task.teacher.dtype));
-  const RowShape shape{task.rows(), task.vocab, s_size + t_size};
-  allow_shared_memory(kernel, limits, kResidentScratchBytes, launch);
+  const RowShape shape = shape_of(task);
+  const int reserved = kResidentScratchBytes;
   for (int largest = kMostClusterBlocks; largest >= 1; largest /= 2) {
-    const ResidentPolicy policy =
-        forced_cluster ? resident_policy(shape, limits, forced_cluster, kResidentScratchBytes)
-                       : best_resident_policy(shape, limits, largest, kResidentScratchBytes);
+    ResidentPolicy policy;
+    if (forced_cluster) {
+      policy = resident_policy(shape, limits, forced_cluster, kColumnsPerThread, reserved);
+      if (!policy.cluster && has_wide) {
+        policy = resident_policy(shape, limits, forced_cluster, kWideColumnsPerThread, reserved);
+      }
+    } else {
+      policy = best_resident_policy(shape, limits, largest, has_wide, reserved);
+    }
     if (!policy.cluster) return false;
+    const Kernel kernel = kernel_of(policy.columns_per_thread);
+    allow_shared_memory(kernel, limits, reserved, launch);
     const int stage_bytes = static_cast<int>(policy.slice_columns) * shape.bytes;
     Cluster cluster(policy, stage_bytes, launch);
     const int64_t active = active_clusters(kernel, cluster, launch);
@@ -346,14 +405,24 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
   if (!reason) {
     const char* not_registers = why_not_registers(problem, task);
     if (!not_registers && forced.allows("registers")) {
-      const Kernel kernel = register_kernel_of(problem, task);
-      if (resident_rows(kernel, task, launch, forced.cluster)) return;
+      Task adapted = task;
+      const auto kernel = [&](int columns) {
+        const LabelSum label_sum = label_sum_in_registers(problem, task, columns);
+        if (task.label_sum != LabelSum::none) set_label_sum(adapted, problem, label_sum);
+        return register_kernel_of(problem, task, label_sum, columns);
+      };
+      if (resident_rows(kernel, has_wide_form(task.student.dtype), adapted, launch,
+                        forced.cluster)) {
+        return;
+      }
       reason = "the row does not fit";
     } else if (forced.allows("shared")) {
-      const Kernel kernel = visit(problem.divergence, [](const auto& functor) {
-        return resident_kernel_of(general(functor));
-      });
-      if (resident_rows(kernel, task, launch, forced.cluster)) return;
+      const auto kernel = [&](int) {
+        return visit(problem.divergence, [](const auto& functor) {
+          return resident_kernel_of(general(functor));
+        });
+      };
+      if (resident_rows(kernel, false, task, launch, forced.cluster)) return;
       reason = "the row does not fit";
     } else {
       reason = not_registers;
@@ -368,27 +437,29 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
 int64_t workspace_bytes(int64_t rows) {
   constexpr int64_t slot = sizeof(Sums) + sizeof(Evaluated);
   constexpr int64_t statistics = 10 * sizeof(float);
-  static_assert(kWorkspaceHead + kMostParts * slot + statistics <= 1024);
+  static_assert(kWorkspaceHead + sizeof(RowPlan) + kMostParts * slot + statistics <= 1024);
   const int64_t slots = rows <= kSplitRows ? rows * kMostParts : 0;
-  return kWorkspaceHead + slots * slot;
+  return head_bytes(rows) + slots * slot;
 }
 
 void run(const Problem& problem, const Launch& launch) {
   const DeviceGuard guard(launch.device);
   const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
   const int64_t rows = problem.rows();
+  if (rows > INT32_MAX) throw std::invalid_argument("more than 2^31 - 1 rows");
   Task task = make_task(problem, launch);
-  float* denominator = static_cast<float*>(launch.workspace);
-  if (!launch.num_items && problem.denominator == 0.0 && problem.labels) {
-    count_kernel<<<1, kFinishThreads, 0, stream>>>(problem.labels, problem.ignore_index, rows,
-                                                   denominator);
-    check(cudaGetLastError(), "count_kernel", launch.device);
-    task.denominator = denominator;
+  const RowInputs inputs = row_inputs(problem, launch);
+  if (rows > 0) {
+    plan_kernel<<<1, kFinishThreads, 0, stream>>>(inputs, task.plan,
+                                                  const_cast<RowPlan*>(task.rows_planned));
+    check(cudaGetLastError(), "plan_kernel", launch.device);
+    run_rows(problem, task, launch);
   }
-  if (rows > 0) run_rows(problem, task, launch);
   if (problem.reduce && problem.loss) {
-    sum_kernel<<<1, kFinishThreads, 0, stream>>>(task.statistics, rows, task.denominator,
-                                                 task.scale, static_cast<float*>(problem.loss));
+    const bool counted = rows > 0 && !inputs.denominator && inputs.scale == 0.0f;
+    const float* denominator = counted ? &task.plan->denominator : inputs.denominator;
+    sum_kernel<<<1, kFinishThreads, 0, stream>>>(task.statistics, rows, denominator, inputs.scale,
+                                                 static_cast<float*>(problem.loss));
     check(cudaGetLastError(), "sum_kernel", launch.device);
   }
 }
@@ -435,7 +506,7 @@ std::string why_not(int device) {
   if (device >= devices) return "there is no device cuda:" + std::to_string(device);
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  const cudaError_t built = cudaFuncGetAttributes(&attributes, (const void*)count_kernel);
+  const cudaError_t built = cudaFuncGetAttributes(&attributes, (const void*)sum_kernel);
   if (built == cudaSuccess) return "";
   cudaGetLastError();
   return "the kernels were built for " KDKERNELS_CUDA_ARCHS ", cuda:" + std::to_string(device) +

@@ -16,9 +16,10 @@ struct RowShape {
   int64_t rows;
   int64_t vocab;
   int bytes;  // student and teacher, one element of each
+  bool aligned;  // every row of the student starts at a multiple of 16 bytes
 };
 
-// The denominator, and space to the next aligned slot.
+// The Plan, and space to the next aligned slot; the rows' plans are behind it.
 constexpr int64_t kWorkspaceHead = 64;
 // Rows are split where there are at most this many: with more, one block per row fills the device.
 constexpr int64_t kSplitRows = 64;
@@ -35,11 +36,15 @@ constexpr int kMostStages = 3;
 constexpr int kMostClusterBlocks = 16;
 // A thread keeps this many exponentials of each model in registers: 64 of its 128.
 constexpr int kColumnsPerThread = 32;
+// Or this many, 112 of 168 registers: then 8 blocks hold 172032 columns instead of 131072. A
+// scheduler has 16384 registers, so its warps have more than 128 each where it has three, not four.
+constexpr int kWideColumnsPerThread = 56;
+constexpr int kWideThreads = 384;
 // The register kernel on sm_120, whose code needs a few registers more: 170 each instead of 128. A
 // stage of theirs is 48 KB in bfloat16, of the 94 that a block can have.
 constexpr int kResidentThreadsOfSm120 = 384;
-// Barriers and exchanged sums: sizeof(ResidentScratch), checked there.
-constexpr int kResidentScratchBytes = 5120;
+// What the row-resident kernels have of shared memory besides the stages; checked there.
+constexpr int kResidentScratchBytes = 12288;
 struct StreamPolicy {
   int64_t blocks;
   int parts;
@@ -69,13 +74,14 @@ inline StreamPolicy stream_policy(const RowShape& shape, const DeviceLimits& lim
 struct ResidentPolicy {
   int cluster = 0;  // blocks a row; 0: the row does not fit
   int threads = 0;
+  int columns_per_thread = kColumnsPerThread;
   int stages = 0;
   int64_t slice_columns = 0;  // a block's share, in whole units of 8
 };
 
-// A row starts up to 7 columns into its first unit.
-inline int64_t slice_columns(int64_t vocab, int cluster) {
-  const int64_t units = (vocab + 14) / 8;
+// A row that does not start aligned starts up to 7 columns into its first unit.
+inline int64_t slice_columns(const RowShape& shape, int cluster) {
+  const int64_t units = (shape.vocab + (shape.aligned ? 7 : 14)) / 8;
   return (units + cluster - 1) / cluster * 8;
 }
 
@@ -83,13 +89,17 @@ inline int64_t slice_columns(int64_t vocab, int cluster) {
 // several share a processor: hence the share of shared memory by threads. `reserved` is the
 // kernel's static shared memory.
 inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits& limits,
-                                      int cluster, int reserved) {
+                                      int cluster, int columns_per_thread, int reserved) {
   ResidentPolicy policy;
-  const int64_t columns = slice_columns(shape.vocab, cluster);
-  const int64_t most_threads =
-      limits.architecture >= 120 ? kResidentThreadsOfSm120 : kResidentThreads;
-  if (columns > kColumnsPerThread * most_threads) return policy;
-  const int64_t threads = (columns + kColumnsPerThread * 32 - 1) / (kColumnsPerThread * 32) * 32;
+  policy.columns_per_thread = columns_per_thread;
+  const int64_t columns = slice_columns(shape, cluster);
+  const bool wide = columns_per_thread != kColumnsPerThread;
+  const int64_t most_threads = limits.architecture >= 120 ? kResidentThreadsOfSm120
+                               : wide                     ? kWideThreads
+                                                          : kResidentThreads;
+  const int64_t warp_columns = columns_per_thread * int64_t{32};
+  const int64_t threads = (columns + warp_columns - 1) / warp_columns * 32;
+  if (threads > most_threads) return policy;
   const int64_t available = limits.shared_bytes - reserved;
   const int64_t stage = columns * shape.bytes;
   if (stage > available) return policy;
@@ -108,15 +118,24 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
 // to V = 16k (64 KB a stage), 2 to 32k, 4 to 64k, 8 to 128k, 16 to 256k. float32 has half of that
 // with three stages; 256k takes 16 blocks of one stage of 128 KB. With few rows larger clusters
 // spread them over idle processors, as long as a block keeps kLeastColumns.
+//
+// Where the kernel has a wide form, 8 blocks of it come before 16: of 16 an H200 runs 7 clusters at
+// once, on 112 of its 132 processors, and of 8 15, on 120 (measured), so that V = 151936 in bfloat16
+// has twice the rows in work. It also takes rows of more than 256k.
 inline ResidentPolicy best_resident_policy(const RowShape& shape, const DeviceLimits& limits,
-                                           int largest_cluster, int reserved) {
+                                           int largest_cluster, bool has_wide, int reserved) {
   ResidentPolicy best;
   for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
-    const ResidentPolicy policy = resident_policy(shape, limits, cluster, reserved);
-    if (!policy.cluster) continue;
-    const bool idle = shape.rows * cluster <= limits.processors &&
-                      slice_columns(shape.vocab, cluster) >= kLeastColumns;
-    if (policy.stages > best.stages || idle) best = policy;
+    for (const int columns : {kColumnsPerThread, kWideColumnsPerThread}) {
+      const bool wide = columns != kColumnsPerThread;
+      if (wide && (!has_wide || cluster < 8 || best.stages > 1)) continue;
+      const ResidentPolicy policy = resident_policy(shape, limits, cluster, columns, reserved);
+      if (!policy.cluster || (wide && cluster == 8 && policy.stages < 2)) continue;
+      const bool idle = shape.rows * cluster <= limits.processors &&
+                        slice_columns(shape, cluster) >= kLeastColumns;
+      const bool wide_before = best.columns_per_thread != kColumnsPerThread && best.stages > 1;
+      if ((policy.stages > best.stages && !wide_before) || idle) best = policy;
+    }
   }
   return best;
 }

@@ -1,6 +1,7 @@
-// The row-resident kernel for what distillation mostly runs: a KL of plain logits of one format,
-// with or without labels, at T = 1, 2, 4 or without labels at any T. Its exponentials stay in
-// registers between the sweeps, two special-function operations per element in all.
+// The row-resident kernel for what distillation mostly runs: a KL of logits of one format, with or
+// without labels. Its exponentials stay in registers between the sweeps: two special-function
+// operations per element where e^z is a small power of e^(z/T) or not needed, two more where it is
+// no such power, and what a soft cap takes.
 #pragma once
 
 #include "kernel.h"
@@ -54,74 +55,141 @@ using BFloat16 = Half<__nv_bfloat162, DType::bfloat16>;
 using Float16 = Half<__half2, DType::float16>;
 
 // e_s, and for forward KL e_t, for reverse KL e_s (u_t - u_s): relative to the thread's references.
-template <class Format>
+template <class Format, int kColumns>
 struct Kept {
-  static constexpr int kVectors = kColumnsPerThread / Format::kWidth;
+  static constexpr int kVectors = kColumns / Format::kWidth;
   Vector<Format::kWidth> student[kVectors], second[kVectors];
 };
 
-// A warp owns a run of columns, so that a thread's vectors are constant distances apart, and that
-// most warps know at once that nothing about their columns is special.
-constexpr int kColumnsPerWarp = 32 * kColumnsPerThread;
+// How kPower says where e^z comes from: it is that power of e^(z/T); kAnyPower: computed from the
+// logits, which are transformed if need be, whenever it is needed.
+constexpr int kAnyPower = 0;
 
-KD_DEVICE int first_column_of_warp(const Span& span) {
-  return span.first + static_cast<int>(threadIdx.x / 32) * kColumnsPerWarp;
-}
+// This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are constant
+// distances apart, and that most warps know at once that nothing about their columns is special.
+template <class Format, int kColumns>
+struct KeptSlice {
+  static constexpr int kWidth = Format::kWidth, kColumnsPerWarp = 32 * kColumns;
+  static constexpr int kVectors = kColumns / kWidth;
+  const Task& task;
+  const Span& span;
+  int row;
+  const char *student, *teacher;
 
-KD_DEVICE bool is_full_warp(const Span& span) {
-  return first_column_of_warp(span) + kColumnsPerWarp <= span.past;
-}
+  KD_DEVICE int first_of_warp() const {
+    return span.first + static_cast<int>(threadIdx.x / 32) * kColumnsPerWarp;
+  }
+  KD_DEVICE int first() const {
+    return first_of_warp() + static_cast<int>(threadIdx.x % 32) * kWidth;
+  }
+  // Whether the warp has all of its columns, and all within the row.
+  KD_DEVICE bool is_full_warp() const {
+    const int begin = first_of_warp(), end = begin + kColumnsPerWarp;
+    return begin >= 0 && end <= span.past && end <= task.vocab;
+  }
+  KD_DEVICE bool has(int column) const {
+    return static_cast<unsigned>(column - first_of_warp()) < kColumnsPerWarp &&
+           column < span.past;
+  }
 
-template <class Format>
-KD_DEVICE int first_column_of(const Span& span) {
-  return first_column_of_warp(span) + static_cast<int>(threadIdx.x % 32) * Format::kWidth;
-}
+  KD_DEVICE Slice of_student() const { return {task, task.student, student, row, span}; }
+  KD_DEVICE Slice of_teacher() const { return {task, task.teacher, teacher, row, span}; }
 
-template <class Format, class Step>
-KD_DEVICE void each_kept_vector(const Span& span, const Step& step) {
-  const int first = first_column_of<Format>(span);
+  static KD_DEVICE Words<4> words(const Slice& slice, int column) {
+    if (slice.is_inner(column)) return load_words<4>(slice.at(column));
+    const Vector<kWidth> x = slice.load_edge<kWidth>(column);
+    Words<4> w;
+    if constexpr (kWidth == 4) {
 #pragma unroll
-  for (int k = 0; k < Kept<Format>::kVectors; ++k) step(k, first + k * 32 * Format::kWidth);
-}
-
-// `beyond(k)` instead for vectors behind the slice, which only the last warps of a block have: the
-// others run without a comparison.
-template <class Format, class Step, class Beyond>
-KD_DEVICE void each_kept_vector(const Span& span, const Step& step, const Beyond& beyond) {
-  if (is_full_warp(span)) return each_kept_vector<Format>(span, step);
-  each_kept_vector<Format>(span, [&](int k, int column) {
-    if (column < span.past) {
-      step(k, column);
+      for (int i = 0; i < 4; ++i) w.at[i] = __float_as_uint(x.at[i]);
     } else {
-      beyond(k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w.at[i] = pack(Format::kDType, x.at[2 * i], x.at[2 * i + 1]);
     }
-  });
-}
+    return w;
+  }
 
-template <class Format>
-KD_DEVICE Words<4> words_at(const char* slice, const Span& span, int column) {
-  return load_words<4>(slice + (column - span.first) * static_cast<int>(size_of(Format::kDType)));
-}
+  // step(k, column, words of the student, words of the teacher), or beyond(k) for vectors behind
+  // the slice, which only the last warps of a block have: the others run without a comparison.
+  template <class Step, class Beyond>
+  KD_DEVICE void each_vector(const Step& step, const Beyond& beyond) const {
+    const int begin = first();
+    const Slice s = of_student(), t = of_teacher();
+    if (is_full_warp()) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int column = begin + k * 32 * kWidth;
+        step(k, column, load_words<4>(s.at(column)), load_words<4>(t.at(column)));
+      }
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int column = begin + k * 32 * kWidth;
+      if (column < span.past) {
+        step(k, column, words(s, column), words(t, column));
+      } else {
+        beyond(k);
+      }
+    }
+  }
 
-// The largest logits first, so that a thread has one reference for all its columns.
-template <class Format>
-KD_DEVICE References references_of(const Task& task, const Span& span, const char* student,
-                                   const char* teacher) {
-  Format of_student, of_teacher;
-  const auto see = [&](int, int column) {
-    of_student.see(words_at<Format>(student, span, column));
-    of_teacher.see(words_at<Format>(teacher, span, column));
-  };
-  each_kept_vector<Format>(span, see, [](int) {});
-  References r;
-  r.student = whole_exponent(of_student.largest(), task.student.factor);
-  r.teacher = whole_exponent(of_teacher.largest(), task.teacher.factor);
-  return r;
-}
+  // The largest logits first, so that a thread has one reference for all its columns.
+  template <int kPower>
+  KD_DEVICE References references() const {
+    Format of_student, of_teacher;
+    each_vector(
+        [&](int, int, const Words<4>& s, const Words<4>& t) {
+          of_student.see(s);
+          of_teacher.see(t);
+        },
+        [](int) {});
+    return references_from<kPower>(of_student, of_teacher);
+  }
+
+  template <int kPower>
+  KD_DEVICE References references_of_full_warp() const {
+    Format of_student, of_teacher;
+    const Slice s = this->of_student(), t = this->of_teacher();
+    const int begin = first();
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      of_student.see(load_words<4>(s.at(begin + k * 32 * kWidth)));
+      of_teacher.see(load_words<4>(t.at(begin + k * 32 * kWidth)));
+    }
+    return references_from<kPower>(of_student, of_teacher);
+  }
+
+  template <int kPower>
+  KD_DEVICE References references_from(const Format& of_student, const Format& of_teacher) const {
+    float top_s = of_student.largest(), top_t = of_teacher.largest();
+    References r;
+    if constexpr (kPower == kAnyPower) {
+      if (!is_plain(task.student)) top_s = transform(task.student, top_s);
+      if (!is_plain(task.teacher)) top_t = transform(task.teacher, top_t);
+      r.label = whole_exponent(top_s, task.label_factor);
+    }
+    r.student = whole_exponent(top_s, task.student.factor);
+    r.teacher = whole_exponent(top_t, task.teacher.factor);
+    return r;
+  }
+
+  // In place. What lies outside the row stays -inf.
+  KD_DEVICE void transform_inside(const Side& side, int column, Vector<kWidth>& x) const {
+    if (!is_plain(side)) transform_vector(side, column, task.vocab, x);
+  }
+
+  KD_DEVICE float label_logit(int label) const {
+    if (!has(label)) return -INFINITY;
+    const float x = of_student().load_one_at(label);
+    return is_plain(task.student) ? x : transform(task.student, x);
+  }
+};
 
 template <int kPower>
 KD_DEVICE float label_power(float e) {
   if constexpr (kPower == 2) return e * e;
+  if constexpr (kPower == 3) return e * e * e;
   if constexpr (kPower == 4) return (e * e) * (e * e);
   return e;
 }
@@ -129,24 +197,29 @@ KD_DEVICE float label_power(float e) {
 // sum + e^kPower
 template <int kPower>
 KD_DEVICE float add_label_power(float e, float sum) {
+  if constexpr (kPower == 3) return fmaf(e * e, e, sum);
   const float root = label_power<kPower / 2>(e);
   return fmaf(root, root, sum);
 }
 
-template <class Functor, class Format, int kPower>
-KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* student,
-                            const char* teacher, Kept<Format>& kept) {
-  const References r = references_of<Format>(task, span, student, teacher);
+template <class Functor, class Format, int kColumns, int kPower>
+KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>& slice,
+                            const References& r, Kept<Format, kColumns>& kept) {
+  constexpr int kWidth = Format::kWidth;
   Sums sums = nothing();
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
-  sums.label_reference = kPower > 1 ? kPower * r.student : r.student;
-  const auto observe = [&](int k, int column) {
-    Vector<Format::kWidth>&es = kept.student[k], &second = kept.second[k];
-    const Vector<Format::kWidth> s = Format::widen(words_at<Format>(student, span, column));
-    const Vector<Format::kWidth> t = Format::widen(words_at<Format>(teacher, span, column));
+  sums.label_reference = kPower == kAnyPower ? r.label : kPower * r.student;
+  const auto observe = [&](int k, int column, const Words<4>& of_student,
+                           const Words<4>& of_teacher) {
+    Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
+    Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
+    if constexpr (kPower == kAnyPower) {
+      slice.transform_inside(task.student, column, s);
+      slice.transform_inside(task.teacher, column, t);
+    }
 #pragma unroll
-    for (int i = 0; i < Format::kWidth; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
       const float u_t = fmaf(t.at[i], task.teacher.factor, -r.teacher);
       const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
@@ -163,12 +236,17 @@ KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* stud
         sums.gap += second.at[i];
       }
     }
-  };
-  each_kept_vector<Format>(span, observe, [&](int k) {
+    if constexpr (kPower == kAnyPower) {
+      if (task.label_sum == LabelSum::none) return;
 #pragma unroll
-    for (int i = 0; i < Format::kWidth; ++i) {
-      kept.student[k].at[i] = kept.second[k].at[i] = 0.0f;
+      for (int i = 0; i < kWidth; ++i) {
+        sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
+      }
     }
+  };
+  slice.each_vector(observe, [&](int k) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) kept.student[k].at[i] = kept.second[k].at[i] = 0.0f;
   });
   return sums;
 }
@@ -177,11 +255,12 @@ KD_DEVICE Sums observe_kept(const Task& task, const Span& span, const char* stud
 // folded into the factors.
 struct KeptFactors {
   float student, second, label;
+  float label_reference;  // of kAnyPower
 
   template <class Functor, int kPower>
-  static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const Sums& mine) {
-    const float student_move = mine.student_reference - s.student_reference;
-    const float teacher_move = mine.teacher_reference - s.teacher_reference;
+  static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const References& mine) {
+    const float student_move = mine.student - s.student_reference;
+    const float teacher_move = mine.teacher - s.teacher_reference;
     const float student_scale = power_of_two(student_move);
     KeptFactors k;
     if constexpr (is_forward_kl<Functor>) {
@@ -192,15 +271,19 @@ struct KeptFactors {
       k.second = kLn2f * f.student * student_scale;
       k.student = k.second * (__fdividef(s.gap, s.student) - (teacher_move - student_move));
     }
-    k.label = f.label * label_power<kPower>(student_scale);
+    k.label = f.label;
+    k.label_reference = s.label_reference;
+    if constexpr (kPower != kAnyPower) k.label *= label_power<kPower>(student_scale);
     if constexpr (kPower == 1) k.student += k.label;
     return k;
   }
 };
 
-template <int kPower, class Format>
-KD_DEVICE Vector<Format::kWidth> gradient_of(const KeptFactors& f, const Kept<Format>& kept,
-                                             int k) {
+// In transformed logits, which `z` are: used by kAnyPower.
+template <int kPower, class Format, int kColumns>
+KD_DEVICE Vector<Format::kWidth> gradient_of(const Task& task, const KeptFactors& f,
+                                             const Kept<Format, kColumns>& kept, int k,
+                                             const Vector<Format::kWidth>& z) {
   Vector<Format::kWidth> g;
 #pragma unroll
   for (int i = 0; i < Format::kWidth; ++i) {
@@ -208,154 +291,272 @@ KD_DEVICE Vector<Format::kWidth> gradient_of(const KeptFactors& f, const Kept<Fo
     // Two rounded products: equal operands must cancel to exactly 0.
     g.at[i] = f.student * e - f.second * kept.second[k].at[i];
     if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
+    if constexpr (kPower == kAnyPower) {
+      if (f.label != 0.0f) {
+        const float e_label = power_of_two(fmaf(z.at[i], task.label_factor, -f.label_reference));
+        g.at[i] = fmaf(f.label, e_label, g.at[i]);
+      }
+    }
   }
   return g;
 }
 
-template <class Functor, class Format, int kPower>
-KD_DEVICE void differentiate_kept(const Task& task, int64_t row, const RowPlan& plan,
-                                  const Span& span, const Sums& sums, const Sums& mine,
-                                  const Kept<Format>& kept) {
+template <class Functor, class Format, int kColumns, int kPower>
+KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
+                                  const KeptSlice<Format, kColumns>& slice, const Sums& sums,
+                                  const References& mine, const Kept<Format, kColumns>& kept) {
+  using Slice = KeptSlice<Format, kColumns>;
   constexpr int kWidth = Format::kWidth;
   const Factors factors(task, plan, sums);
   const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
-  const GradientRow<kWidth> gradient(task, row, span);
-  const int begin = first_column_of_warp(span), end = begin + kColumnsPerWarp;
-  const bool has_label = plan.label >= begin && plan.label < end;
-  if (is_full_warp(span) && gradient.is_whole(begin, end) && !has_label) {
-    const int64_t size = size_of(Format::kDType);
-    char* to = gradient.row + first_column_of<Format>(span) * size;
-    each_kept_vector<Format>(span, [&](int k, int) {
-      store_vector(to + k * 32 * kWidth * size, Format::kDType, gradient_of<kPower>(f, kept, k));
-    });
-    return;
+  const GradientRow<kWidth> gradient(task, plan.row, slice.span);
+  const int begin = slice.first_of_warp();
+  const bool has_label = slice.has(plan.label);
+  if constexpr (kPower != kAnyPower) {
+    if (slice.is_full_warp() && gradient.is_whole(begin, begin + Slice::kColumnsPerWarp) &&
+        !has_label) {
+      const int64_t size = size_of(Format::kDType);
+      char* to = gradient.row + slice.first() * size;
+#pragma unroll
+      for (int k = 0; k < Slice::kVectors; ++k) {
+        store_vector(to + k * 32 * kWidth * size, Format::kDType,
+                     gradient_of<kPower>(task, f, kept, k, {}));
+      }
+      return;
+    }
   }
-  each_kept_vector<Format>(span, [&](int k, int column) {
-    if (column >= span.past) return;
-    Vector<kWidth> g = gradient_of<kPower>(f, kept, k);
-    pull_label(plan.label, column, factors.label_pull, g);
+  const auto store = [&](int k, int column, const Vector<kWidth>& raw) {
+    Vector<kWidth> z = raw;
+    if constexpr (kPower == kAnyPower) slice.transform_inside(task.student, column, z);
+    Vector<kWidth> g = gradient_of<kPower>(task, f, kept, k, z);
+    if (has_label) pull_label(plan.label, column, factors.label_pull, g);
+    if constexpr (kPower == kAnyPower) {
+      if (!is_plain(task.student)) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) g.at[i] *= derivative(task.student, raw.at[i]);
+      }
+    }
     gradient.template store_as<Format::kDType>(task, column, g);
-  });
+  };
+  if constexpr (kPower == kAnyPower) {
+    slice.each_vector([&](int k, int column, const Words<4>& s,
+                          const Words<4>&) { store(k, column, Format::widen(s)); },
+                      [](int) {});
+  } else {
+#pragma unroll
+    for (int k = 0; k < Slice::kVectors; ++k) {
+      const int column = slice.first() + k * 32 * kWidth;
+      if (column < slice.span.past) store(k, column, {});
+    }
+  }
 }
 
 // Sums of which only these are used, as they travel.
+template <int kPower>
 struct Brief {
   float student_reference, teacher_reference;
   float student, teacher, label, gap;
+  float label_logit;
+  float label_reference[kPower == kAnyPower ? 1 : 0];  // a multiple of the student's otherwise
 
   static KD_DEVICE Brief of(const Sums& s) {
-    return {s.student_reference, s.teacher_reference, s.student, s.teacher, s.label, s.gap};
+    Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.label, s.gap,
+            s.label_logit};
+    if constexpr (kPower == kAnyPower) b.label_reference[0] = s.label_reference;
+    return b;
   }
 
-  template <int kPower>
   KD_DEVICE Sums sums() const {
     Sums s = nothing();
     s.student_reference = student_reference;
     s.teacher_reference = teacher_reference;
-    s.label_reference = kPower * student_reference;
+    if constexpr (kPower == kAnyPower) {
+      s.label_reference = label_reference[0];
+    } else {
+      s.label_reference = kPower * student_reference;
+    }
     s.student = student;
     s.teacher = teacher;
     s.label = label;
     s.gap = gap;
+    s.label_logit = label_logit;
     return s;
   }
 
-  template <class Functor, int kPower, class Group>
+  template <class Functor, class Group>
   KD_DEVICE void reduce(Group lanes) {
-    const float top_student = warp_max(student_reference);
-    const References top{top_student, warp_max(teacher_reference), kPower * top_student};
-    Sums s = sums<kPower>();
+    Sums s = sums();
+    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
+    top.label = kPower * top.student;
+    if constexpr (kPower == kAnyPower) top.label = warp_max(s.label_reference);
     rebase<Functor, false>(s, top);
-    *this = {top.student,
-             top.teacher,
-             warp_sum(s.student, lanes),
-             warp_sum(s.teacher, lanes),
-             kPower > 1 ? warp_sum(s.label, lanes) : 0.0f,
-             warp_sum(s.gap, lanes)};
+    s.student = warp_sum(s.student, lanes);
+    s.teacher = warp_sum(s.teacher, lanes);
+    if constexpr (kPower != 1) s.label = warp_sum(s.label, lanes);
+    s.gap = warp_sum(s.gap, lanes);
+    s.label_logit = warp_max(s.label_logit);
+    *this = of(s);
   }
 };
 
+// What is left to write of the row before: a thread does so while it waits for other blocks.
+template <int kPower>
+struct Outcome {
+  Brief<kPower> brief;
+  Evaluated anew;
+  bool cancelled;
+
+  template <class Functor>
+  KD_DEVICE void write(const Task& task, const RowPlan& plan) const {
+    Totals totals(task, brief.sums());
+    totals.close<Functor>();
+    if (cancelled) totals.take(task, anew);
+    write_outcome(task, plan, totals);
+  }
+};
+
+template <int kColumns>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kRegisterThreads = kResidentThreadsOfSm120;
+inline constexpr int kRegisterThreads = kResidentThreadsOfSm120;
 #else
-constexpr int kRegisterThreads = kResidentThreads;
+inline constexpr int kRegisterThreads =
+    kColumns == kColumnsPerThread ? kResidentThreads : kWideThreads;
 #endif
 
-template <class Functor, class Format, int kPower>
-__global__ void __launch_bounds__(kRegisterThreads, 1)
+template <class Functor, class Format, int kColumns, int kPower>
+__global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = Format::kWidth, kWords = 8;
+  constexpr int kWidth = Format::kWidth, kWords = kPower == kAnyPower ? 12 : 8;
+  constexpr bool kReadsTwice = kPower == kAnyPower;  // the stage is read for the gradient, too
+  using Message = Brief<kPower>;
+  using Slice = KeptSlice<Format, kColumns>;
   extern __shared__ __align__(128) char memory[];
   __shared__ ResidentScratch<kWords> scratch;
-  const float scale = gradient_scale(task);
-  Pipeline<kWords> pipeline{task, stages, scratch, memory, cluster_rank(), scale};
-  Exchange<kWords> exchange{scratch, pipeline.rank, stages.cluster};
-  start(pipeline, exchange);
-  const auto work = [&](int64_t row, const RowPlan& plan, const Span& span) {
-    const char *student = pipeline.student_slice(), *teacher = pipeline.teacher_slice();
-    const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
-    float logit = -INFINITY;
-    if (is_writer) logit = label_logit(task, row, plan.label);
-    Kept<Format> kept;
-    Sums mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
-    // Storing it waits for it: another block, which may overwrite it in memory with its gradient,
-    // does so only after this block's message.
-    if (is_writer) scratch.label_logit = logit;
-    const Brief brief =
-        exchange.reduce(Brief::of(mine), Brief::of(nothing()),
-                        [](Brief& b, auto lanes) { b.reduce<Functor, kPower>(lanes); });
-    const Sums sums = with_label_sum(task, brief.sums<kPower>());
+  __shared__ Outcome<kPower> outcome;
+  Pipeline<kWords> pipeline{task, stages, scratch, memory};
+  Exchange<kWords> exchange{scratch, stages.cluster};
+  pipeline.start(exchange);
+  dismiss_rows<kWidth>(task, scratch.counted);
+  int claim = pipeline.claim();
+  const auto reduce = [](Message& b, auto lanes) { b.template reduce<Functor>(lanes); };
+  // Of one block, another one for every row.
+  const auto writes_outcome = [&](unsigned number) {
+    const unsigned thread = blockDim.x > 64 ? 64 : 0;
+    return threadIdx.x == thread && number % stages.cluster == static_cast<unsigned>(pipeline.rank());
+  };
+  const auto write_last_outcome = [&] {
+    const unsigned number = pipeline.taken - 1;
+    if (pipeline.taken == 0 || !writes_outcome(number)) return;
+    outcome.template write<Functor>(task, load_plan(&scratch.plans[number % kPlans]));
+  };
+  // The next row's largest logits are looked for in the window, if it has arrived by then.
+  __shared__ float2 ahead[kRegisterThreads<kColumns>];
+  bool looked = false;
+  for (;;) {
+    if (!looked) pipeline.wait();
+    const RowPlan plan = pipeline.plan();
+    if (plan.row < 0) break;
+    const Span span = pipeline.span(plan.row);
+    const Slice slice{task, span, plan.row, pipeline.student_slice(), pipeline.teacher_slice()};
+    References r;
+    if (looked) {
+      r = {ahead[threadIdx.x].x, ahead[threadIdx.x].y, 0.0f};
+    } else {
+      r = slice.template references<kPower>();
+    }
+    Kept<Format, kColumns> kept;
+    Sums mine = observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
+    mine.label_logit = slice.label_logit(plan.label);
+    exchange.begin(Message::of(mine), claim, Message::of(nothing()), reduce);
+    claim = pipeline.claim();
+    if (pipeline.is_producer()) pipeline.prepare();
+    write_last_outcome();
+    looked = false;
+    if (kPower != kAnyPower && stages.count > 1) {
+      Pipeline<kWords> next = pipeline;
+      next.advance();
+      if (next.has_arrived()) {
+        const RowPlan row = next.plan();
+        if (row.row >= 0) {
+          const Span columns = next.span(row.row);
+          const Slice following{task, columns, row.row, next.student_slice(),
+                                next.teacher_slice()};
+          looked = following.is_full_warp();
+          if (looked) {
+            const References found = following.template references_of_full_warp<kPower>();
+            ahead[threadIdx.x] = make_float2(found.student, found.teacher);
+          }
+        }
+      }
+    }
+    exchange.fence();
+    const Message brief = exchange.end(Message::of(nothing()), reduce);
+    const int next_position = pipeline.is_producer() ? exchange.last_claim() : 0;
+    const Sums sums = with_label_sum(task, brief.sums());
     const Soundness soundness(sums);
     const bool spoiled = soundness.spoils_row(task);
     Evaluated anew{};
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
     if (cancelled) {
       using Row = SharedRow<kWidth>;
-      const Row of_student{student, span.first, Format::kDType};
-      const Row of_teacher{teacher, span.first, Format::kDType};
-      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, span, of_student, of_teacher};
+      const Row of_student{slice.of_student()}, of_teacher{slice.of_teacher()};
+      const Sweep<Functor, kWidth, Row, kPower != kAnyPower> sweep{task, functor, span, of_student,
+                                                                   of_teacher};
       anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
       // The rare sweep has the registers to itself, and the kept ones are filled again.
-      mine = observe_kept<Functor, Format, kPower>(task, span, student, teacher, kept);
+      observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
       __syncthreads();
     }
     // All threads have passed a barrier since they read the stage: it is free.
-    if (threadIdx.x == 0) pipeline.request(pipeline.stage);
-    if (task.gradient && !spoiled) {
-      differentiate_kept<Functor, Format, kPower>(task, row, plan, span, sums, mine, kept);
+    if (!kReadsTwice && pipeline.is_producer()) pipeline.request(pipeline.stage, next_position);
+    if (writes_outcome(pipeline.taken)) outcome = {brief, anew, cancelled};
+    if (task.gradient) {
+      if (spoiled) {
+        fill_gradient<kWidth>(task, plan.row, span, NAN);
+      } else {
+        differentiate_kept<Functor, Format, kColumns, kPower>(task, plan, slice, sums, r, kept);
+      }
+      if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
     }
-    if (is_writer) {
-      Totals totals(task, sums);
-      totals.sums.label_logit = scratch.label_logit;
-      totals.close<Functor>();
-      if (cancelled) totals.take(task, anew);
-      write_outcome(task, row, plan, totals);
+    if (kReadsTwice) {
+      __syncthreads();
+      if (pipeline.is_producer()) pipeline.request(pipeline.stage, next_position);
     }
-    if (!task.gradient) return;
-    if (spoiled) fill_gradient<kWidth>(task, row, span, NAN);
-    if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
-  };
-  for_each_row<kWidth>(task, pipeline, scale, work);
+    pipeline.advance();
+  }
+  write_last_outcome();
 #endif
 }
 
 template <class Functor, class Format>
-Kernel choose_register_kernel(LabelSum label_sum) {
-  if (label_sum == LabelSum::square) {
-    return make_kernel((const void*)register_kernel<Functor, Format, 2>, Functor{});
+Kernel choose_register_kernel(LabelSum label_sum, int columns) {
+  constexpr int kFew = kColumnsPerThread, kMany = kWideColumnsPerThread;
+  const auto kernel = [](auto function) { return make_kernel((const void*)function, Functor{}); };
+  if constexpr (has_wide_form(Format::kDType)) {
+    if (columns == kMany) {
+      if (label_sum == LabelSum::square) {
+        return kernel(register_kernel<Functor, Format, kMany, 2>);
+      }
+      if (label_sum == LabelSum::separate) {
+        return kernel(register_kernel<Functor, Format, kMany, kAnyPower>);
+      }
+      return kernel(register_kernel<Functor, Format, kMany, 1>);
+    }
   }
-  if (label_sum == LabelSum::fourth) {
-    return make_kernel((const void*)register_kernel<Functor, Format, 4>, Functor{});
+  switch (label_sum) {
+    case LabelSum::square:
+      return kernel(register_kernel<Functor, Format, kFew, 2>);
+    case LabelSum::cube:
+      return kernel(register_kernel<Functor, Format, kFew, 3>);
+    case LabelSum::fourth:
+      return kernel(register_kernel<Functor, Format, kFew, 4>);
+    case LabelSum::separate:
+      return kernel(register_kernel<Functor, Format, kFew, kAnyPower>);
+    default:
+      return kernel(register_kernel<Functor, Format, kFew, 1>);
   }
-  return make_kernel((const void*)register_kernel<Functor, Format, 1>, Functor{});
-}
-
-template <class Format>
-Kernel choose_register_kernel(bool reverse, LabelSum label_sum) {
-  return reverse ? choose_register_kernel<ReverseKl, Format>(label_sum)
-                 : choose_register_kernel<ForwardKl, Format>(label_sum);
 }
 
 }  // namespace kd::cuda

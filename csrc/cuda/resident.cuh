@@ -1,6 +1,10 @@
 // The row-resident kernels: a cluster of blocks owns a row, each block's slice of student and
 // teacher lies in its shared memory, and global memory is read once. While one row is worked on the
 // next ones arrive in the other stages.
+//
+// What a row costs beside its columns is latency: of barriers, of the exchange, of addresses. So
+// between a block's message and the others' (the window of an exchange) single threads do what
+// prepares the next rows or ends the last one, and nobody waits for them.
 #pragma once
 
 #include "cluster.cuh"
@@ -11,39 +15,55 @@
 namespace kd::cuda {
 
 constexpr int kResidentWarps = kResidentThreads / 32;
+// Exchanges whose messages are kept, and rows whose plans are: what is read of one must be over
+// before its place is taken, and barriers between make it so.
+constexpr int kTurns = 4, kPlans = 8;
+
+// Where the next bulk copies come from.
+struct CopyPlan {
+  const char *student, *teacher;
+  unsigned student_bytes, teacher_bytes;
+  int student_offset, teacher_offset;  // in a stage
+};
 
 template <int kWords>
 struct ResidentScratch {
+  Mailbox<kWords, kMostClusterBlocks> blocks[kTurns];
   // Double, so that the next exchange may begin while slow warps still read the last one's.
-  Mailbox<kWords, kMostClusterBlocks> blocks[2];
   Mailbox<kWords, kResidentWarps> warps[2];
-  Barrier arrived[2];
+  Barrier arrived[kTurns];
   Barrier full[kMostStages];
-  int64_t next_row;   // the producer's; here, because the consumers need every register
-  float label_logit;  // the writer's, as above
+  RowPlan plans[kPlans];
+  RowPlan fetched;  // the producer's: the row after those in the stages
+  CopyPlan copy;    // the producer's
+  int claims[2];    // the claim that goes with an exchange
+  int counted;      // rows that count
 };
 
 static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
 
 // The sums of all threads of the cluster, the same bits in each. A block's sums travel to every
-// block of the cluster as a message, whose barrier counts their bytes. A block sends for the
-// exchange after next on the same barrier only when it has everybody's next message, and those are
-// sent by blocks that have done with this one: two of everything suffice.
+// block of the cluster as a message, whose barrier counts their bytes.
+//
+// A message overwrites the one of kTurns exchanges before, which all warps of the receiver have
+// read: they did before the barrier of their block's next exchange, behind which its sender runs
+// fence_cluster() and then arrives for the exchange after that, which this block has waited for.
 template <int kWords>
 struct Exchange {
   ResidentScratch<kWords>& scratch;
-  int rank, cluster;
-  unsigned turn = 0;  // the last bit chooses the buffers, the one before is the barrier's parity
+  int cluster;
+  unsigned turn = 0;
 
-  KD_DEVICE void expect(int buffer) const {
-    scratch.arrived[buffer].expect(cluster * 4u * kWords);
-  }
+  KD_DEVICE int buffer() const { return turn % kTurns; }
+
+  KD_DEVICE void expect(int which) const { scratch.arrived[which].expect(cluster * 4u * kWords); }
 
   // By one thread, before anybody sends.
   KD_DEVICE void start() const {
-    for (int i = 0; i < 2; ++i) {
-      scratch.arrived[i].initialise();
-      if (cluster > 1) expect(i);
+    if (cluster == 1) return;
+    for (int i = 0; i < kTurns; ++i) {
+      scratch.arrived[i].initialise(cluster);
+      expect(i);
     }
   }
 
@@ -57,27 +77,54 @@ struct Exchange {
     return r;
   }
 
+  // This block's message. `claim` of thread 0 goes with it.
   template <class Record, class Reduce>
-  KD_DEVICE Record reduce(Record mine, const Record& empty, const Reduce& reduce_lanes) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = turn & 1;
+  KD_DEVICE void begin(Record mine, int claim, const Record& empty, const Reduce& reduce_lanes) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     reduce_lanes(mine, Lanes<32>{});
-    if (lane == 0) scratch.warps[buffer].put(warp, mine);
+    auto& slots = scratch.warps[turn % 2];
+    if (lane == 0) slots.put(warp, mine);
+    if (threadIdx.x == 0) scratch.claims[turn % 2] = claim;
     __syncthreads();
-    const unsigned parity = turn++ >> 1 & 1;
-    if (cluster == 1) return sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
-    if (warp == 0) {
-      const Record block = sum_of(scratch.warps[buffer], blockDim.x / 32, empty, reduce_lanes);
-      if (lane < cluster) {
-        scratch.blocks[buffer].send(rank, block, scratch.arrived[buffer], lane);
-      }
+    if (cluster == 1 || warp != 0) return;
+    const Record block = sum_of(slots, blockDim.x / 32, empty, reduce_lanes);
+    if (lane < cluster) {
+      scratch.blocks[buffer()].send(cluster_rank(), block, claim_here(), scratch.arrived[buffer()], lane);
     }
-    scratch.arrived[buffer].wait_for_cluster(parity);
-    if (threadIdx.x == 0) expect(buffer);
-    return sum_of(scratch.blocks[buffer], cluster, empty, reduce_lanes);
+  }
+
+  // In the window: what this block has read is over before its next message.
+  KD_DEVICE void fence() const {
+    if (cluster > 1 && threadIdx.x < 32) fence_cluster();
+  }
+
+  template <class Record, class Reduce>
+  KD_DEVICE Record end(const Record& empty, const Reduce& reduce_lanes) {
+    Record sum;
+    if (cluster == 1) {
+      sum = sum_of(scratch.warps[turn % 2], blockDim.x / 32, empty, reduce_lanes);
+    } else {
+      scratch.arrived[buffer()].wait_for_cluster(turn / kTurns & 1);
+      if (threadIdx.x == 0) expect(buffer());
+      sum = sum_of(scratch.blocks[buffer()], cluster, empty, reduce_lanes);
+    }
+    ++turn;
+    return sum;
+  }
+
+  KD_DEVICE int claim_here() const { return scratch.claims[turn % 2]; }
+
+  // What the first block's claim was in the exchange before.
+  KD_DEVICE int last_claim() const {
+    const unsigned last = turn - 1;
+    return cluster == 1 ? scratch.claims[last % 2] : scratch.blocks[last % kTurns].extra(0);
   }
 
   KD_DEVICE Evaluated sum(const Evaluated& mine) {
-    return reduce(mine, Evaluated{}, [](Evaluated& e, auto lanes) { warp_reduce(e, lanes); });
+    const auto reduce = [](Evaluated& e, auto lanes) { warp_reduce(e, lanes); };
+    begin(mine, 0, Evaluated{}, reduce);
+    fence();
+    return end(Evaluated{}, reduce);
   }
 };
 
@@ -86,7 +133,7 @@ struct Exchange {
 struct Clip {
   const char *slice, *from, *to;
 
-  KD_DEVICE Clip(const Task& task, const Side& side, int64_t row, const Span& span) {
+  KD_DEVICE Clip(const Task& task, const Side& side, int row, const Span& span) {
     const int64_t size = size_of(side.dtype);
     const char* start = task.row_of(side, row);
     const char* end = start + task.vocab * size;
@@ -104,150 +151,190 @@ struct Clip {
   KD_DEVICE unsigned bytes() const { return static_cast<unsigned>(to - from); }
 };
 
-// Rows on their way to shared memory. The first thread of each block is the producer: it walks the
-// rows ahead of everyone else and skips those that need no reading.
+// Rows on their way to shared memory. One thread of each block, the producer, asks for them.
+//
+// Which rows: the first ones of a cluster are fixed, so that nothing has to be waited for; each
+// later one is claimed from a counter by the first block's first thread and goes with an exchange's
+// message. So a cluster that starts late, or not at all before the others have ended, takes fewer.
+// A claim is made two exchanges before its copies: one until its message, in which the counter
+// answers, and one in which the row's plan is read.
 template <int kWords>
 struct Pipeline {
   const Task& task;
   const Stages& stages;
   ResidentScratch<kWords>& scratch;
   char* memory;
-  int rank;
-  float scale;
   int stage = 0;
   unsigned parity = 0;
+  unsigned taken = 0;  // rows so far
 
-  KD_DEVICE char* student_slice() const { return memory + stage * stages.bytes; }
-  KD_DEVICE char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
+  KD_DEVICE const char* student_slice() const { return memory + stage * stages.bytes; }
+  KD_DEVICE const char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
 
-  KD_DEVICE Span span(int64_t row) const {
-    return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank,
+  KD_DEVICE Span span(int row) const {
+    return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank(),
                    stages.each);
   }
 
-  // By the producer: the next row that counts, into a stage that is free.
-  KD_DEVICE void request(int free) {
-    int64_t row = scratch.next_row;
-    while (row < task.rows() &&
-           plan_row(task, read_inputs(task, row), scale).fate != Fate::counts) {
-      row += stages.clusters;
-    }
-    scratch.next_row = row + stages.clusters;
-    if (row >= task.rows()) return;
-    const Span columns = span(row);
-    const Clip student(task, task.student, row, columns);
-    const Clip teacher(task, task.teacher, row, columns);
-    char* to = memory + free * stages.bytes;
-    Barrier& full = scratch.full[free];
-    const uint64_t policy = cache_policy(Keep::no);
-    full.expect(student.bytes() + teacher.bytes());
-    if (student.bytes()) {
-      bulk_copy(to + (student.from - student.slice), student.from, student.bytes(), full, policy);
-    }
-    to += stages.teacher_offset;
-    if (teacher.bytes()) {
-      bulk_copy(to + (teacher.from - teacher.slice), teacher.from, teacher.bytes(), full, policy);
+  // The second warp's first thread, if there is one: the first warp has messages to send.
+  KD_DEVICE bool is_producer() const { return threadIdx.x == (blockDim.x > 32 ? 32 : 0); }
+  // Asked for again rather than kept in a register, as much else here.
+  KD_DEVICE int rank() const { return cluster_rank(); }
+  KD_DEVICE bool is_claimant() const { return rank() == 0 && threadIdx.x == 0; }
+
+  KD_DEVICE int claim() const {
+    if (!is_claimant()) return 0;
+    return (stages.count + 1) * stages.clusters + atomicAdd(&task.plan->next, 1);
+  }
+
+  // By the producer: reads the plan of the row at this position among those that count.
+  KD_DEVICE void fetch(int position) {
+    if (position < scratch.counted) {
+      copy_ahead(&scratch.fetched, task.rows_planned + position);
+    } else {
+      scratch.fetched = {-1, kIgnored, 0.0f, 0.0f};
     }
   }
 
+  // By the producer: the addresses of the fetched row's copies.
+  KD_DEVICE void prepare() {
+    wait_for_copies();
+    const RowPlan plan = load_plan(&scratch.fetched);
+    scratch.plans[(taken + stages.count) % kPlans] = plan;
+    CopyPlan copy{};
+    if (plan.row >= 0) {
+      const Span columns = span(plan.row);
+      const Clip student(task, task.student, plan.row, columns);
+      const Clip teacher(task, task.teacher, plan.row, columns);
+      copy = {student.from,
+              teacher.from,
+              student.bytes(),
+              teacher.bytes(),
+              static_cast<int>(student.from - student.slice),
+              stages.teacher_offset + static_cast<int>(teacher.from - teacher.slice)};
+    }
+    scratch.copy = copy;
+  }
+
+  // By the producer: the prepared copies, into a stage that is free; then the next row's plan.
+  KD_DEVICE void request(int free, int next_position) {
+    const CopyPlan copy = scratch.copy;
+    char* to = memory + free * stages.bytes;
+    Barrier& full = scratch.full[free];
+    const uint64_t policy = cache_policy(Keep::no);
+    full.expect(copy.student_bytes + copy.teacher_bytes);
+    if (copy.student_bytes) {
+      bulk_copy(to + copy.student_offset, copy.student, copy.student_bytes, full, policy);
+    }
+    if (copy.teacher_bytes) {
+      bulk_copy(to + copy.teacher_offset, copy.teacher, copy.teacher_bytes, full, policy);
+    }
+    fetch(next_position);
+  }
+
+  // Before everything: sets the barriers up and requests the first rows.
+  KD_DEVICE void start(const Exchange<kWords>& exchange) {
+    if (is_producer()) {
+      for (int i = 0; i < stages.count; ++i) scratch.full[i].initialise();
+      exchange.start();
+      publish_barriers();
+      const int first = blockIdx.x / stages.cluster;
+      scratch.counted = task.plan->counted;
+      fetch(first);
+      taken -= stages.count;
+      for (int i = 0; i < stages.count; ++i, ++taken) {
+        prepare();
+        request(i, first + (i + 1) * stages.clusters);
+      }
+    }
+    __syncthreads();
+    // Everybody's barriers exist before anybody sends.
+    if (stages.cluster > 1) cluster_barrier();
+  }
+
+  KD_DEVICE RowPlan plan() const { return load_plan(&scratch.plans[taken % kPlans]); }
+
   KD_DEVICE void wait() { scratch.full[stage].wait(parity); }
+  // Whether the row has arrived, for all threads of the warp alike.
+  KD_DEVICE bool has_arrived() {
+    return __all_sync(kWholeWarp, scratch.full[stage].is_over(parity));
+  }
 
   KD_DEVICE void advance() {
+    ++taken;
     if (++stage < stages.count) return;
     stage = 0;
     parity ^= 1;
   }
+};
 
-  // Columns of the slice's first and last unit that lie outside the row become -inf; those inside
-  // which no bulk copy may fetch, at the tensor's two ends, are fetched here.
-  KD_DEVICE void mend(const Side& side, int64_t row, const Span& columns, char* slice) const {
-    const Clip clip(task, side, row, columns);
-    const int size = static_cast<int>(size_of(side.dtype));
-    const int count = columns.past - columns.first > 8 ? 16 : 8;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      const int column = i < 8 ? columns.first + i : columns.past - 16 + i;
-      const char* at = clip.slice + (column - columns.first) * size;
-      const bool inside = column >= 0 && column < task.vocab;
-      const bool fetched = at >= clip.from && at < clip.to;
-      if (inside && fetched) continue;
-      const float x = inside ? load_one(at, side.dtype) : -INFINITY;
-      store_one(slice + (column - columns.first) * size, side.dtype, x);
-    }
-    fence_bulk_copies();
+// A slice of a row in shared memory. Columns outside the row read as -inf; those inside that no
+// bulk copy may fetch, at the tensor's two ends, are read from the tensor.
+struct Slice {
+  const Task& task;
+  const Side& side;
+  const char* memory;
+  int row;
+  const Span& span;
+
+  KD_DEVICE const char* at(int column) const {
+    return memory + (column - span.first) * static_cast<int>(size_of(side.dtype));
   }
 
-  // True in this block's every thread or none.
-  KD_DEVICE bool needs_mending(const Span& columns) const {
-    return columns.first < columns.past && (columns.first < 0 || columns.past > task.vocab);
+  // Whether all of the unit of 8 columns that these begin in, and are all of or half, is within the
+  // row: then it was fetched.
+  KD_DEVICE bool is_inner(int first) const {
+    const int unit = first - ((first - span.origin) & 7);
+    return unit >= 0 && unit + 8 <= task.vocab;
   }
 
-  KD_DEVICE void mend(int64_t row, const Span& columns) const {
-    if (!needs_mending(columns)) return;
-    mend(task.student, row, columns, student_slice());
-    mend(task.teacher, row, columns, teacher_slice());
-    __syncthreads();
+  KD_DEVICE float load_one_at(const Clip& clip, int column) const {
+    if (column < 0 || column >= task.vocab) return -INFINITY;
+    const char* in_tensor = clip.slice + (at(column) - memory);
+    const bool fetched = in_tensor >= clip.from && in_tensor < clip.to;
+    return load_one(fetched ? at(column) : in_tensor, side.dtype);
+  }
+
+  KD_DEVICE float load_one_at(int column) const {
+    return load_one_at(Clip(task, side, row, span), column);
+  }
+
+  template <int kWidth>
+  KD_DEVICE Vector<kWidth> load_edge(int first) const {
+    const Clip clip(task, side, row, span);
+    Vector<kWidth> x;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x.at[i] = load_one_at(clip, first + i);
+    return x;
   }
 };
 
-// A slice of a row in shared memory, as Sweep reads it.
+// As Sweep reads it.
 template <int kWidth>
-struct SharedRow {
-  const char* slice;
-  int first_column;
-  DType dtype;
-
+struct SharedRow : Slice {
   KD_DEVICE Vector<kWidth> load(int first) const {
-    const char* from = slice + (first - first_column) * static_cast<int>(size_of(dtype));
+    if (!is_inner(first)) return load_edge<kWidth>(first);
     return widen<kWidth>(
-        dtype, [&](auto words) { return load_words<sizeof(words) / sizeof(unsigned)>(from); });
+        side.dtype, [&](auto words) { return load_words<sizeof(words) / sizeof(unsigned)>(at(first)); });
   }
 };
 
-// Sets the barriers up and requests the first rows.
-template <int kWords>
-KD_DEVICE void start(Pipeline<kWords>& pipeline, const Exchange<kWords>& exchange) {
-  const Stages& stages = pipeline.stages;
-  if (threadIdx.x == 0) {
-    pipeline.scratch.next_row = blockIdx.x / stages.cluster;
-    for (int i = 0; i < stages.count; ++i) pipeline.scratch.full[i].initialise();
-    exchange.start();
-    publish_barriers();
-    for (int i = 0; i < stages.count; ++i) pipeline.request(i);
-  }
-  __syncthreads();
-  // Everybody's barriers exist before anybody sends.
-  if (stages.cluster > 1) cluster_barrier();
-}
-
-// Every row of this cluster; `work(row, plan, span)` does one that counts, which lies in the
-// pipeline's stage, and must have passed a barrier of the block after its last read of the stage.
-template <int kWidth, int kWords, class Work>
-KD_DEVICE void for_each_row(const Task& task, Pipeline<kWords>& pipeline, float scale,
-                            const Work& work) {
-  const int64_t step = pipeline.stages.clusters;
-  const int64_t first = blockIdx.x / pipeline.stages.cluster;
-  RowInputs ahead = read_inputs(task, first);
-  for (int64_t row = first; row < task.rows(); row += step) {
-    const RowPlan plan = plan_row(task, ahead, scale);
-    ahead = read_inputs(task, row + step);
-    const Span span = pipeline.span(row);
-    if (plan.fate != Fate::counts) {
-      dismiss_row<kWidth>(task, row, plan, span, pipeline.rank == 0);
-      continue;
-    }
-    pipeline.wait();
-    pipeline.mend(row, span);
-    work(row, plan, span);
-    pipeline.advance();
+// Rows that do not count, each by one block.
+template <int kWidth>
+KD_DEVICE void dismiss_rows(const Task& task, int counted) {
+  for (int64_t i = counted + static_cast<int64_t>(blockIdx.x); i < task.rows(); i += gridDim.x) {
+    const RowPlan plan = load_plan(task.rows_planned + i);
+    const char* start = task.row_of(task.student, plan.row);
+    const Span all = span_of(start, task.student.dtype, task.vocab, 0, (task.vocab + 14) / 8);
+    dismiss_row<kWidth>(task, plan, all, true);
   }
 }
 
-KD_DEVICE void write_outcome(const Task& task, int64_t row, const RowPlan& plan,
-                             const Totals& totals) {
+KD_DEVICE void write_outcome(const Task& task, const RowPlan& plan, const Totals& totals) {
   if (totals.spoils_row(task) && totals.student_is_bad) {
-    write_constant(task, row, NAN);
+    write_constant(task, plan.row, NAN);
   } else {
-    write_statistics(task, row, plan, totals);
+    write_statistics(task, plan, totals);
   }
 }
 
@@ -260,39 +347,46 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   constexpr int kWidth = 4, kWords = sizeof(Sums) / 4;
   extern __shared__ __align__(128) char memory[];
   __shared__ ResidentScratch<kWords> scratch;
-  const float scale = gradient_scale(task);
-  Pipeline<kWords> pipeline{task, stages, scratch, memory, cluster_rank(), scale};
-  Exchange<kWords> exchange{scratch, pipeline.rank, stages.cluster};
-  start(pipeline, exchange);
-  const auto work = [&](int64_t row, const RowPlan& plan, const Span& span) {
+  Pipeline<kWords> pipeline{task, stages, scratch, memory};
+  Exchange<kWords> exchange{scratch, stages.cluster};
+  pipeline.start(exchange);
+  dismiss_rows<kWidth>(task, scratch.counted);
+  int claim = pipeline.claim();
+  const auto reduce = [&](Sums& s, auto lanes) { warp_reduce<Functor>(task, s, lanes); };
+  for (;; pipeline.advance()) {
+    pipeline.wait();
+    const RowPlan plan = pipeline.plan();
+    if (plan.row < 0) break;
     using Row = SharedRow<kWidth>;
-    const Row student{pipeline.student_slice(), span.first, task.student.dtype};
-    const Row teacher{pipeline.teacher_slice(), span.first, task.teacher.dtype};
+    const Span span = pipeline.span(plan.row);
+    const Row student{{task, task.student, pipeline.student_slice(), plan.row, span}};
+    const Row teacher{{task, task.teacher, pipeline.teacher_slice(), plan.row, span}};
     const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
-    const bool is_writer = pipeline.rank == 0 && threadIdx.x == 0;
     Sums sums = sweep.observe();
-    if (is_writer) sums.label_logit = label_logit(task, row, plan.label);
-    Totals totals(task, exchange.reduce(sums, nothing(), [&](Sums& s, auto lanes) {
-      warp_reduce<Functor>(task, s, lanes);
-    }));
+    sums.label_logit = label_logit(task, plan, span, student);
+    exchange.begin(sums, claim, nothing(), reduce);
+    claim = pipeline.claim();
+    if (pipeline.is_producer()) pipeline.prepare();
+    exchange.fence();
+    Totals totals(task, exchange.end(nothing(), reduce));
+    const int next = pipeline.is_producer() ? exchange.last_claim() : 0;
     const bool spoiled = totals.spoils_row(task);
     const bool closed = totals.close<Functor>();
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
       totals.take(task, exchange.sum(sweep.evaluate(totals)));
     }
-    if (is_writer) write_outcome(task, row, plan, totals);
+    if (pipeline.is_claimant()) write_outcome(task, plan, totals);
     if (task.gradient) {
       if (spoiled) {
-        fill_gradient<kWidth>(task, row, span, NAN);
+        fill_gradient<kWidth>(task, plan.row, span, NAN);
       } else {
-        sweep.differentiate(row, plan, totals);
+        sweep.differentiate(plan, totals);
       }
-      if (pipeline.rank == 0) clear_beyond_vocabulary(task, row);
+      if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
     }
     __syncthreads();
-    if (threadIdx.x == 0) pipeline.request(pipeline.stage);
-  };
-  for_each_row<kWidth>(task, pipeline, scale, work);
+    if (pipeline.is_producer()) pipeline.request(pipeline.stage, next);
+  }
 #endif
 }
 

@@ -10,52 +10,6 @@ namespace kd::cuda {
 constexpr float kCancelled = 1.0f / 1024;
 constexpr float kLn2f = static_cast<float>(kLn2);
 
-enum class Fate { counts, ignored, spoiled };
-
-struct RowPlan {
-  Fate fate;
-  int label;  // -1: none
-  float weight;
-  float share;  // of the row's gradient in the result's
-};
-
-// What is read of a row besides its logits; apart from plan_row so that it can be read ahead.
-struct RowInputs {
-  int64_t label;
-  float weight, upstream;
-};
-
-KD_DEVICE RowInputs read_inputs(const Task& task, int64_t row) {
-  RowInputs inputs{0, 1.0f, 1.0f};
-  if (row >= task.rows()) return inputs;
-  if (task.labels) inputs.label = task.labels[row];
-  if (task.row_weights) inputs.weight = task.row_weights[row];
-  if (task.grad_output) inputs.upstream = task.grad_output[row * task.grad_output_stride];
-  return inputs;
-}
-
-// Rows that do not count are not read. A weight of 0 makes a row one of them.
-KD_DEVICE RowPlan plan_row(const Task& task, const RowInputs& inputs, float scale) {
-  const int64_t label = inputs.label;
-  RowPlan plan{Fate::counts, -1, inputs.weight, inputs.weight * inputs.upstream * scale};
-  if (task.labels && label == task.ignore_index) {
-    plan.fate = Fate::ignored;
-  } else if (task.labels && (label < 0 || label >= task.vocab)) {
-    plan.fate = Fate::spoiled;
-  } else if (plan.weight == 0.0f || (!task.statistics && plan.share == 0.0f)) {
-    plan.fate = Fate::ignored;
-  } else if (task.labels) {
-    plan.label = static_cast<int>(label);
-  }
-  return plan;
-}
-
-KD_DEVICE float gradient_scale(const Task& task) {
-  if (!task.denominator) return task.scale;
-  const float divisor = *task.denominator;
-  return divisor == 0.0f ? 1.0f : 1.0f / divisor;
-}
-
 // scale first, then the soft cap: z = cap tanh(scale x / cap), and dz/dx.
 KD_DEVICE void twofold_decay(float u, float& power, float& shortfall) {
   decay(bounded(2.0f * static_cast<float>(kLog2E) * fabsf(u)), power, shortfall);
@@ -82,6 +36,11 @@ KD_DEVICE float derivative(const Side& side, float x) {
 
 KD_DEVICE bool is_plain(const Side& side) { return side.scale == 1.0f && side.softcap == 0.0f; }
 
+KD_DEVICE RowPlan load_plan(const RowPlan* from) {
+  const int4 w = *reinterpret_cast<const int4*>(from);
+  return {w.x, w.y, __int_as_float(w.z), __int_as_float(w.w)};
+}
+
 // The number of columns before the first that is aligned to 16 bytes; vectors start there, and one
 // more covers the columns before.
 KD_DEVICE int columns_before_alignment(const char* row, DType dtype) {
@@ -97,10 +56,12 @@ struct Span {
 
 // `each` is the most units of a part: with it, as the launcher worked it out, no part costs a
 // division.
+KD_DEVICE int units_of(int vocab, int origin) { return (vocab - origin + 7) / 8; }
+
 KD_DEVICE Span span_of(const char* row, DType dtype, int vocab, int part, int each) {
   const int before = columns_before_alignment(row, dtype);
   const int origin = before ? before - 8 : 0;
-  const int units = (vocab - origin + 7) / 8;
+  const int units = units_of(vocab, origin);
   const int first = min(part * each, units), past = min(first + each, units);
   return {origin, origin + 8 * first, origin + 8 * past};
 }
@@ -113,7 +74,7 @@ struct GradientRow {
   int first_whole,
       whole;  // vectors that begin in [first_whole, first_whole + whole) are stored whole
 
-  KD_DEVICE GradientRow(const Task& task, int64_t index, const Span& span)
+  KD_DEVICE GradientRow(const Task& task, int index, const Span& span)
       : row(task.gradient_row(index)), dtype(task.student.dtype) {
     const int size = static_cast<int>(size_of(dtype));
     const bool aligned = is_aligned(row + span.first * size, kWidth * size);
@@ -153,7 +114,7 @@ struct GradientRow {
 
 // All of this part's columns, and with the last part those beyond the vocabulary.
 template <int kWidth>
-KD_DEVICE void fill_gradient(const Task& task, int64_t row, const Span& span, float value) {
+KD_DEVICE void fill_gradient(const Task& task, int row, const Span& span, float value) {
   const GradientRow<kWidth> gradient(task, row, span);
   Vector<kWidth> x;
 #pragma unroll
@@ -164,7 +125,7 @@ KD_DEVICE void fill_gradient(const Task& task, int64_t row, const Span& span, fl
   }
 }
 
-KD_DEVICE void clear_beyond_vocabulary(const Task& task, int64_t row) {
+KD_DEVICE void clear_beyond_vocabulary(const Task& task, int row) {
   const int64_t size = size_of(task.student.dtype);
   for (int64_t i = task.vocab + threadIdx.x; i < task.gradient_columns; i += blockDim.x) {
     store_one(task.gradient_row(row) + i * size, task.student.dtype, 0.0f);
@@ -279,7 +240,7 @@ KD_DEVICE LabelTerms label_terms(const Task& task, const RowPlan& plan, const Su
   return terms;
 }
 
-KD_DEVICE void write_row(const Task& task, int64_t row, const float (&values)[10]) {
+KD_DEVICE void write_row(const Task& task, int row, const float (&values)[10]) {
   if (task.losses) task.losses[row] = values[0];
   if (!task.statistics) return;
   // The last three nobody asked for without `extras`.
@@ -290,8 +251,7 @@ KD_DEVICE void write_row(const Task& task, int64_t row, const float (&values)[10
 }
 
 // By one thread.
-KD_DEVICE void write_statistics(const Task& task, int64_t row, const RowPlan& plan,
-                                const Totals& totals) {
+KD_DEVICE void write_statistics(const Task& task, const RowPlan& plan, const Totals& totals) {
   const Sums& s = totals.sums;
   const LabelTerms terms = label_terms(task, plan, s);
   const float nan = NAN;
@@ -316,11 +276,11 @@ KD_DEVICE void write_statistics(const Task& task, int64_t row, const RowPlan& pl
   loss *= plan.weight;
   const float values[10] = {loss,        kd,        terms.ce,        terms.z,         student_lse,
                             teacher_lse, terms.lse, student_entropy, teacher_entropy, hits};
-  write_row(task, row, values);
+  write_row(task, plan.row, values);
 }
 
 // A row that is ignored (0) or spoiled (NaN). By one thread.
-KD_DEVICE void write_constant(const Task& task, int64_t row, float value) {
+KD_DEVICE void write_constant(const Task& task, int row, float value) {
   const float values[10] = {value, value, value, value, value, value, value, value, value, 0.0f};
   write_row(task, row, values);
 }

@@ -47,28 +47,29 @@ KD_DEVICE Evaluated block_reduce(Evaluated e, StreamScratch& scratch) {
 }
 
 template <class Functor, int kWidth>
-KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split& split, int64_t row,
+KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split& split,
                           const RowPlan& plan, const Span& span, StreamScratch& scratch) {
   const bool last_sweep = split.steps == all_steps && !task.gradient && has_closed_form<Functor>;
   const Keep keep = last_sweep ? Keep::no : Keep::yes;
   using Row = GlobalRow<kWidth>;
-  const Row student(task, task.student, row, span, keep);
-  const Row teacher(task, task.teacher, row, span, keep);
+  const Row student(task, task.student, plan.row, span, keep);
+  const Row teacher(task, task.teacher, plan.row, span, keep);
   const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
   const bool is_first_part = blockIdx.y == 0, is_first_thread = threadIdx.x == 0;
-  const int64_t slot = row * split.parts + blockIdx.y;
+  const int64_t first_slot = static_cast<int64_t>(plan.row) * split.parts;
+  const int64_t slot = first_slot + blockIdx.y;
 
   Sums sums;
   if (split.steps & observe_step) {
     sums = sweep.observe();
-    if (is_first_part && is_first_thread) sums.label_logit = label_logit(task, row, plan.label);
+    if (is_first_thread) sums.label_logit = label_logit(task, plan, span, student);
     sums = block_reduce<Functor>(task, sums, scratch);
     if (split.steps == observe_step) {
       if (is_first_thread) split.observed[slot] = sums;
       return;
     }
   } else {
-    sums = sum_of_slots<Functor>(task, split.observed + row * split.parts, split.parts);
+    sums = sum_of_slots<Functor>(task, split.observed + first_slot, split.parts);
   }
   Totals totals(task, sums);
   const bool spoiled = totals.spoils_row(task);
@@ -84,27 +85,27 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
       }
       totals.take(task, e);
     } else {
-      totals.take(task, sum_of_slots(split.evaluated + row * split.parts, split.parts));
+      totals.take(task, sum_of_slots(split.evaluated + first_slot, split.parts));
     }
   }
   if (!(split.steps & differentiate_step)) return;
   if (is_first_part && is_first_thread) {
     if (spoiled && totals.student_is_bad) {
-      write_constant(task, row, NAN);
+      write_constant(task, plan.row, NAN);
     } else {
-      write_statistics(task, row, plan, totals);
+      write_statistics(task, plan, totals);
     }
   }
   if (!task.gradient) return;
   if (spoiled) {
-    fill_gradient<kWidth>(task, row, span, NAN);
+    fill_gradient<kWidth>(task, plan.row, span, NAN);
   } else {
-    const Row last_student(task, task.student, row, span, Keep::no);
-    const Row last_teacher(task, task.teacher, row, span, Keep::no);
+    const Row last_student(task, task.student, plan.row, span, Keep::no);
+    const Row last_teacher(task, task.teacher, plan.row, span, Keep::no);
     const Sweep<Functor, kWidth, Row> last{task, functor, span, last_student, last_teacher};
-    last.differentiate(row, plan, totals);
+    last.differentiate(plan, totals);
   }
-  if (is_first_part) clear_beyond_vocabulary(task, row);
+  if (is_first_part) clear_beyond_vocabulary(task, plan.row);
 }
 
 template <class Functor, int kWidth>
@@ -112,18 +113,16 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
     stream_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                   const __grid_constant__ Split split) {
   __shared__ StreamScratch scratch;
-  const float scale = gradient_scale(task);
-  for (int64_t row = blockIdx.x; row < task.rows(); row += gridDim.x) {
-    const RowPlan plan = plan_row(task, read_inputs(task, row), scale);
-    const char* start = task.row_of(task.student, row);
+  const int counted = task.plan->counted;
+  for (int64_t i = blockIdx.x; i < task.rows(); i += gridDim.x) {
+    const RowPlan plan = load_plan(task.rows_planned + i);
+    const char* start = task.row_of(task.student, plan.row);
     const Span span = span_of(start, task.student.dtype, task.vocab, blockIdx.y, split.each);
-    if (plan.fate != Fate::counts) {
-      if (split.steps & differentiate_step) {
-        dismiss_row<kWidth>(task, row, plan, span, blockIdx.y == 0);
-      }
+    if (i >= counted) {
+      if (split.steps & differentiate_step) dismiss_row<kWidth>(task, plan, span, blockIdx.y == 0);
       continue;
     }
-    stream_row<Functor, kWidth>(task, functor, split, row, plan, span, scratch);
+    stream_row<Functor, kWidth>(task, functor, split, plan, span, scratch);
     // The next row's sums take the scratch that slower warps may still read.
     __syncthreads();
   }

@@ -68,6 +68,7 @@ KD_DEVICE float label_reference_of(const Task& task, float top, float student_re
 // e^z at T = 1 from e^(z/T), relative to the label's reference.
 KD_DEVICE float label_exponential(const Task& task, float z, float e, float reference) {
   if (task.label_sum == LabelSum::square) return e * e;
+  if (task.label_sum == LabelSum::cube) return e * e * e;
   if (task.label_sum == LabelSum::fourth) return (e * e) * (e * e);
   return power_of_two(fmaf(z, task.label_factor, -reference));
 }

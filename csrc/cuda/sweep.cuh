@@ -120,9 +120,9 @@ struct Sweep {
     return sum;
   }
 
-  KD_DEVICE void differentiate(int64_t row, const RowPlan& plan, const Totals& totals) const {
+  KD_DEVICE void differentiate(const RowPlan& plan, const Totals& totals) const {
     const Factors factors(task, plan, totals.sums);
-    const GradientRow<kWidth> gradient(task, row, span);
+    const GradientRow<kWidth> gradient(task, plan.row, span);
     each_vector([&](int first) {
       Vector<kWidth> s = student.load(first);
       Vector<kWidth> t = transformed(teacher, task.teacher, first);
@@ -142,30 +142,26 @@ struct Sweep {
   }
 };
 
-// The student's logit at the label, transformed. The gradient may take its place, and another block
-// may write that: the value has to have arrived before this block tells the others its sums.
-KD_DEVICE float label_logit(const Task& task, int64_t row, int label) {
-  if (label < 0) return -INFINITY;
-  const Side& side = task.student;
-  const char* at = task.row_of(side, row) + label * side.column_stride * size_of(side.dtype);
+// The student's logit at the label, transformed, if the label is one of this block's columns; -inf
+// otherwise. The gradient may take its place, but only this block writes that.
+template <class Row>
+KD_DEVICE float label_logit(const Task& task, const RowPlan& plan, const Span& span,
+                            const Row& student) {
+  if (plan.label < span.first || plan.label >= span.past) return -INFINITY;
   if (task.is_single()) return 0.0f;
-  const float x = load_one(at, side.dtype);
-  return is_plain(side) ? x : transform(side, x);
+  const float x = student.load_one_at(plan.label);
+  return is_plain(task.student) ? x : transform(task.student, x);
 }
 
 // A row that is not computed: 0, or NaN for a label that is no column.
 template <int kWidth>
-KD_DEVICE void dismiss_row(const Task& task, int64_t row, const RowPlan& plan, const Span& span,
+KD_DEVICE void dismiss_row(const Task& task, const RowPlan& plan, const Span& span,
                            bool is_first_part) {
-  const float value = plan.fate == Fate::spoiled ? NAN : 0.0f;
-  if (task.gradient) fill_gradient<kWidth>(task, row, span, value);
+  const float value = plan.label == kSpoiled ? NAN : 0.0f;
+  if (task.gradient) fill_gradient<kWidth>(task, plan.row, span, value);
   if (!is_first_part) return;
-  if (task.gradient) clear_beyond_vocabulary(task, row);
-  if (threadIdx.x != 0) return;
-  write_constant(task, row, value);
-  if (plan.fate == Fate::spoiled && task.label_errors) {
-    atomicMax(task.label_errors, static_cast<unsigned long long>(row) + 1);
-  }
+  if (task.gradient) clear_beyond_vocabulary(task, plan.row);
+  if (threadIdx.x == 0) write_constant(task, plan.row, value);
 }
 
 }  // namespace kd::cuda

@@ -17,13 +17,31 @@ struct Side {
   float scale, softcap;
 };
 
-// How the exponentials at T = 1 come about.
+// How the exponentials at T = 1 come about; up to `fourth` the power of the student's.
 enum class LabelSum : int {
-  none = 0,      // nothing needs them
-  student = 1,   // T = 1: they are the student's
-  square = 2,    // T = 2: the student's, squared
-  fourth = 4,    // T = 4
-  separate = 3,  // another exponential per element
+  none = 0,     // nothing needs them
+  student = 1,  // T = 1: they are the student's
+  square = 2,   // T = 2: the student's, squared
+  cube = 3,
+  fourth = 4,
+  separate = 5,  // another exponential per element
+};
+
+// What is known of a row before its logits are read: see plan_kernel.
+struct alignas(16) RowPlan {
+  int row;    // -1: there are no more
+  int label;  // -1: none. Of a row that does not count: kIgnored or kSpoiled
+  float weight;
+  float share;  // of the row's gradient in the result's
+};
+
+constexpr int kIgnored = -1, kSpoiled = -2;
+
+// What plan_kernel leaves in the workspace.
+struct Plan {
+  float denominator;  // of "mean"
+  int counted;        // rows that count
+  int next;           // of the rows that count, those that clusters have taken beyond their first
 };
 
 struct Task {
@@ -31,13 +49,8 @@ struct Task {
   int64_t outer, inner;
   int vocab;
 
-  const int64_t* labels;  // [rows], or null
-  int64_t ignore_index;
-  const float* row_weights;  // [rows], or null
-  const float* grad_output;
-  int64_t grad_output_stride;
-  const float* denominator;  // on the device; null = scale is known already
-  float scale;               // 1 / denominator
+  Plan* plan;
+  const RowPlan* rows_planned;  // [rows]: first those that count, then the others
 
   float alpha, ce_weight, kd_scale;
   float kd_slope;                // alpha kd_scale / T
@@ -50,7 +63,6 @@ struct Task {
 
   float* losses;                     // [rows] for reduction "none", or null
   float* statistics;                 // [10, rows], or null; the last 3 only with `extras`
-  unsigned long long* label_errors;  // 1 + the highest row whose label is out of range; or null
   char* gradient;                    // [rows, gradient_columns] in the student's dtype, or null
   int64_t gradient_columns;
 
