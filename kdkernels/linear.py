@@ -310,9 +310,10 @@ def _row_bytes(problem: _LinearProblem, by_index: bool) -> int:
     """
     wide = problem.logits_dtype.itemsize
     size = 2 * problem.vocab * wide
-    for hidden in (problem.student_hidden, problem.teacher_hidden):
-        if hidden is not None:
-            widened = wide if hidden.itemsize < wide else 0
+    for hidden, weight, *_ in (problem.student, problem.teacher):
+        if hidden is not None and weight is not None:
+            factor = products.factor_dtype(hidden, weight, problem.logits_dtype)
+            widened = 0 if hidden.dtype == factor else factor.itemsize
             size += hidden.shape[-1] * (by_index * hidden.itemsize + widened)
     if problem.student_hidden is not None:
         # Their gradient, or them without the rows that do not count.

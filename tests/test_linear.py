@@ -569,7 +569,7 @@ def test_bfloat16_on_a_gpu(teacher: str, mode: str, tiles: int, vocab: int) -> N
         name: tensor.detach().cuda().requires_grad_(tensor.requires_grad)
         for name, tensor in given.items()
     }
-    options |= {"gradient": mode, "max_chunk_bytes": 5 * rows * vocab * 2 // tiles}
+    options |= {"gradient": mode, "max_chunk_bytes": 12 * rows * vocab // tiles}
     first = run(given, **options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -821,6 +821,7 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
             shapes.append(self.memory.shape)
 
     monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
 
     def sweep(
         rows: int, row_bytes: int, dtype: torch.dtype = torch.float32, **changed: Any
@@ -840,6 +841,31 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     sweep(512, ROW_BYTES + 8 * H_STUDENT, **without, teacher_logits=teacher_logits)
     full = (2, 16, VOCAB)
     assert shapes == [(2, 15, VOCAB), full, full, full, (1, 16, VOCAB)]
+
+
+def test_the_tiles_of_a_gpu_keep_to_their_budget(
+    wide_products: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the logits: rounded gradients where there is no teacher's tile, cleaned states."""
+    steps: list[int] = []
+
+    class Recorded(linear_module._Sweep):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            steps.append(self.step)
+
+    monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    given = inputs(torch.bfloat16, lead=(512,))
+    without = {"teacher_hidden": None, "teacher_weight": None}
+    without["teacher_logits"] = torch.randn(512, VOCAB)
+    for changed, row_bytes in (
+        ({}, ROW_BYTES + 2 * H_STUDENT),
+        ({"labels": None}, ROW_BYTES),
+        (without, ROW_BYTES + 2 * VOCAB + 2 * H_STUDENT),
+    ):
+        for budget in (16 * row_bytes, 16 * row_bytes - 1):
+            fused_linear_kd_loss(**{**given, **changed}, max_chunk_bytes=budget).backward()
+    assert steps == [16, 15] * 3
 
 
 def test_the_default_budget_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
