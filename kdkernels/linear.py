@@ -194,7 +194,7 @@ def _gradient_dtype(problem: _LinearProblem, name: str, max_chunk_bytes: int) ->
     if name == "student_logits":
         return problem.student_input.dtype
     if name != "student_bias" and _is_rounded(problem):
-        most = _most_rows(problem, False, max_chunk_bytes)
+        most = _most_rows(problem, _orders(problem), max_chunk_bytes)
         if name == "student_hidden" or problem.leading_shape.numel() <= most:
             return problem.student_input.dtype
     return problem.logits_dtype
@@ -234,8 +234,10 @@ class _Gradients:
             self.rounded = sweep.half_tile()
         self.first = True
 
-    def add(self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor) -> None:
-        """Propagate the gradient of a tile of logits."""
+    def add(
+        self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor, count: Tensor | None
+    ) -> None:
+        """Propagate the gradient of a tile of logits, of which the first ``count`` rows count."""
         if isinstance(source, _Given):
             assert self.logits is not None
             self.logits.flatten(0, -2)[rows, : self.vocab] = tile
@@ -249,8 +251,9 @@ class _Gradients:
         else:
             to_hidden = self.picked[: rows.numel()]
         states = source.states(rows)
-        if self.dead is not None and to_weight is not None:
-            states = states.masked_fill(self.dead[rows], 0)  # 0 times NaN is NaN
+        dead = None if self.dead is None else self.dead[rows]
+        if dead is not None and to_weight is not None:
+            states = states.masked_fill(dead, 0)  # 0 times NaN is NaN
         products.propagate(
             tile,
             states,
@@ -259,8 +262,11 @@ class _Gradients:
             to_weight,
             add=not self.first,
             rounded=None if self.rounded is None else self.rounded[: tile.shape[0]],
+            count=count,
         )
         if by_row is not None and to_hidden is not None and isinstance(rows, Tensor):
+            if dead is not None:
+                to_hidden.masked_fill_(dead, 0)
             by_row.index_copy_(0, rows, to_hidden)
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
@@ -286,6 +292,14 @@ def _alive(problem: _LinearProblem) -> Tensor | None:
         weighs = problem.token_weights.reshape(-1) != 0
         alive = weighs if alive is None else alive & weighs
     return alive
+
+
+def _orders(problem: _LinearProblem) -> bool:
+    """Whether rows that count are brought together, where only a device knows their number."""
+    hidden, weight, *_ = problem.student
+    if hidden is None or weight is None or problem.labels is None or not _waits(hidden.device):
+        return False
+    return products.ragged(hidden, weight, problem.logits_dtype)
 
 
 def _with_denominator(problem: _LinearProblem) -> _LinearProblem:
@@ -339,11 +353,13 @@ class _Sweep:
     def __init__(self, problem: _LinearProblem, max_chunk_bytes: int) -> None:
         self.problem, self.max_chunk_bytes = _with_denominator(problem), max_chunk_bytes
         device, rows = problem.student_input.device, problem.leading_shape.numel()
-        #: Indices of the rows to read; None: all. The others are not even multiplied: only on the
-        #: CPU, where knowing their number costs no synchronisation with a device.
+        #: Indices of the rows to read; None: all as they are. On the CPU, where knowing their
+        #: number costs no synchronisation with a device, of those alone that count.
         self.counted: Tensor | None = None
-        #: Bool [rows, 1], on other devices: rows that are multiplied for nothing; None: none.
+        #: Bool [rows, 1]: rows read that do not count; None: none.
         self.dead: Tensor | None = None
+        #: int64 []: how many of ``counted`` count, the first ones; None: all.
+        self.count: Tensor | None = None
         alive = _alive(problem)
         if alive is not None and _waits(device):
             self.dead = ~alive.unsqueeze(-1)
@@ -353,6 +369,9 @@ class _Sweep:
                     self.dead.view(problem.labels.shape), problem.options.ignore_index
                 )
                 self.problem = self.problem._replace(labels=ignored)
+            if _orders(problem):
+                self.counted = self.dead.view(-1).to(torch.uint8).argsort(stable=True)
+                self.count = alive.sum()
         elif alive is not None and not bool(alive.all()):
             self.counted = alive.nonzero().squeeze(-1)
         by_index = self.counted is not None
@@ -368,11 +387,17 @@ class _Sweep:
         shape = (heads, self.step, problem.vocab)
         self.memory = torch.empty(shape, dtype=problem.logits_dtype, device=device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem]]:
-        """Each tile's rows (of the flattened leading shape) and its problem."""
+    def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem, Tensor | None]]:
+        """Each tile's rows (of the flattened leading shape), its problem, and its rows that count:
+        their number, as grouped products take it."""
         for start in range(0, self.total, self.step):
             stop = min(start + self.step, self.total)
             rows = slice(start, stop) if self.counted is None else self.counted[start:stop]
+            count = None
+            if self.count is not None:
+                # One at least, whose gradient is 0 if it does not count: of no rows the weight's
+                # gradient could be left undefined.
+                count = (self.count - start).clamp(1, stop - start).to(torch.int32).view(1)
             yield (
                 rows,
                 Problem(
@@ -383,6 +408,7 @@ class _Sweep:
                     self.problem.num_items,
                     self.problem.options,
                 ),
+                count,
             )
 
     def half_tile(self) -> Tensor:
@@ -428,7 +454,7 @@ def _run_forward(
     per_row = problem.options.reduction == "none"
     losses = torch.zeros(shape.numel() if per_row else 0, dtype=dtype, device=device)
     sums = []
-    for rows, tile in sweep:
+    for rows, tile, count in sweep:
         result = BACKENDS[backend].forward(
             tile,
             want_gradient=any(wanted),
@@ -441,7 +467,7 @@ def _run_forward(
         else:
             sums.append(result.loss)
         if result.gradient is not None:
-            gradients.add(sweep.student, rows, result.gradient)
+            gradients.add(sweep.student, rows, result.gradient, count)
     loss = losses.reshape(shape) if per_row else sum_rows(torch.stack(sums) if sums else losses)
     return loss, statistics.reshape(height, *shape), gradients.tensors(loss)
 
@@ -458,16 +484,16 @@ def _run_backward(
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(sweep, wanted)
     # Not -1: with no rows it could be anything.
-    count = problem.leading_shape.numel()
-    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, count)
-    for rows, tile in sweep:
+    total = problem.leading_shape.numel()
+    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, total)
+    for rows, tile, count in sweep:
         gradient = BACKENDS[backend].backward(
             tile,
             statistics[:, rows],
             grad_output if grad_output.ndim == 0 else grad_output.reshape(-1)[rows],
             gradient_out=sweep.own_memory(rows, tile),
         )
-        gradients.add(sweep.student, rows, gradient)
+        gradients.add(sweep.student, rows, gradient, count)
     return gradients.tensors(statistics)
 
 
@@ -612,7 +638,8 @@ def fused_linear_kd_loss(
     With ``student_logits = student_hidden @ student_weight.T + student_bias`` and the teacher's
     likewise, the result is that of ``fused_kd_loss(student_logits, teacher_logits, labels,
     **options)``, and the gradients of student hidden states, weight and bias are computed with the
-    loss, tile by tile of rows. On the CPU, rows that do not count are not even multiplied.
+    loss, tile by tile of rows. Rows that do not count, by their label or a token weight of 0, reach
+    no gradient, whatever their hidden states hold. On the CPU they are not even multiplied.
 
     Tiles of logits are float32 (float64 for float64 hidden states) whatever the inputs' dtypes, and
     the gradients are summed in that precision over the tiles and rounded once. Where bfloat16
@@ -633,9 +660,11 @@ def fused_linear_kd_loss(
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
         max_chunk_bytes: memory of the tiles of logits and of copies of their rows' hidden states,
-            > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU). The
-            default, 256 MiB, holds 667 rows of a 50k vocabulary and 220 of a 152k one. More was
-            not faster on a CPU; 32 MiB took 1.37 times the CPU time.
+            > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU; none
+            where their products have float32 results). None: 256 MiB on a CPU, which hold 667 rows
+            of a 50k vocabulary and 220 of a 152k one (more was not faster; 32 MiB took 1.37 times
+            the CPU time), and a 32nd of a GPU's memory: a weight's gradient that needs several
+            tiles is summed in float32, 4.2 GB of traffic each at [128256, 4096].
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it.
 

@@ -72,6 +72,31 @@ def rounds(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return hidden.dtype == torch.bfloat16 and _wide(hidden, weight, dtype)
 
 
+@functools.cache
+def _has_grouped_products(device: torch.device) -> bool:
+    """Whether torch has CUTLASS's grouped products there; elsewhere it waits for the offsets."""
+    return (
+        wide_results(device)
+        and hasattr(torch, "_grouped_mm")
+        and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+    )
+
+
+def ragged(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether :func:`propagate` leaves out rows whose number only the device knows.
+
+    The grouped products need rows that start at multiples of 16 bytes.
+    """
+    return (
+        rounds(hidden, weight, dtype)
+        and _has_grouped_products(hidden.device)
+        and hidden.shape[-1] % 8 == 0
+        and weight.stride(1) == 1
+        and weight.stride(0) % 8 == 0
+        and weight.storage_offset() % 8 == 0
+    )
+
+
 def factor_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What the hidden states are multiplied in for logits in ``dtype``."""
     as_given = _wide(hidden, weight, dtype) or _in_bfloat16(hidden, weight, dtype)
@@ -125,18 +150,29 @@ def propagate(
     *,
     add: bool,
     rounded: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> None:
     """The gradient of a tile of logits [rows, V], to what made it.
 
     ``to_hidden`` [rows, H] is written; ``to_weight`` [V, H] is added to if ``add``, else written.
     They are in the tile's dtype or, where the tile :func:`rounds`, also in the inputs'; then
     ``rounded`` is memory for the rounded tile, and only then it is given.
+
+    ``count`` [1], where products are :func:`ragged`: only so many rows are multiplied, the first
+    ones. The others' ``to_hidden`` is left undefined.
     """
     if to_hidden is None and to_weight is None:
         return
     if rounded is not None:
         dtype, pieces = rounded.dtype, iter([(slice(None), weight)])
         tile = rounded.copy_(tile)
+        if count is not None:
+            if to_hidden is not None:
+                to_hidden.copy_(torch._grouped_mm(tile, weight.unsqueeze(0), offs=count))
+            if to_weight is not None:
+                product = torch._grouped_mm(tile.t(), hidden, offs=count)[0]
+                to_weight.add_(product) if add else to_weight.copy_(product)
+            return
     else:
         dtype = hidden.dtype if _in_bfloat16(hidden, weight, tile.dtype) else tile.dtype
         pieces = _pieces(weight, tile.dtype, dtype)

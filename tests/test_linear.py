@@ -479,6 +479,7 @@ def wide_products(
         library.impl("addmm.dtype_out", addmm_out, "CPU")
     monkeypatch.setattr(products, "_ADDS_TO_FLOAT32", adds)
     monkeypatch.setattr(products, "wide_results", lambda device: True)
+    monkeypatch.setattr(products, "_has_grouped_products", lambda device: False)
     monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
     yield calls
     library._destroy()
@@ -503,6 +504,59 @@ def test_half_products_with_float32_results(
     assert wide_products == [str(dtype)] * (tiles * projections + gradients)
     assert_close(got[:1], want[:1], 2e-6)
     assert_close(got[1:], want[1:], torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("counted", ["some", "all", "none"])
+@pytest.mark.parametrize("teacher", ["hidden", "logits"])
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_rows_that_count_come_first_in_ragged_products(
+    wide_products: list[str],
+    mode: str,
+    tiles: int,
+    teacher: str,
+    counted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where only a device knows how many rows count: the others' gradients are not multiplied."""
+    monkeypatch.setattr(products, "_has_grouped_products", lambda device: True)
+    multiplied: list[int] = []
+    grouped_mm = torch._grouped_mm
+
+    def recorded(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in (left, right))
+        assert all(min(t.stride()[-2:]) == 1 and max(t.stride()) % 8 == 0 for t in (left, right))
+        multiplied.append(int(offs))
+        product = grouped_mm(left, right, offs=offs)
+        if right.ndim == 3:
+            product[int(offs) :] = torch.nan  # undefined there
+        return product
+
+    monkeypatch.setattr(torch, "_grouped_mm", recorded)
+    given = inputs(torch.bfloat16, lead=(1, ROWS))
+    if counted != "some":
+        given["labels"].clamp_(min=0).add_(0 if counted == "all" else -1000).clamp_(min=-100)
+    options = {"gradient": mode, "token_weights": torch.linspace(-1, 2, ROWS).view(1, -1)}
+    if counted == "some":
+        options["token_weights"][0, 20:] = 0.0
+    want = expected(given, **options)
+    with torch.no_grad():
+        if counted == "some":
+            given["student_hidden"][0, 2:7] = torch.nan
+            given["student_hidden"][0, 20:] = torch.inf
+    if teacher == "logits":
+        hidden, weight = given.pop("teacher_hidden"), given.pop("teacher_weight")
+        given["teacher_logits"] = (hidden.double() @ weight.double().t()).float()
+    got = run(given, **options, max_chunk_bytes=55 * ROW_BYTES // tiles)
+    step, count = -(-ROWS // tiles), {"some": 15, "all": ROWS, "none": 0}[counted]
+    sizes = [min(step, ROWS - start) for start in range(0, ROWS, step)]
+    counts = [min(max(count - n * step, 1), size) for n, size in enumerate(sizes)]
+    assert multiplied == [n for n in counts for _ in range(2)]
+    assert_close(got[:1], want[:1], 2e-6)
+    # Of several tiles, each one's product is rounded, and then their sum.
+    assert_close(got[1:], want[1:], 2**-8)
+    dead = got[1][0, 2:7] if counted == "some" else got[1][0, :0]
+    assert torch.equal(dead, torch.zeros_like(dead))
 
 
 @pytest.mark.parametrize("teacher", ["hidden", "logits"])
