@@ -19,6 +19,7 @@ Inputs of the tile's own dtype are multiplied as they are. Half-precision ones a
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -76,7 +77,8 @@ def rounds(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 def _has_grouped_products(device: torch.device) -> bool:
     """Whether torch has CUTLASS's grouped products there; elsewhere it waits for the offsets."""
     return (
-        wide_results(device)
+        sys.platform == "linux"
+        and wide_results(device)
         and hasattr(torch, "_grouped_mm")
         and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
     )

@@ -642,9 +642,14 @@ def test_float32_results_are_asked_of_nvidia_gpus_only(monkeypatch: pytest.Monke
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     check = products.wide_results.__wrapped__
+    grouped = products._has_grouped_products.__wrapped__
+    monkeypatch.setattr(products, "wide_results", check)
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert check(gpu) and not check(torch.device("cpu"))
+    assert grouped(gpu) and not grouped(torch.device("cpu"))
+    capability = (8, 0)
+    assert check(gpu) and not grouped(gpu)
     capability = (7, 5)
     assert not check(gpu)
     capability = (9, 4)  # what ROCm says of an MI300
