@@ -224,7 +224,8 @@ class _Gradients:
         if self.weight is not None:
             self.weight[self.vocab if sweep.total else 0 :].zero_()
         if self.hidden is not None and sweep.counted is not None:
-            self.hidden.zero_()
+            if sweep.count is None:
+                self.hidden.zero_()
             self.picked = self.hidden.new_empty((sweep.step, self.hidden.shape[-1]))
         for gradient in (self.bias, self.logits):
             if gradient is not None:

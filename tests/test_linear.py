@@ -592,10 +592,16 @@ def test_rounded_gradients_have_aligned_rows(
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 @pytest.mark.parametrize("teacher", ["hidden", "logits"])
-def test_bfloat16_on_a_gpu(teacher: str, mode: str, tiles: int, vocab: int) -> None:
+@pytest.mark.parametrize("ragged", [True, False])
+def test_bfloat16_on_a_gpu(
+    ragged: bool, teacher: str, mode: str, tiles: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Float32's accuracy, whatever hidden states of rows that do not count hold; nothing waits."""
     if not products.wide_results(torch.device("cuda")):
         pytest.skip("no float32 results of bfloat16 products")
+    if ragged and not products._has_grouped_products(torch.device("cuda")):
+        pytest.skip("no grouped products")
+    monkeypatch.setattr(products, "_has_grouped_products", lambda device: ragged)
     rows, hidden = 300, 256
     generator = torch.Generator().manual_seed(5)
 
