@@ -479,7 +479,6 @@ def wide_products(
         library.impl("addmm.dtype_out", addmm_out, "CPU")
     monkeypatch.setattr(products, "_ADDS_TO_FLOAT32", adds)
     monkeypatch.setattr(products, "wide_results", lambda device: True)
-    monkeypatch.setattr(products, "_has_grouped_products", lambda device: False)
     monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
     yield calls
     library._destroy()
@@ -519,6 +518,7 @@ def test_rows_that_count_come_first_in_ragged_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where only a device knows how many rows count: the others' gradients are not multiplied."""
+    monkeypatch.setattr(products, "GROUPED_PRODUCTS", True)
     monkeypatch.setattr(products, "_has_grouped_products", lambda device: True)
     multiplied: list[int] = []
     grouped_mm = torch._grouped_mm
@@ -601,7 +601,7 @@ def test_bfloat16_on_a_gpu(
         pytest.skip("no float32 results of bfloat16 products")
     if ragged and not products._has_grouped_products(torch.device("cuda")):
         pytest.skip("no grouped products")
-    monkeypatch.setattr(products, "_has_grouped_products", lambda device: ragged)
+    monkeypatch.setattr(products, "GROUPED_PRODUCTS", ragged)
     rows, hidden = 300, 256
     generator = torch.Generator().manual_seed(5)
 
