@@ -21,13 +21,36 @@ from .problem import (
     sum_rows,
 )
 
-#: Default memory for tiles of logits. Two tiles in float32 are alive: the student's, whose memory
-#: its gradient takes over, and the teacher's. Smaller ones read and write the weight's gradient
-#: more often: with 32, 64, 128, 512 and 1024 MiB the CPU time is 1.37, 1.15, 1.06, 1.06 and 1.01
-#: times that of 256 (1024 tokens, H = 512, V = 50257, float32; Zen 3, two threads; interleaved,
-#: medians of 7 ratios on a busy machine; the last two make the same single tile, so they differ by
-#: the error). ``python -m benchmarks --workloads linear_chunk`` measures it again.
+#: Default memory for tiles of logits on a CPU. Two tiles in float32 are alive: the student's, whose
+#: memory its gradient takes over, and the teacher's. Smaller ones read and write the weight's
+#: gradient more often: with 32, 64, 128, 512 and 1024 MiB the CPU time is 1.37, 1.15, 1.06, 1.06
+#: and 1.01 times that of 256 (1024 tokens, H = 512, V = 50257, float32; Zen 3, two threads;
+#: interleaved, medians of 7 ratios on a busy machine; the last two make the same single tile, so
+#: they differ by the error). ``python -m benchmarks --workloads linear_chunk`` measures it again.
 MAX_CHUNK_BYTES = 256 << 20
+
+#: The part of a GPU's memory that tiles of logits take by default: 4.4 GiB of an H200's, 2.5 GiB
+#: of an 80 GB H100's. Where that holds all rows in one tile, the weight's gradient is one product,
+#: and needs no float32 sum of its size. Milliseconds beyond the products' 25.9 on an H200, from the
+#: bytes that each step moves at 4.3 TB/s (4096 tokens, H = 4096, V = 128256, bfloat16: the float32
+#: tiles of all rows are 2.1 GB each, the weight's float32 gradient is another 2.1 GB):
+#:
+#: ==================================================  ====  ====  ====  ====
+#: tiles                                                  1     2     4    16
+#: ==================================================  ====  ====  ====  ====
+#: logits written in float32 instead of bfloat16        0.5   0.5   0.5   0.5
+#: loss and gradient (measured; the bytes take 1.5)     2.7   2.7   2.7   2.7
+#: gradient rounded to bfloat16: 3.2 GB                 0.7   0.7   0.7   0.7
+#: weight's gradient added to: 4.2 GB a further tile      0   1.0   2.9  14.7
+#: weight's gradient rounded: 3.2 GB                      0   0.7   0.7   0.7
+#: sum                                                  3.9   5.6   7.5  19.3
+#: measured when it was zeroed and added to in pieces   8.8        15.1  49.6
+#: ==================================================  ====  ====  ====  ====
+#:
+#: Tiles in bfloat16 would take 1.5 in place of the first three lines. There are none: rounded
+#: logits cost other fused losses 4 to 23 % of the gradient where the loss looks right
+#: (Liger-Kernel#1432), and this function is held to float32's accuracy.
+GPU_MEMORY_SHARE = 1 / 32
 
 #: The student's inputs, which have gradients, and the teacher's; in the order of the ops' schema.
 _STUDENT = ("student_hidden", "student_weight", "student_bias", "student_logits")
@@ -155,6 +178,28 @@ def _logits_of(
     )
 
 
+def _is_rounded(problem: _LinearProblem) -> bool:
+    """Whether the student's tiles of gradients are rounded before their products."""
+    hidden, weight, *_ = problem.student
+    if hidden is None or weight is None:
+        return False
+    return products.rounds(hidden, weight, problem.logits_dtype)
+
+
+def _gradient_dtype(problem: _LinearProblem, name: str, max_chunk_bytes: int) -> torch.dtype:
+    """Of the gradient of one of the student's inputs, as the ops return it.
+
+    That of the logits' math, unless each entry is one product's, which rounds it like a cast would.
+    """
+    if name == "student_logits":
+        return problem.student_input.dtype
+    if name != "student_bias" and _is_rounded(problem):
+        most = _most_rows(problem, _orders(problem), max_chunk_bytes)
+        if name == "student_hidden" or problem.leading_shape.numel() <= most:
+            return problem.student_input.dtype
+    return problem.logits_dtype
+
+
 class _Gradients:
     """Gradients of the student's inputs, summed over tiles in the math dtype; None: not wanted.
 
@@ -164,22 +209,36 @@ class _Gradients:
 
     def __init__(self, sweep: _Sweep, wanted: Sequence[bool]) -> None:
         problem = sweep.problem
-        self.vocab = problem.vocab
+        self.vocab, self.dead = problem.vocab, sweep.dead
         self.hidden, self.weight, self.bias, self.logits = (
-            torch.zeros(
+            torch.empty(
                 tensor.shape,
-                dtype=tensor.dtype if name == "student_logits" else problem.logits_dtype,
+                dtype=_gradient_dtype(problem, name, sweep.max_chunk_bytes),
                 device=tensor.device,
             )
             if tensor is not None and want
             else None
             for name, tensor, want in zip(_STUDENT, problem.student, wanted, strict=True)
         )
+        # What no tile writes, and what every tile adds to.
+        if self.weight is not None:
+            self.weight[self.vocab if sweep.total else 0 :].zero_()
         if self.hidden is not None and sweep.counted is not None:
+            if sweep.count is None:
+                self.hidden.zero_()
             self.picked = self.hidden.new_empty((sweep.step, self.hidden.shape[-1]))
+        for gradient in (self.bias, self.logits):
+            if gradient is not None:
+                gradient.zero_()
+        self.rounded = None
+        if _is_rounded(problem) and not (self.hidden is None and self.weight is None):
+            self.rounded = sweep.half_tile()
+        self.first = True
 
-    def add(self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor) -> None:
-        """Propagate the gradient of a tile of logits."""
+    def add(
+        self, source: _Head | _Given, rows: Tensor | slice, tile: Tensor, count: Tensor | None
+    ) -> None:
+        """Propagate the gradient of a tile of logits, of which the first ``count`` rows count."""
         if isinstance(source, _Given):
             assert self.logits is not None
             self.logits.flatten(0, -2)[rows, : self.vocab] = tile
@@ -191,12 +250,28 @@ class _Gradients:
         elif isinstance(rows, slice):
             to_hidden = by_row[rows]
         else:
-            to_hidden = self.picked[: rows.numel()].zero_()
-        products.propagate(tile, source.states(rows), source.weight, to_hidden, to_weight)
+            to_hidden = self.picked[: rows.numel()]
+        states = source.states(rows)
+        dead = None if self.dead is None else self.dead[rows]
+        if dead is not None and to_weight is not None:
+            states = states.masked_fill(dead, 0)  # 0 times NaN is NaN
+        products.propagate(
+            tile,
+            states,
+            source.weight,
+            to_hidden,
+            to_weight,
+            add=not self.first,
+            rounded=None if self.rounded is None else self.rounded[: tile.shape[0]],
+            count=count,
+        )
         if by_row is not None and to_hidden is not None and isinstance(rows, Tensor):
+            if dead is not None:
+                to_hidden.masked_fill_(dead, 0)
             by_row.index_copy_(0, rows, to_hidden)
         if self.bias is not None:
             self.bias[: self.vocab] += tile.sum(0)
+        self.first = False
 
     def tensors(self, like: Tensor) -> tuple[Tensor, ...]:
         """The four gradients; an empty tensor for one that is not there."""
@@ -204,29 +279,42 @@ class _Gradients:
         return tuple(like.new_empty((0,)) if one is None else one for one in four)
 
 
-def _rows_to_read(problem: _LinearProblem) -> Tensor | None:
-    """Indices of the rows that count, or None for all: the others are not even multiplied.
-
-    Only on the CPU, where knowing their number costs no synchronisation with a device.
-    """
-    labels = problem.labels
-    if labels is None or labels.device.type != "cpu":
-        return None
-    counted = (labels.reshape(-1) != problem.options.ignore_index).nonzero().squeeze(-1)
-    return None if counted.numel() == labels.numel() else counted
+def _waits(device: torch.device) -> bool:
+    """Whether looking at a number there makes the host wait for a device."""
+    return device.type != "cpu"
 
 
-def _with_denominator(problem: _LinearProblem, counted: Tensor | None) -> _LinearProblem:
+def _alive(problem: _LinearProblem) -> Tensor | None:
+    """Bool [rows]: which rows count and have a weight; None: all of them, without a look."""
+    alive = None
+    if problem.labels is not None:
+        alive = problem.labels.reshape(-1) != problem.options.ignore_index
+    if problem.token_weights is not None:
+        weighs = problem.token_weights.reshape(-1) != 0
+        alive = weighs if alive is None else alive & weighs
+    return alive
+
+
+def _orders(problem: _LinearProblem) -> bool:
+    """Whether rows that count are brought together, where only a device knows their number."""
+    hidden, weight, *_ = problem.student
+    if hidden is None or weight is None or problem.labels is None or not _waits(hidden.device):
+        return False
+    return products.ragged(hidden, weight, problem.logits_dtype)
+
+
+def _with_denominator(problem: _LinearProblem) -> _LinearProblem:
     """The problem with the denominator of "mean" fixed: a tile cannot count the others' rows."""
     options = problem.options
     if options.reduction != "mean" or options.denominator or problem.num_items is not None:
         return problem
-    rows = problem.leading_shape.numel()
-    if problem.labels is None or problem.labels.device.type == "cpu":
-        count = rows if counted is None else counted.numel()
-        return problem._replace(options=options._replace(denominator=float(max(count, 1))))
-    valid = (problem.labels != options.ignore_index).sum().clamp(min=1)
-    return problem._replace(num_items=valid.to(problem.logits_dtype))
+    if problem.labels is None:
+        count: int | Tensor = problem.leading_shape.numel()
+    else:
+        count = (problem.labels != options.ignore_index).sum()
+        if _waits(count.device):
+            return problem._replace(num_items=count.clamp(min=1).to(problem.logits_dtype))
+    return problem._replace(options=options._replace(denominator=float(max(int(count), 1))))
 
 
 def _row_bytes(problem: _LinearProblem, by_index: bool) -> int:
@@ -237,25 +325,59 @@ def _row_bytes(problem: _LinearProblem, by_index: bool) -> int:
     """
     wide = problem.logits_dtype.itemsize
     size = 2 * problem.vocab * wide
-    for hidden in (problem.student_hidden, problem.teacher_hidden):
-        if hidden is not None:
-            widened = wide if hidden.itemsize < wide else 0
+    for hidden, weight, *_ in (problem.student, problem.teacher):
+        if hidden is not None and weight is not None:
+            factor = products.factor_dtype(hidden, weight, problem.logits_dtype)
+            widened = 0 if hidden.dtype == factor else factor.itemsize
             size += hidden.shape[-1] * (by_index * hidden.itemsize + widened)
-    if problem.student_hidden is not None and by_index:
-        size += problem.student_hidden.shape[-1] * wide  # their gradient
+    if problem.student_hidden is not None:
+        # Their gradient, or them without the rows that do not count.
+        columns, narrow = problem.student_hidden.shape[-1], problem.student_hidden.itemsize
+        masked = problem.labels is not None or problem.token_weights is not None
+        if by_index:
+            size += columns * wide
+        elif masked and _waits(problem.student_hidden.device):
+            size += columns * narrow
+        if _is_rounded(problem) and problem.teacher_hidden is None:
+            size += problem.vocab * narrow
     return size
+
+
+def _most_rows(problem: _LinearProblem, by_index: bool, max_chunk_bytes: int) -> int:
+    """How many rows a tile may have."""
+    return max(1, max_chunk_bytes // _row_bytes(problem, by_index))
 
 
 class _Sweep:
     """The tiles of one call: which rows, and each tile's logits in memory that all share."""
 
     def __init__(self, problem: _LinearProblem, max_chunk_bytes: int) -> None:
-        self.counted = _rows_to_read(problem)
-        self.problem = _with_denominator(problem, self.counted)
-        rows = problem.leading_shape.numel()
-        self.total = rows if self.counted is None else self.counted.numel()
+        self.problem, self.max_chunk_bytes = _with_denominator(problem), max_chunk_bytes
+        device, rows = problem.student_input.device, problem.leading_shape.numel()
+        #: Indices of the rows to read; None: all as they are. On the CPU, where knowing their
+        #: number costs no synchronisation with a device, of those alone that count.
+        self.counted: Tensor | None = None
+        #: Bool [rows, 1]: rows read that do not count; None: none.
+        self.dead: Tensor | None = None
+        #: int64 []: how many of ``counted`` count, the first ones; None: all.
+        self.count: Tensor | None = None
+        alive = _alive(problem)
+        if alive is not None and _waits(device):
+            self.dead = ~alive.unsqueeze(-1)
+            if problem.labels is not None and problem.token_weights is not None:
+                # Rows of no weight are ignored like the others: not read, and not in the outputs.
+                ignored = problem.labels.masked_fill(
+                    self.dead.view(problem.labels.shape), problem.options.ignore_index
+                )
+                self.problem = self.problem._replace(labels=ignored)
+            if _orders(problem):
+                self.counted = self.dead.view(-1).to(torch.uint8).argsort(stable=True)
+                self.count = alive.sum()
+        elif alive is not None and not bool(alive.all()):
+            self.counted = alive.nonzero().squeeze(-1)
         by_index = self.counted is not None
-        most = max(1, max_chunk_bytes // _row_bytes(problem, by_index))
+        self.total = rows if self.counted is None else self.counted.numel()
+        most = _most_rows(problem, by_index, max_chunk_bytes)
         tiles = max(1, math.ceil(self.total / most))
         self.step = max(1, math.ceil(self.total / tiles))  # tiles of one size: a short one is slow
         self.student = _logits_of(problem, problem.student, self.step, by_index)
@@ -263,15 +385,20 @@ class _Sweep:
         heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
         # Freed with the call: keeping it for the next one would save 1.3 %, and raise the peak of
         # what else a training step does.
-        device = problem.student_input.device
         shape = (heads, self.step, problem.vocab)
         self.memory = torch.empty(shape, dtype=problem.logits_dtype, device=device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem]]:
-        """Each tile's rows (of the flattened leading shape) and its problem."""
+    def __iter__(self) -> Iterator[tuple[Tensor | slice, Problem, Tensor | None]]:
+        """Each tile's rows (of the flattened leading shape), its problem, and its rows that count:
+        their number, as grouped products take it."""
         for start in range(0, self.total, self.step):
             stop = min(start + self.step, self.total)
             rows = slice(start, stop) if self.counted is None else self.counted[start:stop]
+            count = None
+            if self.count is not None:
+                # One at least, whose gradient is 0 if it does not count: of no rows the weight's
+                # gradient could be left undefined.
+                count = (self.count - start).clamp(1, stop - start).to(torch.int32).view(1)
             yield (
                 rows,
                 Problem(
@@ -282,7 +409,23 @@ class _Sweep:
                     self.problem.num_items,
                     self.problem.options,
                 ),
+                count,
             )
+
+    def half_tile(self) -> Tensor:
+        """Memory for a tile in the student's dtype, which lives while its gradient is propagated.
+
+        Its rows start at multiples of 16 bytes: matrix products of others are slow. It is the
+        teacher's tile, whose logits have been read then, if there is one and it is large enough.
+        """
+        dtype, vocab = self.problem.student_input.dtype, self.problem.vocab
+        stride = -(-vocab // 64) * 64
+        needed = self.step * stride
+        memory = self.memory[-1].flatten().view(dtype)
+        start = -memory.storage_offset() % 64
+        if len(self.memory) < 2 or memory.numel() - start < needed:
+            memory, start = memory.new_empty((needed,)), 0
+        return memory[start : start + needed].view(self.step, stride)[:, :vocab]
 
     def own_memory(self, rows: Tensor | slice, tile: Problem) -> Tensor | None:
         """The tile's student logits if they are ours to be overwritten by their gradient."""
@@ -312,7 +455,7 @@ def _run_forward(
     per_row = problem.options.reduction == "none"
     losses = torch.zeros(shape.numel() if per_row else 0, dtype=dtype, device=device)
     sums = []
-    for rows, tile in sweep:
+    for rows, tile, count in sweep:
         result = BACKENDS[backend].forward(
             tile,
             want_gradient=any(wanted),
@@ -325,7 +468,7 @@ def _run_forward(
         else:
             sums.append(result.loss)
         if result.gradient is not None:
-            gradients.add(sweep.student, rows, result.gradient)
+            gradients.add(sweep.student, rows, result.gradient, count)
     loss = losses.reshape(shape) if per_row else sum_rows(torch.stack(sums) if sums else losses)
     return loss, statistics.reshape(height, *shape), gradients.tensors(loss)
 
@@ -342,16 +485,16 @@ def _run_backward(
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(sweep, wanted)
     # Not -1: with no rows it could be anything.
-    count = problem.leading_shape.numel()
-    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, count)
-    for rows, tile in sweep:
+    total = problem.leading_shape.numel()
+    statistics = statistics.reshape(BACKENDS[backend].statistics_rows, total)
+    for rows, tile, count in sweep:
         gradient = BACKENDS[backend].backward(
             tile,
             statistics[:, rows],
             grad_output if grad_output.ndim == 0 else grad_output.reshape(-1)[rows],
             gradient_out=sweep.own_memory(rows, tile),
         )
-        gradients.add(sweep.student, rows, gradient)
+        gradients.add(sweep.student, rows, gradient, count)
     return gradients.tensors(statistics)
 
 
@@ -377,11 +520,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (backend, _, wanted, _) = _unpack(arguments)
+    problem, (backend, max_chunk_bytes, wanted, _) = _unpack(arguments)
     shape, like, dtype = problem.leading_shape, problem.student_input, problem.logits_dtype
     loss_shape = shape if problem.options.reduction == "none" else ()
     statistics = like.new_empty((BACKENDS[backend].statistics_rows, *shape), dtype=dtype)
-    return (like.new_empty(loss_shape, dtype=dtype), statistics, *_fake_gradients(problem, wanted))
+    four = _fake_gradients(problem, max_chunk_bytes, wanted)
+    return (like.new_empty(loss_shape, dtype=dtype), statistics, *four)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -390,16 +534,18 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, rest = _unpack(arguments)
-    return _fake_gradients(problem, rest[2])
+    problem, (_, max_chunk_bytes, wanted, *_) = _unpack(arguments)
+    return _fake_gradients(problem, max_chunk_bytes, wanted)
 
 
-def _fake_gradients(problem: _LinearProblem, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    like, dtype = problem.student_input, problem.logits_dtype
+def _fake_gradients(
+    problem: _LinearProblem, max_chunk_bytes: int, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    like = problem.student_input
     return tuple(
-        like.new_empty((0,), dtype=dtype)
+        like.new_empty((0,), dtype=problem.logits_dtype)
         if tensor is None or not want
-        else like.new_empty(tensor.shape, dtype=tensor.dtype if name == "student_logits" else dtype)
+        else like.new_empty(tensor.shape, dtype=_gradient_dtype(problem, name, max_chunk_bytes))
         for name, tensor, want in zip(_STUDENT, problem.student, wanted, strict=True)
     )
 
@@ -484,7 +630,7 @@ def fused_linear_kd_loss(
     teacher_bias: Tensor | None = None,
     student_logits: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
     return_outputs: bool = False,
     **options: Any,
 ) -> Tensor | KDLossOutput:
@@ -493,7 +639,8 @@ def fused_linear_kd_loss(
     With ``student_logits = student_hidden @ student_weight.T + student_bias`` and the teacher's
     likewise, the result is that of ``fused_kd_loss(student_logits, teacher_logits, labels,
     **options)``, and the gradients of student hidden states, weight and bias are computed with the
-    loss, tile by tile of rows. On the CPU, rows that do not count are not even multiplied.
+    loss, tile by tile of rows. Rows that do not count, by their label or a token weight of 0, reach
+    no gradient, whatever their hidden states hold. On the CPU they are not even multiplied.
 
     Tiles of logits are float32 (float64 for float64 hidden states) whatever the inputs' dtypes, and
     the gradients are summed in that precision over the tiles and rounded once. Where bfloat16
@@ -514,9 +661,11 @@ def fused_linear_kd_loss(
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
         max_chunk_bytes: memory of the tiles of logits and of copies of their rows' hidden states,
-            > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU). The
-            default, 256 MiB, holds 667 rows of a 50k vocabulary and 220 of a 152k one. More was
-            not faster on a CPU; 32 MiB took 1.37 times the CPU time.
+            > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU; none
+            where their products have float32 results). None: 256 MiB on a CPU, which hold 667 rows
+            of a 50k vocabulary and 220 of a 152k one (more was not faster; 32 MiB took 1.37 times
+            the CPU time), and a 32nd of a GPU's memory: a weight's gradient that needs several
+            tiles is summed in float32, 4.2 GB of traffic each at [128256, 4096].
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it.
 
@@ -529,7 +678,7 @@ def fused_linear_kd_loss(
     unknown = set(options) - set(fused_kd_loss.__kwdefaults__ or ())
     if unknown:
         raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
-    if type(max_chunk_bytes) is not int or max_chunk_bytes <= 0:
+    if max_chunk_bytes is not None and (type(max_chunk_bytes) is not int or max_chunk_bytes <= 0):
         raise ValueError(f"max_chunk_bytes: {max_chunk_bytes!r} is not an int > 0")
     student = (student_hidden, _gathered(student_weight), _gathered(student_bias), student_logits)
     teacher = (teacher_hidden, _gathered(teacher_weight), _gathered(teacher_bias), teacher_logits)
@@ -538,6 +687,8 @@ def fused_linear_kd_loss(
     if student_logits is not None and teacher_logits is not None:
         raise ValueError("student_logits, teacher_logits: both given; that is fused_kd_loss")
     call = _prepare(student, teacher, labels, options)
+    if max_chunk_bytes is None:
+        max_chunk_bytes = _default_chunk_bytes(call.problem.student.device)
     grad = torch.is_grad_enabled() and call.gradient == "forward"
     loss, statistics, *_ = _linear_kd_forward(
         *student,
@@ -552,6 +703,15 @@ def fused_linear_kd_loss(
         return_outputs,
     )
     return finish(call, loss, statistics, return_outputs)
+
+
+@torch.compiler.assume_constant_result
+def _default_chunk_bytes(device: torch.device) -> int:
+    """The default ``max_chunk_bytes``: it depends on the device alone, so that results do."""
+    if device.type != "cuda":
+        return MAX_CHUNK_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(MAX_CHUNK_BYTES, int(memory * GPU_MEMORY_SHARE))
 
 
 class _Gather(torch.autograd.Function):

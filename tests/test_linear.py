@@ -94,7 +94,7 @@ def run(given: dict[str, Tensor], grad: Tensor | None = None, **options: Any) ->
     for name in STUDENT:
         if name in given:
             given[name].grad = None
-    options = _moved(options, given["labels"].device)
+    options = _moved(options, given["student_hidden"].device)
     loss = fused_linear_kd_loss(**given, **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad)
     return [loss.detach(), *(given[name].grad for name in STUDENT if name in given)]
@@ -198,6 +198,39 @@ def test_only_wanted_gradients(backend: str, leave_out: str) -> None:
         assert_close([given[name].grad], [want[name]], 5e-6)
 
 
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("frozen", [(), STUDENT[:1], STUDENT[1:2], STUDENT[:2], STUDENT], ids=str)
+@pytest.mark.parametrize("path", ["plain", "device", "pieces", "rounded"])
+def test_frozen_inputs_have_no_products(
+    path: str,
+    frozen: tuple[str, ...],
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """On every path: a product each for the hidden states and the weight, if they are trained."""
+    if path in ("device", "rounded"):
+        request.getfixturevalue("waits" if path == "device" else "wide_products")
+    shapes: list[torch.Size] = []
+    multiply = products._multiply
+
+    def recorded(left: Tensor, right: Tensor, total: Tensor, **options: bool) -> None:
+        shapes.append(total.shape)
+        multiply(left, right, total, **options)
+
+    monkeypatch.setattr(products, "_multiply", recorded)
+    monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
+    given = inputs(torch.bfloat16 if path in ("pieces", "rounded") else torch.float32)
+    for name in frozen:
+        given[name].requires_grad_(False)
+    loss = fused_linear_kd_loss(**given, gradient=mode)
+    if loss.requires_grad:
+        loss.backward()
+    rows = ROWS if path in ("device", "rounded") else ROWS - 5
+    one_each = {"student_hidden": (rows, H_STUDENT), "student_weight": (VOCAB, H_STUDENT)}
+    assert shapes == [shape for name, shape in one_each.items() if name not in frozen]
+
+
 def test_no_grad_and_grad_have_the_same_loss(backend: str) -> None:
     given = inputs()
     with torch.no_grad():
@@ -244,16 +277,73 @@ def test_outputs_are_those_of_the_loss_on_logits(backend: str) -> None:
         torch.testing.assert_close(one, other, msg=name)
 
 
-def test_ignored_rows_are_not_multiplied() -> None:
-    """On the CPU they are dropped before the product: NaN hidden states there touch nothing."""
+@pytest.mark.parametrize("as_if_on", ["cpu", "device"])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("why", ["label", "weight", "both", "weight alone"])
+def test_rows_that_do_not_count_touch_nothing(
+    backend: str, why: str, value: float, mode: str, as_if_on: str, request: pytest.FixtureRequest
+) -> None:
+    """NaN in their hidden states: 0 times it would be NaN in the weight's whole gradient."""
+    if as_if_on == "device":
+        request.getfixturevalue("waits")
     given = inputs()
-    want = run(given)
+    options: dict[str, Any] = {"backend": backend, "gradient": mode}
+    rows = [2, 3, 4, 5, 6] if why == "label" else [7, 8, 36]
+    if why != "label":
+        options["token_weights"] = torch.linspace(-1, 2, ROWS).index_fill(
+            0, torch.tensor(rows), 0.0
+        )
+    if why == "weight":
+        given["labels"].clamp_(min=0)
+    elif why == "both":
+        rows += [2, 3]
+    elif why == "weight alone":
+        del given["labels"]
+    options["max_chunk_bytes"] = 9 * ROW_BYTES
+    want = run(given, **options)
     with torch.no_grad():
-        given["student_hidden"][2:7] = torch.nan
-        given["teacher_hidden"][2:7] = torch.nan
-    got = run(given)
+        given["student_hidden"][rows] = value
+        given["teacher_hidden"][rows] = value
+    got = run(given, **options)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
-    assert torch.equal(got[1][2:7], torch.zeros(5, H_STUDENT))
+    assert torch.equal(got[1][rows], torch.zeros(len(rows), H_STUDENT))
+
+
+@pytest.mark.parametrize("as_if_on", ["cpu", "device"])
+def test_outputs_of_rows_of_no_weight(
+    backend: str, as_if_on: str, request: pytest.FixtureRequest
+) -> None:
+    if as_if_on == "device":
+        request.getfixturevalue("waits")
+    given = inputs()
+    student = given["student_hidden"] @ given["student_weight"].t() + given["student_bias"]
+    teacher = given["teacher_hidden"] @ given["teacher_weight"].t()
+    rows = torch.arange(5, 9)
+    weights = torch.linspace(-1, 2, ROWS).index_fill(0, rows, 0.0)
+    options = {"token_weights": weights, "return_outputs": True}
+    want = fused_kd_loss(student, teacher, given["labels"], **options, backend="reference")
+    with torch.no_grad():
+        given["student_hidden"][rows] = torch.nan
+    got = fused_linear_kd_loss(**given, **options, backend=backend, max_chunk_bytes=9 * ROW_BYTES)
+    for name, one, other in zip(got._fields, got, want, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_on_the_cpu_rows_that_do_not_count_are_not_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    projected: list[int] = []
+    project = products.project
+
+    def recorded(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        projected.append(hidden.shape[0])
+        project(hidden, weight, out)
+
+    monkeypatch.setattr(products, "project", recorded)
+    weights = torch.ones(ROWS).index_fill(0, torch.tensor([3, 30]), 0.0)  # row 3 is ignored, too
+    run(inputs(), token_weights=weights)
+    assert projected == [ROWS - 6] * 2
 
 
 def test_nothing_counts(backend: str) -> None:
@@ -334,17 +424,25 @@ def test_products_of_half_inputs_are_exact_to_float32(monkeypatch: pytest.Monkey
         assert_close([wide[:, :600]], [want], 2**-18)
         assert wide[:, 600:].isnan().all()
         tile = torch.randn(40, 600)
-        to_hidden, to_weight = torch.ones(40, 300), torch.ones(600, 300)
-        products.propagate(tile, hidden, weight, to_hidden, to_weight)
-        assert_close(
-            [to_hidden - 1, to_weight - 1],
-            [tile.double() @ weight.double(), tile.double().t() @ hidden.double()],
-            2**-8 if native else 1e-6,
-        )
+        to_hidden, to_weight = torch.full((40, 300), torch.nan), torch.full((600, 300), torch.nan)
+        products.propagate(tile, hidden, weight, to_hidden, to_weight, add=False)
+        want_gradients = [tile.double() @ weight.double(), tile.double().t() @ hidden.double()]
+        accuracy = 2**-8 if native else 1e-6
+        assert_close([to_hidden, to_weight], want_gradients, accuracy)
+        products.propagate(tile, hidden, weight, None, to_weight, add=True)
+        assert_close([to_weight], [2 * want_gradients[1]], accuracy)
 
 
 @pytest.fixture
-def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of devices, on the CPU: nobody looks at a number, all rows are multiplied."""
+    monkeypatch.setattr(linear_module, "_waits", lambda device: True)
+
+
+@pytest.fixture
+def wide_products(
+    request: pytest.FixtureRequest, waits: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
     """What a GPU has, on the CPU: float32 results of half-precision products. Gives the calls."""
     calls: list[str] = []
 
@@ -359,35 +457,205 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert out.dtype == out_dtype and out.shape == (left.shape[0], right.shape[1])
         return out.copy_(mm(left, right, out_dtype))
 
+    def addmm_out(
+        total: Tensor,
+        left: Tensor,
+        right: Tensor,
+        out_dtype: torch.dtype,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
+        out: Tensor,
+    ) -> Tensor:
+        assert total.data_ptr() == out.data_ptr() and out.dtype == out_dtype
+        assert beta == alpha == 1
+        return out.add_(mm(left, right, out_dtype))
+
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype", mm, "CPU")
     library.impl("mm.dtype_out", mm_out, "CPU")
+    adds = getattr(request, "param", True)
+    if adds:
+        library.impl("addmm.dtype_out", addmm_out, "CPU")
+    monkeypatch.setattr(products, "_ADDS_TO_FLOAT32", adds)
     monkeypatch.setattr(products, "wide_results", lambda device: True)
     monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
     yield calls
     library._destroy()
 
 
+@pytest.mark.parametrize("wide_products", [True, False], indirect=True, ids=["addmm", "mm"])
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_products_with_float32_results(wide_products: list[str], dtype: torch.dtype) -> None:
+def test_half_products_with_float32_results(
+    wide_products: list[str], dtype: torch.dtype, mode: str, tiles: int
+) -> None:
     """The path of GPUs: exact logits; the tile's gradient is rounded in bfloat16 only."""
     given = inputs(dtype)
-    got = run(given, temperature=2.0, max_chunk_bytes=11 * ROW_BYTES)
-    want = expected(given, temperature=2.0)
-    tiles = 4  # of 32 rows that count
-    products_a_tile = 4 if dtype == torch.bfloat16 else 2
-    assert wide_products == [str(dtype)] * (tiles * products_a_tile)
+    options = {"temperature": 2.0, "alpha": 0.7, "max_chunk_bytes": 46 * ROW_BYTES // tiles}
+    got = run(given, gradient=mode, **options)
+    want = expected(given, temperature=2.0, alpha=0.7)
+    # Without the gradients that bfloat16 products leave in their own dtype: the hidden states', and
+    # the weight's if there is one.
+    gradients = tiles if dtype == torch.bfloat16 and tiles > 1 else 0
+    projections = 2 if mode == "forward" else 4
+    assert wide_products == [str(dtype)] * (tiles * projections + gradients)
     assert_close(got[:1], want[:1], 2e-6)
     assert_close(got[1:], want[1:], torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("counted", ["some", "all", "none"])
+@pytest.mark.parametrize("teacher", ["hidden", "logits"])
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_rows_that_count_come_first_in_ragged_products(
+    wide_products: list[str],
+    mode: str,
+    tiles: int,
+    teacher: str,
+    counted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where only a device knows how many rows count: the others' gradients are not multiplied."""
+    monkeypatch.setattr(products, "GROUPED_PRODUCTS", True)
+    monkeypatch.setattr(products, "_has_grouped_products", lambda device: True)
+    multiplied: list[int] = []
+    grouped_mm = torch._grouped_mm
+
+    def recorded(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in (left, right))
+        assert all(min(t.stride()[-2:]) == 1 and max(t.stride()) % 8 == 0 for t in (left, right))
+        multiplied.append(int(offs))
+        product = grouped_mm(left, right, offs=offs)
+        if right.ndim == 3:
+            product[int(offs) :] = torch.nan  # undefined there
+        return product
+
+    monkeypatch.setattr(torch, "_grouped_mm", recorded)
+    given = inputs(torch.bfloat16, lead=(1, ROWS))
+    if counted != "some":
+        given["labels"].clamp_(min=0).add_(0 if counted == "all" else -1000).clamp_(min=-100)
+    options = {"gradient": mode, "token_weights": torch.linspace(-1, 2, ROWS).view(1, -1)}
+    if counted == "some":
+        options["token_weights"][0, 20:] = 0.0
+    want = expected(given, **options)
+    with torch.no_grad():
+        if counted == "some":
+            given["student_hidden"][0, 2:7] = torch.nan
+            given["student_hidden"][0, 20:] = torch.inf
+    if teacher == "logits":
+        hidden, weight = given.pop("teacher_hidden"), given.pop("teacher_weight")
+        given["teacher_logits"] = (hidden.double() @ weight.double().t()).float()
+    got = run(given, **options, max_chunk_bytes=55 * ROW_BYTES // tiles)
+    step, count = -(-ROWS // tiles), {"some": 15, "all": ROWS, "none": 0}[counted]
+    sizes = [min(step, ROWS - start) for start in range(0, ROWS, step)]
+    counts = [min(max(count - n * step, 1), size) for n, size in enumerate(sizes)]
+    assert multiplied == [n for n in counts for _ in range(2)]
+    assert_close(got[:1], want[:1], 2e-6)
+    # Of several tiles, each one's product is rounded, and then their sum.
+    assert_close(got[1:], want[1:], 2**-8)
+    dead = got[1][0, 2:7] if counted == "some" else got[1][0, :0]
+    assert torch.equal(dead, torch.zeros_like(dead))
+
+
+@pytest.mark.parametrize("teacher", ["hidden", "logits"])
+@pytest.mark.parametrize("vocab", [3, 64, VOCAB])
+def test_rounded_gradients_have_aligned_rows(
+    wide_products: list[str], teacher: str, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of rows at odd addresses is slow; their memory is the teacher's, if it fits."""
+    given = inputs(torch.bfloat16, vocab=vocab)
+    want = expected(given)
+    if teacher == "logits":
+        hidden, weight = given.pop("teacher_hidden"), given.pop("teacher_weight")
+        given["teacher_logits"] = hidden.double() @ weight.double().t()
+    own: list[bool] = []
+    half_tile = linear_module._Sweep.half_tile
+
+    def recorded(sweep: Any) -> Tensor:
+        made = half_tile(sweep)
+        assert made.dtype == torch.bfloat16 and made.shape == (sweep.step, vocab)
+        assert made.stride() == (-(-vocab // 64) * 64, 1)
+        assert made.storage_offset() % 64 == 0
+        own.append(made.untyped_storage().data_ptr() != sweep.memory.untyped_storage().data_ptr())
+        return made
+
+    monkeypatch.setattr(linear_module._Sweep, "half_tile", recorded)
+    got = run(given, max_chunk_bytes=9 * 2 * 4 * vocab)
+    assert own == [teacher == "logits" or vocab == 3]
+    assert_close(got[1:], want[1:], 2**-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 1003])
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("teacher", ["hidden", "logits"])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_bfloat16_on_a_gpu(
+    ragged: bool, teacher: str, mode: str, tiles: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32's accuracy, whatever hidden states of rows that do not count hold; nothing waits."""
+    if not products.wide_results(torch.device("cuda")):
+        pytest.skip("no float32 results of bfloat16 products")
+    if ragged and not products._has_grouped_products(torch.device("cuda")):
+        pytest.skip("no grouped products")
+    monkeypatch.setattr(products, "GROUPED_PRODUCTS", ragged)
+    rows, hidden = 300, 256
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    given = {
+        "student_hidden": normal(rows, hidden).requires_grad_(),
+        "student_weight": (normal(vocab, hidden) / 8).requires_grad_(),
+        "teacher_hidden": normal(rows, hidden),
+        "teacher_weight": normal(vocab, hidden) / 8,
+        "labels": torch.randint(vocab, (rows,), generator=generator),
+    }
+    given["labels"][100:180] = -100
+    options = {"temperature": 2.0, "token_weights": torch.linspace(0, 2, rows)}
+    options["token_weights"][190:] = 0.0
+    want = expected(given, **options)
+    if teacher == "logits":
+        of_teacher = [given.pop(f"teacher_{name}").double() for name in ("hidden", "weight")]
+        given["teacher_logits"] = (of_teacher[0] @ of_teacher[1].t()).float()
+    with torch.no_grad():
+        given["student_hidden"][100:180] = torch.nan
+        given["student_hidden"][190:] = torch.inf
+    given = {
+        name: tensor.detach().cuda().requires_grad_(tensor.requires_grad)
+        for name, tensor in given.items()
+    }
+    options |= {"gradient": mode, "max_chunk_bytes": 12 * rows * vocab // tiles}
+    first = run(given, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        options["token_weights"] = options["token_weights"].cuda()
+        got = run(given, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, other) for one, other in zip(got, first, strict=True))
+    got = [tensor.cpu() for tensor in got]
+    assert_close(got[:1], want[:1], 2e-6)
+    assert_close(got[1:], want[1:], torch.finfo(torch.bfloat16).eps / 2)
 
 
 def test_float32_results_are_asked_of_nvidia_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     check = products.wide_results.__wrapped__
+    grouped = products._has_grouped_products.__wrapped__
+    monkeypatch.setattr(products, "wide_results", check)
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert check(gpu) and not check(torch.device("cpu"))
+    assert grouped(gpu) and not grouped(torch.device("cpu"))
+    capability = (8, 0)
+    assert check(gpu) and not grouped(gpu)
     capability = (7, 5)
     assert not check(gpu)
     capability = (9, 4)  # what ROCm says of an MI300
@@ -446,6 +714,20 @@ def test_a_scaled_loss_scales_every_gradient(backend: str, scale: float) -> None
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_opcheck(backend: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake rule, autograd registration and AOT dispatch of both ops."""
+    opcheck(inputs(lead=(2, 5), vocab=23), monkeypatch, backend=backend, gradient=mode)
+
+
+@pytest.mark.parametrize("rows", [4, 1000])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_opcheck_of_rounded_gradients(
+    wide_products: list[str], mode: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients' dtypes depend on the number of tiles; the fake rule knows them."""
+    given = inputs(torch.bfloat16, lead=(2, 5), vocab=23)
+    opcheck(given, monkeypatch, gradient=mode, max_chunk_bytes=rows * 2 * 4 * 23)
+
+
+def opcheck(given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     calls: list[tuple[Any, ...]] = []
     op = linear_module._linear_kd_forward
 
@@ -455,10 +737,9 @@ def test_opcheck(backend: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     recorded.redispatch = op.redispatch  # type: ignore[attr-defined]
     monkeypatch.setattr(linear_module, "_linear_kd_forward", recorded)
-    given = inputs(lead=(2, 5), vocab=23)
-    fused_linear_kd_loss(**given, backend=backend, gradient=mode, return_outputs=True)
+    fused_linear_kd_loss(**given, **options, return_outputs=True)
     (arguments,) = calls
-    monkeypatch.undo()
+    monkeypatch.setattr(linear_module, "_linear_kd_forward", op)
     torch.library.opcheck(op, arguments)
     end = linear_module._OPTIONS_END
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments[:end]]
@@ -605,6 +886,7 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
             shapes.append(self.memory.shape)
 
     monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
 
     def sweep(
         rows: int, row_bytes: int, dtype: torch.dtype = torch.float32, **changed: Any
@@ -624,6 +906,40 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     sweep(512, ROW_BYTES + 8 * H_STUDENT, **without, teacher_logits=teacher_logits)
     full = (2, 16, VOCAB)
     assert shapes == [(2, 15, VOCAB), full, full, full, (1, 16, VOCAB)]
+
+
+def test_the_tiles_of_a_gpu_keep_to_their_budget(
+    wide_products: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the logits: rounded gradients where there is no teacher's tile, cleaned states."""
+    steps: list[int] = []
+
+    class Recorded(linear_module._Sweep):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            steps.append(self.step)
+
+    monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    given = inputs(torch.bfloat16, lead=(512,))
+    without = {"teacher_hidden": None, "teacher_weight": None}
+    without["teacher_logits"] = torch.randn(512, VOCAB)
+    for changed, row_bytes in (
+        ({}, ROW_BYTES + 2 * H_STUDENT),
+        ({"labels": None}, ROW_BYTES),
+        (without, ROW_BYTES + 2 * VOCAB + 2 * H_STUDENT),
+    ):
+        for budget in (16 * row_bytes, 16 * row_bytes - 1):
+            fused_linear_kd_loss(**{**given, **changed}, max_chunk_bytes=budget).backward()
+    assert steps == [16, 15] * 3
+
+
+def test_the_default_budget_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = linear_module._default_chunk_bytes
+    assert default(torch.device("cpu")) == linear_module.MAX_CHUNK_BYTES == 256 << 20
+    for gigabytes, mebibytes in ((141, 4202), (4, 256)):
+        properties = type("Properties", (), {"total_memory": gigabytes * 10**9})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        assert default(torch.device("cuda:0")) >> 20 == mebibytes
 
 
 def test_compiles_as_one_graph_for_any_number_of_rows() -> None:
