@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,12 @@ def markdown(run: Run) -> str:
         _headline(run),
         "Times are medians [inter-quartile range] of one call, ratios are medians of the ratios "
         "taken round by round, errors are relative to float64.",
-        *_given_sections(run),
+        *(_gpu_sections(run) if summary.on_gpu(run) else _given_sections(run)),
         *_linear_sections(run),
         "## Targets",
         _target_table(run),
         "## Every contender",
-        *(_detail(run, contest) for contest in run.contests),
+        *(_detail(run, contest) for contest in run.contests if contest.rounds),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -157,6 +157,100 @@ def _given_sections(run: Run) -> list[str]:
     if memory:
         parts += ["## Peak extra memory", _memory_table(memory)]
     return parts
+
+
+#: Sections of a GPU's report: group of workloads, title.
+_GPU_SECTIONS = (
+    ("kd_ce", "Speed"),
+    ("peer", "Beside the others"),
+    ("divergence", "Divergences"),
+    ("variant", "Kernels and cluster sizes, forced"),
+)
+
+
+#: What the launcher says of a kernel that is forced where it cannot be.
+_REFUSAL = "cannot run this problem"
+
+
+def _gpu_sections(run: Run) -> list[str]:
+    """What a GPU's run says of the loss on given logits."""
+    parts = ["Times are the device's, between events; shares are those of its own bandwidth for "
+             "two reads and a write.", _right(run)]  # fmt: skip
+    for group, title in _GPU_SECTIONS:
+        if found := list(summary.contests(run, group)):
+            parts += [f"## {title}", _grid(found, lambda c, name: _bandwidth_cell(run, c, name))]
+    if found := list(summary.contests(run, "small")):
+        parts += [
+            "## Small batches",
+            "In brackets the time that the host spends on enqueuing a call. `graph`: a replay of "
+            "the same kernels as a CUDA graph.",
+            _grid(found, _host_cell),
+        ]
+    if memory := [m for m in run.memory if not m.workload["hidden"]]:
+        parts += ["## Peak extra memory", _memory_table(memory)]
+    return parts
+
+
+def _right(run: Run) -> str:
+    """How many results of the smoke test were right, and which were not."""
+    entries = [
+        (c.workload["name"], e)
+        for c in summary.contests(run, "smoke")
+        for e in c.entries.values()
+        if e.status != "skipped"
+    ]
+    if not entries:
+        return ""
+    right = sum(e.status == "ok" for _, e in entries)
+    refused = [e for _, e in entries if _REFUSAL in e.reason]
+    lines = [
+        f"- {name}, {e.provider}: {e.status}: {e.reason}"
+        for name, e in entries
+        if e.status != "ok" and _REFUSAL not in e.reason
+    ]
+    text = f"Every kernel against float64: {right} results right, {len(refused)} refused by name"
+    return "\n".join([f"{text}, {len(lines)} wrong or failed.", *([""] if lines else []), *lines])
+
+
+def _grid(found: Sequence[Contest], cell: Callable[[Contest, str], str]) -> str:
+    """Workloads by providers."""
+    names = list(dict.fromkeys(n for c in found for n, e in c.entries.items() if e.wall_ns))
+    rows = [[summary.case(c.workload), *(cell(c, name) for name in names)] for c in found]
+    return table(["workload", *names], rows)
+
+
+def _bandwidth_cell(run: Run, contest: Contest, name: str) -> str:
+    found = summary.spread(summary.samples(contest, name))
+    if not found:
+        entry = contest.entries.get(name)
+        return "-" if entry is None or entry.status == "skipped" else entry.status
+    share = _number(summary.bandwidth_share(run, contest, name), ".0%")
+    return f"{_time(found.median)}, {_number(summary.rate(contest, name), '.0f')} GB/s, {share}"
+
+
+def _host_cell(contest: Contest, name: str) -> str:
+    found, host = (
+        summary.spread(summary.samples(contest, name, clock)) for clock in ("wall_ns", "cpu_ns")
+    )
+    return f"{_time(found.median)} ({_time(host.median)})" if found and host else "-"
+
+
+def digest(run: Run) -> str:
+    """A line a contender, to be read in a terminal."""
+    lines = [_right(run)]
+    lines += [f"{b['name']}: {b['median']:.0f} GB/s" for b in run.bandwidth]
+    for contest in run.contests:
+        for name, entry in contest.entries.items():
+            found = summary.spread(summary.samples(contest, name))
+            if found:
+                share = _number(summary.bandwidth_share(run, contest, name), ".0%")
+                cost = f"{_time(found.median)} {_number(summary.rate(contest, name), '.0f')} GB/s"
+                lines.append(f"{summary.case(contest.workload):32} {name:22} {cost} {share}")
+            elif contest.rounds and entry.status in ("wrong", "failed"):
+                lines.append(
+                    f"{summary.case(contest.workload):32} {name:22} {entry.status}: {entry.reason}"
+                )
+    return "\n".join([*filter(None, lines), "", _target_table(run)])
 
 
 #: Columns of the table of the loss from hidden states: header, provider.

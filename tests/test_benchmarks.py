@@ -35,7 +35,7 @@ def tiny_suite(monkeypatch):
         dataclasses.replace(LINEAR, name="linear_chunk/fp32/tiny"),
         dataclasses.replace(LINEAR, name="linear_memory/fp32/tiny/N70"),
     ]
-    monkeypatch.setattr(workloads, "suite", lambda quick=False: kinds)
+    monkeypatch.setattr(workloads, "suite", lambda quick=False, device="cpu": kinds)
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(runner.machine, "_ARRAY_BYTES", 1 << 16)
     monkeypatch.setattr(runner, "MEMORY_WORKLOADS", (TINY.name,))
@@ -127,11 +127,11 @@ def test_a_wrong_weight_gradient_gets_no_speed():
 
 def test_the_oracle_of_hidden_states_is_that_of_their_logits():
     inputs = LINEAR.make()
-    loss, (to_hidden, to_weight) = LINEAR.oracle(inputs)
+    loss, (to_hidden, to_weight), _ = LINEAR.oracle(inputs)
     wide = Inputs(*(t.double() if t.is_floating_point() else t for t in inputs if t is not None))
     student, teacher = wide.logits()
     on_logits = dataclasses.replace(LINEAR, hidden=0)
-    same, (gradient,) = on_logits.oracle(Inputs(student, teacher, inputs.labels))
+    same, (gradient,), _ = on_logits.oracle(Inputs(student, teacher, inputs.labels))
     torch.testing.assert_close(loss, same)
     torch.testing.assert_close(to_hidden, gradient @ wide.student_weight)
     torch.testing.assert_close(to_weight, gradient.t() @ wide.student)
