@@ -24,7 +24,7 @@ from kdkernels.backends import cpu, native
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "numpy", "kdkernels", "liger-kernel", "torchtune", "triton")
 #: Besides them on a GPU.
-_GPU_PACKAGES = ("speculators", "trl", "transformers")
+_GPU_PACKAGES = ("speculators", "trl", "fla-core", "transformers")
 
 #: Bytes of each array of the bandwidth test: many times the largest last-level cache.
 _ARRAY_BYTES = 256 << 20

@@ -182,12 +182,16 @@ def _variant(kernel: str, cluster: int) -> Callable[..., Step]:
         step = _kernel("cuda")(workload, inputs)
 
         def under_force() -> Answer:
+            before = {name: os.environ.get(name) for name in forced}
             os.environ.update(forced)  # two microseconds
             try:
                 return step()
             finally:
-                for name in forced:
-                    del os.environ[name]
+                for name, value in before.items():
+                    if value is None:
+                        del os.environ[name]
+                    else:
+                        os.environ[name] = value
 
         return under_force
 
@@ -495,11 +499,6 @@ def _prepare_liger(workload: Workload, inputs: Inputs) -> Step:
     return step_of(loss, workload, inputs)
 
 
-def _loss_terms(workload: Workload, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
-    factor = workload.alpha * workload.temperature**2
-    return factor * divergence + (1 - workload.alpha) * cross_entropy
-
-
 def _divergence_alone(workload: Workload) -> Workload:
     return replace(workload, alpha=1.0)
 
@@ -578,6 +577,28 @@ def _prepare_trl_linear(workload: Workload, inputs: Inputs) -> Step:
         )
         scaled: Tensor = temperature**2 * rows.mean()
         return scaled
+
+    return step_from(loss, workload, inputs)
+
+
+def _no_fla_linear(workload: Workload) -> str | None:
+    if not torch.cuda.is_available():
+        return "fla's losses are Triton kernels"
+    return _missing("fla.modules.fused_kl_div") or _only_forward_kl(workload)
+
+
+def _prepare_fla_linear(workload: Workload, inputs: Inputs) -> Step:
+    """It has no temperature: hidden states divided by it have the same logits as the loss wants."""
+    from fla.modules.fused_kl_div import fused_kl_div_loss  # type: ignore
+
+    temperature = workload.temperature
+
+    def loss(given: Inputs) -> Tensor:
+        student, teacher = (hidden / temperature for hidden in (given.student, given.teacher))
+        divergence: Tensor = fused_kl_div_loss(
+            student, teacher, given.student_weight, given.teacher_weight
+        )
+        return temperature**2 * divergence
 
     return step_from(loss, workload, inputs)
 
@@ -675,6 +696,7 @@ def _gpu_entries() -> list[Provider]:
             for size in (2048, 4096)
         ),
         Provider("liger_linear", "linear", _prepare_liger_linear, _no_liger_linear),
+        Provider("fla_linear", "linear", _prepare_fla_linear, _no_fla_linear, _divergence_alone),
         Provider("trl_linear", "linear", _prepare_trl_linear, _no_trl_linear, _divergence_alone),
     ]
     return [replace(provider, device="cuda") for provider in entries]

@@ -93,6 +93,11 @@ def on_gpu(run: Run) -> bool:
     return run.options.get("device") == "cuda" or bool(run.options.get("dry"))
 
 
+def kernel_clock(run: Run) -> str:
+    """The clock of a kernel alone: cores that others took do not count, a GPU has its own."""
+    return "wall_ns" if on_gpu(run) else "cpu_ns"
+
+
 def ceiling(run: Run, contest: Contest) -> float:
     """GB/s that a workload is held to: the machine's copies, or a GPU's two reads and a write."""
     if not on_gpu(run):

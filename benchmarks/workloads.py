@@ -36,7 +36,10 @@ QUICK_MEMORY_TOKENS: tuple[int, ...] = (1024, 2048)
 #: Who takes part where logits are made from hidden states.
 LINEAR_PROVIDERS = ("fused_linear", "products", "fused", "eager", "compile", "chunked_linear")
 #: Besides them on a GPU.
-GPU_LINEAR_PROVIDERS = ("bare_products", "fused_linear_triton", "liger_linear", "trl_linear")
+GPU_LINEAR_PROVIDERS = (
+    *("bare_products", "fused_linear_triton"),
+    *("liger_linear", "trl_linear", "fla_linear"),
+)
 ONLY_TIMED = ("products", "compile", "bare_products")
 #: On a GPU 2^29 to 2^30 logits take milliseconds: below that, launches are measured, not kernels.
 #: (rows, vocab, dtype, temperature); the first four are the ones whose variants are compared.

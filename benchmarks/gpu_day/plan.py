@@ -41,8 +41,7 @@ _COUNTERS = (
 class Step:
     """One process.
 
-    name: of a function in ``steps``, with words for it after a colon; the first word of ``before``
-        and of ``tests`` is a program.
+    name: of a function in ``steps``, with words for it after colons.
     seconds: at most so many, and at most what is left of the half.
     before: a program (a profiler, a sanitizer) under which the step's process runs.
     tests: arguments of pytest, which is the process then; ``rehearsed`` are those of a rehearsal.
@@ -168,7 +167,7 @@ class _Day:
         if step.alone:
             self.join()
         seconds = min(step.seconds, self.left())
-        if seconds < _LEAST_SECONDS:
+        if self.left() < _LEAST_SECONDS:
             self.say(f"{step.name}: no time left")
             return
         log = self.logs / f"{step.name.replace(':', '-')}.log"
@@ -256,7 +255,8 @@ def run(half: str, output: Path, limit: float, dry: bool, only: str = "") -> int
 
 def write_report(output: Path) -> str:
     """What the lines say, as one JSON and as Markdown; returns the part to print."""
-    found = record.collect(output / "lines.jsonl")
+    lines = output / "lines.jsonl"
+    found = record.collect(lines) if lines.exists() else record.Run({}, {}, {})
     if not found.versions:
         return "no step got as far as describing the machine: there is no report"
     found.save(output / "gpu-day.json")

@@ -1,7 +1,7 @@
 """Fills ``.gpu/`` where there is a network: what the machine with a GPU cannot fetch.
 
-Peers are their wheels' pure-Python sources. Of two that import half of the world only the files of
-the losses are kept, and beside them what these files ask of the rest. The native module is
+Peers are their wheels' pure-Python sources. Of those that import half of the world only the files
+of the losses are kept, and beside them what these files ask of the rest. The native module is
 optional: the machine can build it in half a minute.
 """
 
@@ -23,9 +23,14 @@ _PEERS = {
     "liger-kernel": ("liger_kernel/*.py", "*.dist-info/METADATA"),
     "speculators": ("speculators/losses/*.py", "*.dist-info/METADATA"),
     "trl": ("trl/kernels/*.py", "*.dist-info/METADATA"),
+    "fla-core": (
+        *("fla/backends.py", "fla/utils/*.py", "fla/modules/fused_kl_div/*.py"),
+        *("fla/ops/utils/op.py", "*.dist-info/METADATA"),
+    ),
 }
 #: What those files import from others of their packages: the least that serves them.
 _STAND_INS = {
+    "fla/__init__.py": '__version__ = ""\n',
     "speculators/losses/__init__.py": "",
     "speculators/utils/util.py": "def is_npu_available():\n    return False\n",
     "trl/trainer/utils.py": (
@@ -73,19 +78,12 @@ def _peers(folder: Path) -> None:
 
 def _native() -> str | None:
     """Build the module for the machine's Python and an H100 or H200; the reason if not."""
-    python = next(filter(None, (shutil.which(_PYTHON), *_pyenv())), None)
-    if python is None:
-        return f"{_PYTHON} was not found"
+    found = _python()
+    if found is None:
+        return f"no {_PYTHON} with its headers was found"
     if not shutil.which("nvcc"):
         return "nvcc was not found"
-    ask = "import sysconfig as s, os; print(s.get_config_var('EXT_SUFFIX'));"
-    ask += "print(os.path.exists(os.path.join(s.get_paths()['include'], 'Python.h')))"
-    asked = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    if asked.returncode:
-        return f"{python} does not run"
-    suffix, headers = asked.stdout.split()
-    if headers != "True":
-        return f"{python} has no Python.h"
+    python, suffix = found
     environment = ROOT / "build" / "gpu-day-python"
     own = environment / "bin" / "python"
     if not own.exists():
@@ -101,6 +99,15 @@ def _native() -> str | None:
     return None
 
 
-def _pyenv() -> list[str]:
-    found = (Path.home() / ".pyenv" / "versions").glob("3.12.*/bin/python3.12")
-    return [str(path) for path in found]
+def _python() -> tuple[str, str] | None:
+    """The first such Python that runs and has its headers, and the suffix of its modules."""
+    ask = "import os, sysconfig as s; print(s.get_config_var('EXT_SUFFIX'));"
+    ask += "print(os.path.exists(os.path.join(s.get_paths()['include'], 'Python.h')))"
+    # pyenv's own command runs only where that version is chosen.
+    versions = (Path.home() / ".pyenv" / "versions").glob(f"3.12.*/bin/{_PYTHON}")
+    for python in filter(None, (shutil.which(_PYTHON), *map(str, versions))):
+        asked = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+        answer = asked.stdout.split()
+        if not asked.returncode and answer[1:] == ["True"]:
+            return python, answer[0]
+    return None
