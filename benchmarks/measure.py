@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,14 @@ def _largest(errors: Iterable[float]) -> float:
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
-def check(entry: Entry, answer: Answer, truth: Truth, bound: float) -> None:
+class Bounds(NamedTuple):
+    """The largest errors of a result that still gets a speed."""
+
+    loss: float
+    gradient: float
+
+
+def check(entry: Entry, answer: Answer, truth: Truth, bounds: Bounds) -> None:
     """Fill in the errors; a result that is wrong takes the entry out of the race."""
     loss, gradients, rows = truth
     if answer.loss is not None:
@@ -49,7 +57,7 @@ def check(entry: Entry, answer: Answer, truth: Truth, bound: float) -> None:
         given = (g if rows is None else g[rows] for g in answer.gradients)
         errors = map(relative_error, given, gradients)
         entry.gradient_error = _largest(errors) if same else math.inf
-    for name in ("loss_error", "gradient_error"):
+    for name, bound in (("loss_error", bounds.loss), ("gradient_error", bounds.gradient)):
         error = getattr(entry, name)
         if error is not None and not error <= bound:
             entry.status = "wrong"
@@ -87,7 +95,7 @@ def _timed_by_events(step: Step, calls: int) -> tuple[float, float]:
 
 
 def _prepared(
-    workload: Workload, inputs: Inputs, providers: Iterable[Provider], bound: float
+    workload: Workload, inputs: Inputs, providers: Iterable[Provider], bounds: Bounds
 ) -> tuple[dict[str, Entry], dict[str, Step]]:
     """Entries of all providers, and the steps of those that are correct."""
     entries: dict[str, Entry] = {}
@@ -104,7 +112,7 @@ def _prepared(
             truths[computed] = computed.oracle(inputs)
         try:
             step = provider.prepare(computed, inputs)
-            check(entry, step(), truths[computed], bound)
+            check(entry, step(), truths[computed], bounds)
         except Exception as error:  # a contender that cannot run is a result, not an end
             entry.status = "failed"
             entry.reason = (
@@ -122,19 +130,20 @@ def contest(
     device: str = "cpu",
     seed: int = 0,
     *,
-    bound: float | None = None,
+    bounds: Bounds | None = None,
     peaks: list[Memory] | None = None,
 ) -> Contest:
     """Run all providers on one workload: check, warm up, then time in a new order each round.
 
-    bound: the largest error that still gets a speed (default: the workload's).
+    bounds: default: the workload's tolerance.
     peaks: what gets the peak memory of each correct one; on a GPU only.
     """
     # Otherwise the workloads before count as recompilations of the same code, and beyond the eighth
     # torch.compile silently runs it eagerly.
     torch.compiler.reset()
     inputs = workload.make(device)
-    entries, steps = _prepared(workload, inputs, providers, bound or workload.tolerance)
+    bounds = bounds or Bounds(workload.tolerance, workload.tolerance)
+    entries, steps = _prepared(workload, inputs, providers, bounds)
     declared = ("logits", "bytes_moved", "flops", "subject")
     result = Contest(
         {**vars(workload), **{name: getattr(workload, name) for name in declared}}, entries

@@ -30,7 +30,7 @@ _PEERS = {
 }
 #: What those files import from others of their packages: the least that serves them.
 _STAND_INS = {
-    "fla/__init__.py": '__version__ = ""\n',
+    "fla/__init__.py": '__version__ = "0.0.0"\n',  # too old for transformers to try it
     "speculators/losses/__init__.py": "",
     "speculators/utils/util.py": "def is_npu_available():\n    return False\n",
     "trl/trainer/utils.py": (
