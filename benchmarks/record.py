@@ -103,8 +103,9 @@ def append(path: Path, kind: str, value: Any) -> None:
     name, under which a list in the machine's description collects the values.
     """
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    with path.open("a") as file:
-        file.write(json.dumps({"kind": kind, "value": plain}, allow_nan=False) + "\n")
+    line = json.dumps({"kind": kind, "value": plain}, allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:  # one write: processes beside do not cut it
+        file.write(line.encode())
 
 
 def collect(path: Path) -> Run:

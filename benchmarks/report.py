@@ -168,10 +168,6 @@ _GPU_SECTIONS = (
 )
 
 
-#: What the launcher says of a kernel that is forced where it cannot be.
-_REFUSAL = "cannot run this problem"
-
-
 def _gpu_sections(run: Run) -> list[str]:
     """What a GPU's run says of the loss on given logits."""
     parts = ["Times are the device's, between events; shares are those of its own bandwidth for "
@@ -202,11 +198,11 @@ def _right(run: Run) -> str:
     if not entries:
         return ""
     right = sum(e.status == "ok" for _, e in entries)
-    refused = [e for _, e in entries if _REFUSAL in e.reason]
+    refused = [e for _, e in entries if summary.refused(e)]
     lines = [
         f"- {name}, {e.provider}: {e.status}: {e.reason}"
         for name, e in entries
-        if e.status != "ok" and _REFUSAL not in e.reason
+        if e.status != "ok" and not summary.refused(e)
     ]
     text = f"Every kernel against float64: {right} results right, {len(refused)} refused by name"
     return "\n".join([f"{text}, {len(lines)} wrong or failed.", *([""] if lines else []), *lines])

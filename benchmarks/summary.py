@@ -64,6 +64,11 @@ def ratio(contest: Contest, slow: str, fast: str, clock: str = "wall_ns") -> Spr
     return spread([a / b for a, b in pairs])
 
 
+def refused(entry: Entry) -> bool:
+    """Whether it says of itself that it cannot compute this: a kernel forced where it cannot be."""
+    return entry.status == "failed" and "cannot run this problem" in entry.reason
+
+
 def subject(contest: Contest) -> str:
     """The provider that the others are compared with."""
     return str(contest.workload["subject"])

@@ -428,7 +428,7 @@ def test_a_step_that_hangs_ends_with_its_children_and_the_next_one_runs(tmp_path
         _Program("after", 30, alone=True, program="print('after')"),
     )
     monkeypatch.setitem(plan.HALVES, "first", half)
-    assert plan.run("first", tmp_path, 60, dry=True) == 1
+    assert plan.run("first", tmp_path, 60, dry=False) == 1
     said = (tmp_path / "summary.txt").read_text()
     assert "hangs: rc 124 (its time ran out)" in said
     assert all(f"    {text}\n" in said for text in ("before", "beside", "after"))
