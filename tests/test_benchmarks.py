@@ -476,6 +476,20 @@ def test_steps_are_rehearsed(name, tmp_path, monkeypatch):
     assert gpu_day.main(arguments) == 0
 
 
+def test_a_step_with_a_wrong_result_of_ours_fails(tmp_path, monkeypatch):
+    def steps_providers(device):
+        return [dataclasses.replace(_altered(1.0, 1.1), name=name) for name in names]
+
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", measure.SAMPLE_SECONDS)
+    monkeypatch.setattr(steps, "unasked", steps_providers)
+    arguments = ["step", "own", "--dry", f"--output={tmp_path}"]
+    names = ["theirs"]
+    assert gpu_day.main(arguments) == 0
+    names = ["theirs", "fused_cuda"]
+    with pytest.raises(SystemExit, match=r"WRONG RESULTS, OR NONE: kd_ce/[^:]*: fused_cuda;"):
+        gpu_day.main(arguments)
+
+
 @pytest.mark.parametrize("carried", ["same", "other", "none"])
 def test_the_carried_module_is_taken_only_if_it_is_of_these_sources(carried, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "ROOT", tmp_path)

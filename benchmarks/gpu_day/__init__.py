@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
         add.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")
         add.add_argument("--dry", action="store_true", help="rehearse on CPUs with tiny shapes")
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.command == "prepare":
         return prepare.main()
+    args.output.mkdir(parents=True, exist_ok=True)
     if args.command == "step":
         return steps.main(args)
     return plan.run(args.command, args.output.resolve(), args.limit, args.dry, args.only)
