@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help distill distill-bert test lint bench kernel-report simulate simulate-all clean
+.PHONY: gpu-day gpu-day-first gpu-day-second gpu-day-prepare
 help:
 	@echo "make distill   distil a real model on real text (sets everything up; about ten minutes)"
 	@echo "make distill-bert  distil a real sentence encoder by features and relations"
@@ -13,6 +14,7 @@ help:
 	@echo "make simulate  the compiled GPU kernels in an emulator, if that is there; -all: every case"
 	@echo "make kernel-report  registers, spills, instructions and bytes of the GPU kernels"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
+	@echo "make gpu-day   on a machine with a GPU: prove and measure everything, in two halves"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove the environment and build results; results of runs stay"
 
@@ -61,6 +63,28 @@ simulate-all: $(VENV)/.installed
 
 kernel-report: $(VENV)/.installed
 	$(BIN)/python tools/kernel_report.py
+
+# On a machine with a GPU, by its own Python (torch, triton, pytest, pytest-xdist, hypothesis, and
+# setuptools, pybind11, ninja and nvcc unless .gpu/ has the native module): no network, no set-up.
+# Where there is a network, gpu-day-prepare fills .gpu/, which goes along. LIMIT: seconds of a half.
+# DRY=1 rehearses it here, on CPUs with tiny shapes; the CUDA kernels in ptxsim if simulate built it.
+OUT ?= outputs/gpu-day-$(shell date +%Y%m%d-%H%M%S)
+LIMIT ?= 340
+DAY = $(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks gpu-day
+DAY_ARGS = --output $(OUT) --limit $(LIMIT) $(if $(DRY),--dry)
+gpu-day gpu-day-first gpu-day-second: OUT := $(OUT)
+gpu-day-first: $(if $(DRY),$(VENV)/.installed)
+	$(DAY) first $(DAY_ARGS)
+
+gpu-day-second: $(if $(DRY),$(VENV)/.installed)
+	$(DAY) second $(DAY_ARGS)
+
+# The second half runs even if something of the first fails.
+gpu-day: $(if $(DRY),$(VENV)/.installed)
+	failed=0; for half in first second; do $(DAY) $$half $(DAY_ARGS) || failed=1; done; exit $$failed
+
+gpu-day-prepare:
+	$(PYTHON) -m benchmarks gpu-day prepare
 
 clean:
 	rm -rf $(VENV) build kdkernels/_native*.so *.egg-info

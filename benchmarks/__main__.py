@@ -1,4 +1,5 @@
 """``python -m benchmarks``: run the suite. ``python -m benchmarks report FILE``: its report again.
+``python -m benchmarks gpu-day``: prove and measure everything on a machine with a GPU.
 
 The JSON, the table and the plots go to ``--output``. A second process, with an allocator that keeps
 freed blocks, runs the ``retain`` workloads; memory is measured in one process per provider.
@@ -18,8 +19,8 @@ import torch
 
 from kdkernels.linear import MAX_CHUNK_BYTES
 
-from . import machine, measure, memory, record, report, workloads
-from .providers import PROVIDERS, Provider
+from . import gpu_day, machine, measure, memory, record, report, workloads
+from .providers import PROVIDERS, Provider, unasked
 from .workloads import Workload
 
 #: glibc keeps freed blocks of any size: no call pays for fresh pages.
@@ -53,9 +54,9 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _providers(names: str) -> list[Provider]:
+def _providers(names: str, device: str) -> list[Provider]:
     if not names:
-        return list(PROVIDERS.values())
+        return unasked(device)
     unknown = set(names.split(",")) - set(PROVIDERS)
     if unknown:
         raise ValueError(f"--providers: {sorted(unknown)} not in {', '.join(PROVIDERS)}")
@@ -67,7 +68,9 @@ def _contests(
 ) -> None:
     for index, workload in enumerate(chosen):
         start = time.perf_counter()
-        contest = measure.contest(workload, providers, args.rounds, args.device, seed=index)
+        contest = measure.contest(
+            workload, providers, args.rounds, args.device, index, peaks=run.memory
+        )
         run.contests.append(contest)
         bad = [e for e in contest.entries.values() if e.status in ("wrong", "failed")]
         notes = "".join(f"; {e.provider} {e.status}: {e.reason}" for e in bad)
@@ -103,12 +106,12 @@ def execute(args: argparse.Namespace) -> record.Run:
     """The whole run; every sample in the result."""
     args.rounds = args.rounds or (7 if args.quick else 11)
     torch.set_num_threads(args.threads)
-    providers = _providers(args.providers)
+    providers = _providers(args.providers, args.device)
     patterns = [p for p in args.workloads.split(",") if p]
-    chosen = workloads.chosen(workloads.suite(args.quick), patterns)
+    chosen = workloads.chosen(workloads.suite(args.quick, args.device), patterns)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     options["max_chunk_bytes"] = MAX_CHUNK_BYTES
-    run = record.Run(machine.describe(args.device), machine.versions(), options)
+    run = record.Run(machine.describe(args.device), machine.versions(args.device), options)
     inside = args.allocator or "default"
     here = [w for w in chosen if w.allocator == inside]
     if not args.allocator:
@@ -118,7 +121,7 @@ def execute(args: argparse.Namespace) -> record.Run:
         retained = [w for w in chosen if w.allocator == "retain"]
         if retained and args.device == "cpu":
             _retained(run, retained, args)
-        if not args.no_memory:
+        if not args.no_memory and args.device == "cpu":
             _memory(run, here, providers, args)
         # Again at the end: the machine may have been busier, or quieter, at the start.
         run.bandwidth += machine.bandwidth(args.threads, args.device)
@@ -144,9 +147,11 @@ def _print(text: str, written: list[Path]) -> None:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
+    if arguments[:1] == ["gpu-day"]:
+        return gpu_day.main(arguments[1:])
     args = _parser().parse_args(arguments)
     if args.list:
-        print("\n".join(w.name for w in workloads.suite(args.quick)))
+        print("\n".join(w.name for w in workloads.suite(args.quick, args.device)))
         print("providers:", ", ".join(PROVIDERS))
         return 0
     try:

@@ -38,7 +38,8 @@ def race(benchmark) -> Race:  # type: ignore[no-untyped-def]
             pytest.skip(reason)
         step = provider.prepare(workload, _inputs(workload))
         entry = Entry(name, provider.family)
-        measure.check(entry, step(), _truth(workload), workload.tolerance)
+        bounds = measure.Bounds(workload.tolerance, workload.tolerance)
+        measure.check(entry, step(), _truth(workload), bounds)
         if entry.status != "ok":
             pytest.fail(f"{name} on {workload.name}: {entry.reason}; it gets no speed")
         benchmark.group = workload.name

@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kdkernels.backends import cpu
+import kdkernels
+from kdkernels.backends import cpu, native
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "numpy", "kdkernels", "liger-kernel", "torchtune", "triton")
+#: Besides them on a GPU.
+_GPU_PACKAGES = ("speculators", "trl", "fla-core", "transformers")
 
 #: Bytes of each array of the bandwidth test: many times the largest last-level cache.
 _ARRAY_BYTES = 256 << 20
+_GPU_ARRAY_BYTES = 1 << 30
 
 
 def _read(path: str) -> str:
@@ -75,13 +79,32 @@ def describe(device: str) -> dict[str, Any]:
         "os": platform.platform(),
         "hypervisor": "hypervisor" in info,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        **(_describe_gpu() if device == "cuda" else {}),
     }
 
 
-def versions() -> dict[str, Any]:
+def _describe_gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    asked = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    answer = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
+    describe_kernels = getattr(native.MODULE, "cuda_description", None)
+    return {
+        "gpu": dict(zip(asked.split(","), answer.splitlines()[0].split(", "), strict=False))
+        if answer
+        else {},
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "cuda_kernels": describe_kernels() if describe_kernels else None,
+        "backends": kdkernels.available_backends(),
+    }
+
+
+def versions(device: str = "cpu") -> dict[str, Any]:
     """Package versions, the commit, and whether the code measured differs from it."""
     found = {}
-    for package in _PACKAGES:
+    for package in _PACKAGES + (_GPU_PACKAGES if device == "cuda" else ()):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -130,19 +153,16 @@ def bandwidth(threads: int, device: str, repeats: int = 7) -> list[dict[str, Any
     """GB/s asked for (bytes read plus bytes written) by large copies and additions.
 
     ``copy`` is torch's copy, ``memcpy`` the C library's in one Python thread per core (it may write
-    past the cache), ``add`` reads two arrays and writes one, which is what the loss does.
+    past the cache), ``add`` reads two arrays and writes one, which is what the loss does. On a GPU
+    ``add_bf16`` does that in bfloat16, ``read`` adds an array up and ``write`` fills one.
     """
     rows = []
-    for count in sorted({1, threads}):
+    for count in sorted({1, threads}) if device == "cpu" else (threads,):
         for name, moved, action in _actions(count, device):
             action()
             rates = []
             for _ in range(repeats):
-                start = time.perf_counter()
-                action()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                rates.append(moved / (time.perf_counter() - start) / 1e9)
+                rates.append(moved / _seconds(action, device) / 1e9)
             rows.append(
                 {
                     "name": name,
@@ -155,9 +175,32 @@ def bandwidth(threads: int, device: str, repeats: int = 7) -> list[dict[str, Any
     return rows
 
 
+def _seconds(action: Callable[[], object], device: str, calls: int = 10) -> float:
+    """Of one call; on a GPU the mean of several, by its own clock."""
+    if device == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            action()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / calls
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def launch_microseconds(calls: int = 1000) -> float:
+    """Of a kernel that does nothing worth it: what small calls pay for each launch."""
+    tiny = torch.zeros(1, device="cuda")
+    tiny.add_(1)
+    return 1e6 * min(_seconds(lambda: tiny.add_(1), "cuda", calls) for _ in range(5))
+
+
 def _actions(threads: int, device: str) -> list[tuple[str, int, Callable[[], object]]]:
     torch.set_num_threads(threads)
-    a, b, c = (torch.ones(_ARRAY_BYTES // 4, device=device) for _ in range(3))
+    size = _GPU_ARRAY_BYTES if device == "cuda" else _ARRAY_BYTES
+    a, b, c = (torch.ones(size // 4, device=device) for _ in range(3))
     size = a.nbytes
     actions: list[tuple[str, int, Callable[[], object]]] = [
         ("copy", 2 * size, lambda: c.copy_(a)),
@@ -171,4 +214,11 @@ def _actions(threads: int, device: str) -> list[tuple[str, int, Callable[[], obj
             list(pool.map(lambda part: np.copyto(*part), parts))
 
         actions.append(("memcpy", 2 * size, memcpy))
+    else:
+        x, y, z = (t.view(torch.bfloat16) for t in (a, b, c))
+        actions += [
+            ("add_bf16", 3 * size, lambda: torch.add(x, y, out=z)),
+            ("read", size, lambda: a.sum()),
+            ("write", size, lambda: c.fill_(1.0)),
+        ]
     return actions

@@ -8,13 +8,14 @@ import os
 import random
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import machine
+from . import machine, memory
 from .providers import Answer, Provider, Step
-from .record import Contest, Entry, Round
+from .record import Contest, Entry, Memory, Round
 from .workloads import Inputs, Truth, Workload
 
 #: A sample lasts at least this long: short calls are repeated within it.
@@ -39,16 +40,24 @@ def _largest(errors: Iterable[float]) -> float:
     return max(math.inf if math.isnan(error) else error for error in errors)
 
 
-def check(entry: Entry, answer: Answer, truth: Truth, bound: float) -> None:
+class Bounds(NamedTuple):
+    """The largest errors of a result that still gets a speed."""
+
+    loss: float
+    gradient: float
+
+
+def check(entry: Entry, answer: Answer, truth: Truth, bounds: Bounds) -> None:
     """Fill in the errors; a result that is wrong takes the entry out of the race."""
-    loss, gradients = truth
+    loss, gradients, rows = truth
     if answer.loss is not None:
         entry.loss_error = relative_error(answer.loss, loss)
-    if gradients:
+    if gradients and answer.gradients is not None:
         same = len(answer.gradients) == len(gradients)
-        errors = map(relative_error, answer.gradients, gradients)
+        given = (g if rows is None else g[rows] for g in answer.gradients)
+        errors = map(relative_error, given, gradients)
         entry.gradient_error = _largest(errors) if same else math.inf
-    for name in ("loss_error", "gradient_error"):
+    for name, bound in (("loss_error", bounds.loss), ("gradient_error", bounds.gradient)):
         error = getattr(entry, name)
         if error is not None and not error <= bound:
             entry.status = "wrong"
@@ -57,24 +66,36 @@ def check(entry: Entry, answer: Answer, truth: Truth, bound: float) -> None:
                 setattr(entry, name, None)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(step: Step, calls: int, device: str) -> tuple[float, float]:
-    """Wall and CPU nanoseconds per call. A call's results are released within the time."""
-    synchronize(device)
+    """Wall and CPU nanoseconds per call. A call's results are released within the time.
+
+    On a GPU "wall" is what passes there between an event before and one after all calls, and "CPU"
+    is what the host spends on enqueuing them.
+    """
+    if device == "cuda":
+        return _timed_by_events(step, calls)
     cpu, wall = time.process_time_ns(), time.perf_counter_ns()
     for _ in range(calls):
         step()
-    synchronize(device)
     wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
     return wall / calls, cpu / calls
 
 
+def _timed_by_events(step: Step, calls: int) -> tuple[float, float]:
+    torch.cuda.synchronize()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cpu = time.process_time_ns()
+    first.record()
+    for _ in range(calls):
+        step()
+    last.record()
+    cpu = time.process_time_ns() - cpu
+    last.synchronize()
+    return first.elapsed_time(last) * 1e6 / calls, cpu / calls
+
+
 def _prepared(
-    workload: Workload, inputs: Inputs, providers: Iterable[Provider]
+    workload: Workload, inputs: Inputs, providers: Iterable[Provider], bounds: Bounds
 ) -> tuple[dict[str, Entry], dict[str, Step]]:
     """Entries of all providers, and the steps of those that are correct."""
     entries: dict[str, Entry] = {}
@@ -91,7 +112,7 @@ def _prepared(
             truths[computed] = computed.oracle(inputs)
         try:
             step = provider.prepare(computed, inputs)
-            check(entry, step(), truths[computed], workload.tolerance)
+            check(entry, step(), truths[computed], bounds)
         except Exception as error:  # a contender that cannot run is a result, not an end
             entry.status = "failed"
             entry.reason = (
@@ -108,18 +129,32 @@ def contest(
     rounds: int,
     device: str = "cpu",
     seed: int = 0,
+    *,
+    bounds: Bounds | None = None,
+    peaks: list[Memory] | None = None,
 ) -> Contest:
-    """Run all providers on one workload: check, warm up, then time in a new order each round."""
+    """Run all providers on one workload: check, warm up, then time in a new order each round.
+
+    bounds: default: the workload's tolerance.
+    peaks: what gets the peak memory of each correct one; on a GPU only.
+    """
     # Otherwise the workloads before count as recompilations of the same code, and beyond the eighth
     # torch.compile silently runs it eagerly.
     torch.compiler.reset()
     inputs = workload.make(device)
-    entries, steps = _prepared(workload, inputs, providers)
+    bounds = bounds or Bounds(workload.tolerance, workload.tolerance)
+    entries, steps = _prepared(workload, inputs, providers, bounds)
     declared = ("logits", "bytes_moved", "flops", "subject")
     result = Contest(
         {**vars(workload), **{name: getattr(workload, name) for name in declared}}, entries
     )
-    for name, step in steps.items():
+    if device == "cuda" and peaks is not None:
+        for name, step in steps.items():
+            if entries[name].family in ("variant", "graph"):  # as another provider's
+                continue
+            found = memory.peak_extra(step, device)
+            peaks.append(Memory(dict(vars(workload)), name, peak_bytes=found))
+    for name, step in steps.items() if rounds else ():
         wall, _ = timed(step, 2, device)
         entries[name].inner = max(1, math.ceil(SAMPLE_SECONDS * 1e9 / wall))
     shuffle = random.Random(seed).shuffle

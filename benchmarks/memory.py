@@ -1,5 +1,7 @@
 """Peak extra memory of one call: the high-water mark of a process that does nothing else.
 
+CUDA's allocator counts by itself, so that on a GPU no process is needed: measure.contest asks it.
+
 ``python -m benchmarks.memory PROVIDER WORKLOAD DEVICE THREADS`` (as JSON) is that process.
 """
 
@@ -21,7 +23,6 @@ import torch
 
 from kdkernels import release_memory
 
-from .measure import synchronize
 from .providers import PROVIDERS
 from .record import Memory
 from .workloads import Workload
@@ -47,11 +48,11 @@ def peak_extra(action: Callable[[], object], device: str = "cpu") -> int:
     gc.collect()
     release_memory()  # what kdkernels keeps for the next gradient is not free of charge
     if device == "cuda":
-        synchronize(device)
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         action()
-        synchronize(device)
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         # Blocks freed before must not serve as hidden memory of this call.

@@ -8,6 +8,7 @@ write them, without the guards that kdkernels' own formulas carry.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from .workloads import (
 
 class Answer(NamedTuple):
     loss: Tensor | None  #: None: this provider computes the loss up to a constant only
-    gradients: tuple[Tensor, ...]  #: of what is learnt; empty: none
+    gradients: tuple[Tensor, ...] | None  #: of what is learnt; empty: none; None: a floor without
 
 
 Step = Callable[[], Answer]
@@ -55,8 +56,9 @@ class Provider:
 
     family: ``linear`` (from hidden states), ``chunk`` (the same with tiles of another size),
         ``fused``, ``kernel`` (the backend called directly with a reused gradient buffer),
-        ``eager``, ``upcast`` (eager in float32 on half-precision logits), ``compile``, ``chunked``
-        or ``peer``.
+        ``eager``, ``upcast`` (eager in float32 on half-precision logits), ``compile``, ``chunked``,
+        ``peer``, ``variant`` (a kernel that the environment forces) or ``graph`` (a CUDA graph of
+        another provider's call: the device's time without that of Python).
     prepare: builds the call; whatever it does is not timed.
     why_not: the reason why it does not take part in a workload, or None.
     computes: the workload that it really computes, whose oracle it is held to: a yardstick run next
@@ -68,6 +70,7 @@ class Provider:
     prepare: Callable[[Workload, Inputs], Step]
     why_not: Callable[[Workload], str | None] = field(default=_always)
     computes: Callable[[Workload], Workload] = field(default=_same)
+    device: str = ""  #: the only device on which it competes unasked; empty: all
 
     def absence(self, workload: Workload) -> str | None:
         """Why it does not take part in a workload: what the workload or the provider says."""
@@ -152,22 +155,80 @@ def _prepare_stored(workload: Workload, inputs: Inputs) -> Step:
     return _fused(gradient=mode)(workload, inputs)
 
 
-def _prepare_kernel(workload: Workload, inputs: Inputs) -> Step:
-    """The backend's kernel alone: no checks, no op, no autograd, the gradient's memory reused."""
-    problem = workload.problem(inputs)
-    backend = BACKENDS[choose_backend(problem, None)]
-    buffer = torch.empty_like(inputs.student) if workload.backward else None
+def _kernel(name: str | None = None) -> Callable[..., Step]:
+    def prepare(workload: Workload, inputs: Inputs) -> Step:
+        """A backend's kernel alone: no checks, no op, no autograd, the gradient's memory reused."""
+        problem = workload.problem(inputs)
+        backend = BACKENDS[choose_backend(problem, name)]
+        backend.prepare(problem)
+        buffer = torch.empty_like(inputs.student) if workload.backward else None
 
-    def step() -> Answer:
-        result = backend.forward(
-            problem, want_gradient=workload.backward, extras=False, gradient_out=buffer
-        )
-        return Answer(result.loss, () if result.gradient is None else (result.gradient,))
+        def step() -> Answer:
+            result = backend.forward(
+                problem, want_gradient=workload.backward, extras=False, gradient_out=buffer
+            )
+            return Answer(result.loss, () if result.gradient is None else (result.gradient,))
 
-    return step
+        return step
+
+    return prepare
 
 
-def _prepare_linear(max_chunk_bytes: int = MAX_CHUNK_BYTES) -> Callable[..., Step]:
+def _variant(kernel: str, cluster: int) -> Callable[..., Step]:
+    """The CUDA backend's kernel, forced; what the device or the shape forbids fails by name."""
+    forced = {"KDKERNELS_CUDA_KERNEL": kernel, "KDKERNELS_CUDA_CLUSTER": str(cluster)}
+
+    def prepare(workload: Workload, inputs: Inputs) -> Step:
+        step = _kernel("cuda")(workload, inputs)
+
+        def under_force() -> Answer:
+            before = {name: os.environ.get(name) for name in forced}
+            os.environ.update(forced)  # two microseconds
+            try:
+                return step()
+            finally:
+                for name, value in before.items():
+                    if value is None:
+                        del os.environ[name]
+                    else:
+                        os.environ[name] = value
+
+        return under_force
+
+    return prepare
+
+
+def _graph(prepare_call: Callable[..., Step]) -> Callable[..., Step]:
+    """A replay of the call, captured once: the same kernels without the host's work."""
+
+    def prepare(workload: Workload, inputs: Inputs) -> Step:
+        step = prepare_call(workload, inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what a first call allocates and compiles is not captured
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = step()
+
+        def replay() -> Answer:
+            graph.replay()
+            return answer
+
+        return replay
+
+    return prepare
+
+
+def _no_graph(workload: Workload) -> str | None:
+    return None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device"
+
+
+def _prepare_linear(
+    max_chunk_bytes: int = MAX_CHUNK_BYTES, backend: str | None = None
+) -> Callable[..., Step]:
     def prepare(workload: Workload, inputs: Inputs) -> Step:
         def loss(given: Inputs) -> Tensor:
             return fused_linear_kd_loss(
@@ -180,6 +241,7 @@ def _prepare_linear(max_chunk_bytes: int = MAX_CHUNK_BYTES) -> Callable[..., Ste
                 alpha=workload.alpha,
                 divergence=workload.divergence,
                 max_chunk_bytes=max_chunk_bytes,
+                backend=backend,
             )
 
         return step_from(loss, workload, inputs)
@@ -211,8 +273,28 @@ def _prepare_products(workload: Workload, inputs: Inputs) -> Step:
     return step
 
 
-def _only_float32(workload: Workload) -> str | None:
-    return None if workload.dtype == "fp32" else "bare products in half precision are no floor"
+def _prepare_bare_products(workload: Workload, inputs: Inputs) -> Step:
+    """The matrix products alone, on whatever the memory for logits holds: there is no answer."""
+    student, teacher, _, weight, teacher_weight = inputs
+    assert weight is not None and teacher_weight is not None
+    logits, theirs = (student.new_zeros(workload.rows, workload.vocab) for _ in range(2))
+    to_hidden, to_weight = torch.empty_like(student), torch.empty_like(weight)
+
+    def step() -> Answer:
+        torch.mm(student, weight.t(), out=logits)
+        torch.mm(teacher, teacher_weight.t(), out=theirs)
+        torch.mm(logits, weight, out=to_hidden)
+        torch.mm(logits.t(), student, out=to_weight)
+        return Answer(None, None)
+
+    return step
+
+
+def _no_floor(workload: Workload) -> str | None:
+    # On a CPU without such products, that is; on a GPU they are what there is.
+    if workload.dtype == "fp32" or torch.cuda.is_available():
+        return None
+    return "bare products in half precision are no floor"
 
 
 def _no_kernel(workload: Workload) -> str | None:
@@ -362,7 +444,11 @@ def _prepare_chunked_linear(workload: Workload, inputs: Inputs) -> Step:
 
 
 def _missing(module: str) -> str | None:
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:  # of its package
+        found = None
+    return None if found else f"{module} is not installed"
 
 
 def _no_torchtune(workload: Workload) -> str | None:
@@ -413,6 +499,110 @@ def _prepare_liger(workload: Workload, inputs: Inputs) -> Step:
     return step_of(loss, workload, inputs)
 
 
+def _divergence_alone(workload: Workload) -> Workload:
+    return replace(workload, alpha=1.0)
+
+
+def _prepare_liger_jsd(workload: Workload, inputs: Inputs) -> Step:
+    """JSD with beta = 0 is the forward KL; it has no other term."""
+    from liger_kernel.transformers import LigerJSD  # type: ignore
+
+    jsd, temperature = LigerJSD(beta=0.0), workload.temperature
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        logs = (F.log_softmax(t.float() / temperature, -1) for t in (student, teacher))
+        return temperature**2 * jsd(*logs)
+
+    return step_of(loss, workload, inputs)
+
+
+def _no_speculators(workload: Workload) -> str | None:
+    if not torch.cuda.is_available():
+        return "speculators' fused losses are Triton kernels"
+    if workload.temperature != 1:
+        return "speculators' losses have no temperature"
+    return _missing("speculators.losses.fused") or _only_forward_kl(workload)
+
+
+def _prepare_speculators(workload: Workload, inputs: Inputs) -> Step:
+    from speculators.losses.fused import fused_kl_div_loss  # type: ignore
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        mean: Tensor = fused_kl_div_loss(student[None], teacher[None]).mean()
+        return mean
+
+    return step_of(loss, workload, inputs)
+
+
+def _no_liger_linear(workload: Workload) -> str | None:
+    return _missing("liger_kernel.chunked_loss") or _only_forward_kl(workload)
+
+
+def _prepare_liger_linear(workload: Workload, inputs: Inputs) -> Step:
+    """Its own chunks of rows, through torch.compile; its weights make it this workload's loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore
+
+    fused = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1 - workload.alpha,
+        weight_soft_loss=workload.alpha * workload.temperature**2,
+        beta=0.0,
+        temperature=workload.temperature,
+        compiled=inputs.student.is_cuda,
+    )
+
+    def loss(given: Inputs) -> Tensor:
+        found = fused(
+            given.student, given.student_weight, given.teacher, given.teacher_weight, given.labels
+        )
+        total: Tensor = found[0] if isinstance(found, tuple) else found
+        return total
+
+    return step_from(loss, workload, inputs)
+
+
+def _no_trl_linear(workload: Workload) -> str | None:
+    return _missing("trl.kernels.chunked_divergence") or _only_forward_kl(workload)
+
+
+def _prepare_trl_linear(workload: Workload, inputs: Inputs) -> Step:
+    """The divergence of each row, without T^2 and without cross-entropy."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # type: ignore
+
+    temperature = workload.temperature
+
+    def loss(given: Inputs) -> Tensor:
+        student, teacher, _, weight, teacher_weight = given
+        rows, _ = ChunkedDivergenceFunction.apply(
+            student, weight, None, teacher, teacher_weight, None, 0.0, temperature
+        )
+        scaled: Tensor = temperature**2 * rows.mean()
+        return scaled
+
+    return step_from(loss, workload, inputs)
+
+
+def _no_fla_linear(workload: Workload) -> str | None:
+    if not torch.cuda.is_available():
+        return "fla's losses are Triton kernels"
+    return _missing("fla.modules.fused_kl_div") or _only_forward_kl(workload)
+
+
+def _prepare_fla_linear(workload: Workload, inputs: Inputs) -> Step:
+    """It has no temperature: hidden states divided by it have the same logits as the loss wants."""
+    from fla.modules.fused_kl_div import fused_kl_div_loss  # type: ignore
+
+    temperature = workload.temperature
+
+    def loss(given: Inputs) -> Tensor:
+        student, teacher = (hidden / temperature for hidden in (given.student, given.teacher))
+        divergence: Tensor = fused_kl_div_loss(
+            student, teacher, given.student_weight, given.teacher_weight
+        )
+        return temperature**2 * divergence
+
+    return step_from(loss, workload, inputs)
+
+
 # --- the registry ---------------------------------------------------------------------------------
 
 
@@ -427,8 +617,8 @@ def _registry() -> dict[str, Provider]:
     entries = [
         Provider("fused", "fused", _fused()),
         Provider("fused_other_mode", "fused", _prepare_stored, _other_mode),
-        Provider("kernel", "kernel", _prepare_kernel, _no_kernel),
-        Provider("kernel_forward_kl", "kernel", _prepare_kernel, _no_yardstick, _forward_kl),
+        Provider("kernel", "kernel", _kernel(), _no_kernel),
+        Provider("kernel_forward_kl", "kernel", _kernel(), _no_yardstick, _forward_kl),
         Provider("eager", "eager", _eager(softmax_target=True), _only_forward_kl),
         Provider("eager_log_target", "eager", _eager()),
         Provider("eager_fp32", "upcast", _eager(upcast=True), _only_half),
@@ -437,7 +627,7 @@ def _registry() -> dict[str, Provider]:
         Provider("compile_fp32", "compile", _eager(True, upcast=True), _only_half),
         Provider("chunked", "chunked", _prepare_chunked),
         Provider("fused_linear", "linear", _prepare_linear()),
-        Provider("products", "products", _prepare_products, _only_float32),
+        Provider("products", "products", _prepare_products, _no_floor),
         Provider("chunked_linear", "linear", _prepare_chunked_linear, _only_forward_kl),
         *(
             Provider(chunk_provider(size << 20), "chunk", _prepare_linear(size << 20))
@@ -456,8 +646,65 @@ def _registry() -> dict[str, Provider]:
         ),
         Provider("torchtune", "peer", _prepare_torchtune, _no_torchtune),
         Provider("liger", "peer", _prepare_liger, _no_liger),
+        *_gpu_entries(),
     ]
     return {provider.name: provider for provider in entries}
 
 
+#: What the environment can force, most interesting first: kernel, blocks of a cluster (0: chosen).
+VARIANTS = (
+    *((kernel, blocks) for kernel in ("registers", "shared") for blocks in (0, 1, 2, 4, 8, 16)),
+    ("stream", 0),
+)
+
+
+def variant_provider(kernel: str, cluster: int) -> str:
+    """The name of the provider that forces this kernel."""
+    return f"kernel_{kernel}" + (f"_{cluster}" if cluster else "")
+
+
+def _gpu_entries() -> list[Provider]:
+    """What competes where there is a GPU, besides the others."""
+    entries = [
+        *(
+            Provider(f"kernel_{name}", "kernel", _kernel(name), _not_available(name))
+            for name in BACKENDS
+            if name not in ("cpu", "torch", "reference")
+        ),
+        *(
+            Provider(
+                variant_provider(*variant), "variant", _variant(*variant), _not_available("cuda")
+            )
+            for variant in VARIANTS
+        ),
+        *(
+            Provider(f"graph_{kind}_{name}", "graph", _graph(prepare(name)), _no_graph)
+            for name in ("cuda", "triton")
+            for kind, prepare in (("fused", _fused), ("kernel", _kernel))
+        ),
+        Provider("liger_jsd", "peer", _prepare_liger_jsd, _no_liger, _divergence_alone),
+        Provider("speculators", "peer", _prepare_speculators, _no_speculators, _divergence_alone),
+        Provider("bare_products", "products", _prepare_bare_products, _no_floor),
+        Provider(
+            "fused_linear_triton",
+            "linear",
+            _prepare_linear(backend="triton"),
+            _not_available("triton"),
+        ),
+        *(
+            Provider(chunk_provider(size << 20), "chunk", _prepare_linear(size << 20))
+            for size in (2048, 4096)
+        ),
+        Provider("liger_linear", "linear", _prepare_liger_linear, _no_liger_linear),
+        Provider("fla_linear", "linear", _prepare_fla_linear, _no_fla_linear, _divergence_alone),
+        Provider("trl_linear", "linear", _prepare_trl_linear, _no_trl_linear, _divergence_alone),
+    ]
+    return [replace(provider, device="cuda") for provider in entries]
+
+
 PROVIDERS = _registry()
+
+
+def unasked(device: str) -> list[Provider]:
+    """Those that compete on a device where nobody names others."""
+    return [p for p in PROVIDERS.values() if p.device in ("", device)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,51 @@ class Run:
         path.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
 
+def _contest(raw: dict[str, Any]) -> Contest:
+    return Contest(
+        raw["workload"],
+        {name: Entry(**entry) for name, entry in raw["entries"].items()},
+        [Round(**r) for r in raw["rounds"]],
+    )
+
+
 def load(path: Path) -> Run:
     raw = json.loads(path.read_text())
     if raw.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema {raw.get('schema')!r} is not {SCHEMA}")
-    contests = [
-        Contest(
-            c["workload"],
-            {name: Entry(**entry) for name, entry in c["entries"].items()},
-            [Round(**r) for r in c["rounds"]],
-        )
-        for c in raw.pop("contests")
-    ]
+    contests = [_contest(c) for c in raw.pop("contests")]
     memory = [Memory(**m) for m in raw.pop("memory")]
     return Run(contests=contests, memory=memory, **raw)
+
+
+def append(path: Path, kind: str, value: Any) -> None:
+    """Add a result to those of a run whose processes may be ended at any time: one line each.
+
+    kind: ``about`` (a run without results), ``bandwidth``, ``contest``, ``memory``, or any other
+    name, under which a list in the machine's description collects the values.
+    """
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    line = json.dumps({"kind": kind, "value": plain}, allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:  # one write: processes beside do not cut it
+        file.write(line.encode())
+
+
+def collect(path: Path) -> Run:
+    """The run that the lines of ``append`` describe."""
+    run, others = Run({}, {}, {}), {}
+    for line in path.read_text().splitlines():
+        kind, value = (json.loads(line)[name] for name in ("kind", "value"))
+        if kind == "about":
+            run.machine, run.versions, run.options = (
+                value[name] for name in ("machine", "versions", "options")
+            )
+        elif kind == "bandwidth":
+            run.bandwidth.append(value)
+        elif kind == "contest":
+            run.contests.append(_contest(value))
+        elif kind == "memory":
+            run.memory.append(Memory(**value))
+        else:
+            others.setdefault(kind, []).append(value)
+    run.machine |= others
+    return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,12 @@ def markdown(run: Run) -> str:
         _headline(run),
         "Times are medians [inter-quartile range] of one call, ratios are medians of the ratios "
         "taken round by round, errors are relative to float64.",
-        *_given_sections(run),
+        *(_gpu_sections(run) if summary.on_gpu(run) else _given_sections(run)),
         *_linear_sections(run),
         "## Targets",
         _target_table(run),
         "## Every contender",
-        *(_detail(run, contest) for contest in run.contests),
+        *(_detail(run, contest) for contest in run.contests if contest.rounds),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -159,6 +159,101 @@ def _given_sections(run: Run) -> list[str]:
     return parts
 
 
+#: Sections of a GPU's report: group of workloads, title.
+_GPU_SECTIONS = (
+    ("kd_ce", "Speed"),
+    ("peer", "Beside the others"),
+    ("divergence", "Divergences"),
+    ("variant", "Kernels and cluster sizes, forced"),
+)
+
+
+def _gpu_sections(run: Run) -> list[str]:
+    """What a GPU's run says of the loss on given logits."""
+    parts = ["Times are the device's, between events; shares are those of its own bandwidth for "
+             "two reads and a write.", _right(run)]  # fmt: skip
+    for group, title in _GPU_SECTIONS:
+        if found := list(summary.contests(run, group)):
+            parts += [f"## {title}", _grid(found, lambda c, name: _bandwidth_cell(run, c, name))]
+    if found := list(summary.contests(run, "small")):
+        parts += [
+            "## Small batches",
+            "In brackets the time that the host spends on enqueuing a call. `graph`: a replay of "
+            "the same kernels as a CUDA graph.",
+            _grid(found, _host_cell),
+        ]
+    if memory := [m for m in run.memory if not m.workload["hidden"]]:
+        parts += ["## Peak extra memory", _memory_table(memory)]
+    return parts
+
+
+def _right(run: Run) -> str:
+    """How many results of the smoke test were right, and which were not."""
+    entries = [
+        (c.workload["name"], e)
+        for c in summary.contests(run, "smoke")
+        for e in c.entries.values()
+        if e.status != "skipped"
+    ]
+    if not entries:
+        return ""
+    right = sum(e.status == "ok" for _, e in entries)
+    refused = [e for _, e in entries if summary.refused(e)]
+    lines = [
+        f"- {name}, {e.provider}: {e.status}: {e.reason}"
+        for name, e in entries
+        if e.status != "ok" and not summary.refused(e)
+    ]
+    text = f"Every kernel against float64: {right} results right, {len(refused)} refused by name"
+    return "\n".join([f"{text}, {len(lines)} wrong or failed.", *([""] if lines else []), *lines])
+
+
+def _grid(found: Sequence[Contest], cell: Callable[[Contest, str], str]) -> str:
+    """Workloads by providers."""
+    names = list(dict.fromkeys(n for c in found for n, e in c.entries.items() if e.wall_ns))
+    rows = [[summary.case(c.workload), *(cell(c, name) for name in names)] for c in found]
+    return table(["workload", *names], rows)
+
+
+def _bandwidth_cell(run: Run, contest: Contest, name: str) -> str:
+    found = summary.spread(summary.samples(contest, name))
+    if not found:
+        entry = contest.entries.get(name)
+        return "-" if entry is None or entry.status == "skipped" else entry.status
+    share = _number(summary.bandwidth_share(run, contest, name), ".0%")
+    return f"{_time(found.median)}, {_number(summary.rate(contest, name), '.0f')} GB/s, {share}"
+
+
+def _flops_cell(contest: Contest, name: str) -> str:
+    found, flops = summary.spread(summary.samples(contest, name)), summary.flop_rate(contest, name)
+    return f"{_time(found.median)}, {flops / 1e3:.0f} TFLOP/s" if found and flops else "-"
+
+
+def _host_cell(contest: Contest, name: str) -> str:
+    found, host = (
+        summary.spread(summary.samples(contest, name, clock)) for clock in ("wall_ns", "cpu_ns")
+    )
+    return f"{_time(found.median)} ({_time(host.median)})" if found and host else "-"
+
+
+def digest(run: Run) -> str:
+    """A line a contender, to be read in a terminal."""
+    lines = [_right(run)]
+    lines += [f"{b['name']}: {b['median']:.0f} GB/s" for b in run.bandwidth]
+    for contest in run.contests:
+        for name, entry in contest.entries.items():
+            found = summary.spread(summary.samples(contest, name))
+            if found:
+                share = _number(summary.bandwidth_share(run, contest, name), ".0%")
+                cost = f"{_time(found.median)} {_number(summary.rate(contest, name), '.0f')} GB/s"
+                lines.append(f"{summary.case(contest.workload):32} {name:22} {cost} {share}")
+            elif contest.rounds and entry.status in ("wrong", "failed"):
+                lines.append(
+                    f"{summary.case(contest.workload):32} {name:22} {entry.status}: {entry.reason}"
+                )
+    return "\n".join([*filter(None, lines), "", _target_table(run)])
+
+
 #: Columns of the table of the loss from hidden states: header, provider.
 _LINEAR_RIVALS = (
     ("x products + loss", "products"),
@@ -175,6 +270,8 @@ def _linear_sections(run: Run) -> list[str]:
     sizes = list(summary.contests(run, "linear_chunk"))
     memory = [m for m in run.memory if m.workload["hidden"]]
     parts = ["## From hidden states"] if timed or sizes or memory else []
+    if timed and summary.on_gpu(run):
+        parts.append(_grid(timed, _flops_cell))
     if timed:
         parts += [
             "`fused_linear`: no logits in memory; `x name` is how many times longer the other one "
@@ -187,7 +284,7 @@ def _linear_sections(run: Run) -> list[str]:
         parts += [
             "Time over `max_chunk_bytes`, relative to the default (CPU time says more where others "
             "took the cores):",
-            _chunk_table(sizes),
+            _chunk_table(run, sizes),
         ]
     if memory:
         budget = run.options["max_chunk_bytes"] / 2**20
@@ -197,6 +294,9 @@ def _linear_sections(run: Run) -> list[str]:
             _linear_memory_table(run, memory),
         ]
     return parts
+
+
+_CLOCKS = [("wall", "wall_ns"), ("CPU", "cpu_ns")]
 
 
 def _linear_table(timed: Sequence[Contest]) -> str:
@@ -216,13 +316,14 @@ def _linear_table(timed: Sequence[Contest]) -> str:
     return table([*header, "error loss / grad", "eager's"], rows)
 
 
-def _chunk_table(sizes: Sequence[Contest]) -> str:
+def _chunk_table(run: Run, sizes: Sequence[Contest]) -> str:
     names = list(dict.fromkeys(name for c in sizes for name, e in c.entries.items() if e.wall_ns))
     header = ["workload", "clock", *(name.removeprefix("chunk_") for name in names)]
+    clocks = [("device", "wall_ns")] if summary.on_gpu(run) else _CLOCKS
     rows = [
         [summary.case(c.workload), title, *(_times(c, name, clock, digits=2) for name in names)]
         for c in sizes
-        for title, clock in (("wall", "wall_ns"), ("CPU", "cpu_ns"))
+        for title, clock in clocks
     ]
     return table(header, rows)
 
@@ -298,6 +399,7 @@ def _detail(run: Run, contest: Contest) -> str:
     floor = summary.floor_per_logit(run, contest)
     used, loads = summary.used_rounds(contest), [r.load for r in contest.rounds] or [0.0]
     digits = 2 if workload["hidden"] else 1  # few of these are many times slower
+    on_gpu = summary.on_gpu(run)
     rows = []
     for name, entry in contest.entries.items():
         if entry.status == "skipped":
@@ -309,16 +411,17 @@ def _detail(run: Run, contest: Contest) -> str:
                 name,
                 _range(found) if entry.status == "ok" else f"{entry.status}: {entry.reason}",
                 _time(cpu.median / run.options["threads"]) if cpu else "-",
-                _number(summary.per_logit(run, contest, name)),
+                _number(summary.per_logit(run, contest, name), ".4f" if on_gpu else ".2f"),
                 _number(summary.bandwidth_share(run, contest, name), ".0%"),
                 _times(contest, name, digits=digits),
                 _times(contest, name, "cpu_ns", digits),
                 _errors(contest, name),
             ]
         )
-    floor_text = f", floor {floor:.3f} ns/logit" if floor else ""
+    floor_text = f", floor {floor:.{4 if on_gpu else 3}f} ns/logit" if floor else ""
     if workload["hidden"]:
         floor_text = f", hidden size {workload['hidden']}, {workload['flops'] / 1e9:.1f} GFLOP"
+    host, bandwidth = ("host", "2R1W") if on_gpu else ("CPU", "copy")
     return (
         f"### {workload['name']}\n\n[{workload['rows']}, {workload['vocab']}] {workload['dtype']}, "
         f"T = {workload['temperature']:g}, {workload['divergence']}, "
@@ -327,12 +430,12 @@ def _detail(run: Run, contest: Contest) -> str:
         + table(
             [
                 "provider",
-                "wall",
-                "CPU / threads",
+                "device" if on_gpu else "wall",
+                host if on_gpu else "CPU / threads",
                 "ns/logit",
-                "of copy bw",
-                f"wall / {summary.subject(contest)}",
-                f"CPU / {summary.subject(contest)}",
+                f"of {bandwidth} bw",
+                f"{'device' if on_gpu else 'wall'} / {summary.subject(contest)}",
+                f"{host} / {summary.subject(contest)}",
                 "error loss / grad",
             ],
             rows,
@@ -359,6 +462,7 @@ _LABELS = {
     "fused": "fused_kd_loss",
     "kernel": "kernel, gradient buffer reused (CPU time / threads)",
 }
+_GPU_LABELS = {**_LABELS, "kernel": "kernel, gradient buffer reused"}
 _LINEAR_LABELS = {
     "eager": "all logits, eager PyTorch",
     "compile": "all logits, torch.compile",
@@ -382,7 +486,8 @@ def plot(run: Run, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [c for c in summary.contests(run, "kd_ce") if summary.fastest(c, "eager")]
+    compared = summary.contests(run, "kd_ce", "peer")
+    shown = [c for c in compared if summary.fastest(c, "eager")]
     # All temperatures of all shapes would be unreadable: T = 2 of every shape, if there is any.
     shown = [c for c in shown if c.workload["temperature"] == 2] or shown
     other = list(summary.contests(run, "divergence"))
@@ -394,7 +499,8 @@ def plot(run: Run, path: Path) -> bool:
     )
     _draw_speedups(axes[0], shown)
     _draw_costs(axes[1], run, shown, [_shape_label(c) for c in shown])
-    axes[1].set_title("Cost per logit, and the floor set by the machine's copy bandwidth")
+    bandwidth = "two reads and a write" if summary.on_gpu(run) else "copy bandwidth"
+    axes[1].set_title(f"Cost per logit, and the floor set by the machine's {bandwidth}")
     if other:
         _draw_costs(axes[2], run, other, [c.workload["divergence"] for c in other], eager=True)
         dtype, vocab = other[0].workload["dtype"], other[0].workload["vocab"]
@@ -483,14 +589,15 @@ def _draw_costs(
             summary.per_logit(run, c, r) if r else None for c, r in zip(shown, rivals, strict=True)
         ]
     series["fused"] = [summary.per_logit(run, c, "fused") for c in shown]
-    kernels = [summary.per_logit(run, c, "kernel", "cpu_ns") for c in shown]
+    kernels = [summary.per_logit(run, c, "kernel", summary.kernel_clock(run)) for c in shown]
     if any(k is not None for k in kernels):
         series["kernel"] = kernels
-    _bars(axis, series, names)
+    on_gpu = summary.on_gpu(run)
+    _bars(axis, series, names, names_of=_GPU_LABELS if on_gpu else _LABELS)
     for index, contest in enumerate(shown):
         floor = summary.floor_per_logit(run, contest)
         if floor is not None:
-            label = "copy-bandwidth floor" if index == 0 else None
+            label = f"{'2R1W' if on_gpu else 'copy'}-bandwidth floor" if index == 0 else None
             axis.hlines(floor, index - 0.45, index + 0.45, _COLORS["floor"], lw=1.8, label=label)
     axis.set_ylabel("ns per logit")
     if eager:
@@ -508,7 +615,7 @@ def plot_linear(run: Run, path: Path) -> bool:
     from matplotlib import pyplot
 
     timed = [c for c in summary.contests(run, "linear") if summary.samples(c, "eager")]
-    memory = [m for m in run.memory if m.workload["hidden"] and m.peak_bytes is not None]
+    memory = list(_over_tokens(run))
     draws = [draw for draw, data in ((_draw_linear, timed), (_draw_memory, memory)) if data]
     if not draws:
         return False
@@ -542,10 +649,17 @@ def _draw_linear(axis: Axes, run: Run) -> None:
     axis.legend(ncols=3, fontsize=8, frameon=False, loc="upper left")
 
 
+def _over_tokens(run: Run) -> Iterator[Memory]:
+    """Peaks of the workloads that differ in nothing but their tokens."""
+    for memory in run.memory:
+        if memory.workload["name"].startswith("linear_memory/") and memory.peak_bytes is not None:
+            yield memory
+
+
 def _draw_memory(axis: Axes, run: Run) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    memory = [m for m in run.memory if m.workload["hidden"] and m.peak_bytes is not None]
+    memory = list(_over_tokens(run))
     for provider in dict.fromkeys(m.provider for m in memory):
         points = [(m.workload["rows"], m.peak_bytes) for m in memory if m.provider == provider]
         tokens, peaks = zip(*sorted(points), strict=True)

@@ -64,6 +64,11 @@ def ratio(contest: Contest, slow: str, fast: str, clock: str = "wall_ns") -> Spr
     return spread([a / b for a, b in pairs])
 
 
+def refused(entry: Entry) -> bool:
+    """Whether it says of itself that it cannot compute this: a kernel forced where it cannot be."""
+    return entry.status == "failed" and "cannot run this problem" in entry.reason
+
+
 def subject(contest: Contest) -> str:
     """The provider that the others are compared with."""
     return str(contest.workload["subject"])
@@ -88,6 +93,32 @@ def per_logit(run: Run, contest: Contest, provider: str, clock: str = "wall_ns")
     return found.median / contest.workload["logits"] / parts
 
 
+def on_gpu(run: Run) -> bool:
+    """Whether it is a GPU's run, or a rehearsal of one."""
+    return run.options.get("device") == "cuda" or bool(run.options.get("dry"))
+
+
+def kernel_clock(run: Run) -> str:
+    """The clock of a kernel alone: cores that others took do not count, a GPU has its own."""
+    return "wall_ns" if on_gpu(run) else "cpu_ns"
+
+
+def ceiling(run: Run, contest: Contest) -> float:
+    """GB/s that a workload is held to: the machine's copies, or a GPU's two reads and a write."""
+    if not on_gpu(run):
+        return copy_bandwidth(run)
+    half = contest.workload["dtype"] != "fp32"
+    rates = {b["name"]: b["median"] for b in run.bandwidth}
+    rate: float = rates.get("add_bf16" if half else "add", rates.get("add", 0.0))
+    return rate
+
+
+def rate(contest: Contest, provider: str) -> float | None:
+    """GB/s of the declared bytes."""
+    found = spread(samples(contest, provider))
+    return contest.workload["bytes_moved"] / found.median if found else None
+
+
 def copy_bandwidth(run: Run) -> float:
     """GB/s: the best median of the machine's own copies with all threads, 0 if not measured."""
     threads = run.options["threads"]
@@ -95,18 +126,18 @@ def copy_bandwidth(run: Run) -> float:
 
 
 def floor_per_logit(run: Run, contest: Contest) -> float | None:
-    """ns per logit that moving the declared bytes takes at copy bandwidth.
+    """ns per logit that moving the declared bytes takes at the machine's bandwidth.
 
     None where arithmetic sets the floor: from hidden states, that of the provider "products".
     """
     if contest.workload["hidden"]:
         return None
-    rate = copy_bandwidth(run)
-    return contest.workload["bytes_moved"] / contest.workload["logits"] / rate if rate else None
+    best = ceiling(run, contest)
+    return contest.workload["bytes_moved"] / contest.workload["logits"] / best if best else None
 
 
 def bandwidth_share(run: Run, contest: Contest, provider: str) -> float | None:
-    """Share of the copy bandwidth that a provider's declared bytes reach."""
+    """Share of the machine's bandwidth that a provider's declared bytes reach."""
     floor, time = floor_per_logit(run, contest), per_logit(run, contest, provider)
     return floor / time if floor and time else None
 
@@ -260,7 +291,7 @@ def _excess(name: str) -> Callable[[Run], dict]:
 
     def measured(run: Run) -> dict[str, float]:
         out = {}
-        for contest in contests(run, "kd_ce", "divergence", "call"):
+        for contest in contests(run, "kd_ce", "peer", "divergence", "call"):
             own = error(contest.entries.get("fused"))
             eager = [
                 e for p in ("eager", "eager_log_target") if (e := error(contest.entries.get(p)))
@@ -271,6 +302,38 @@ def _excess(name: str) -> Callable[[Run], dict]:
         return out
 
     return measured
+
+
+def _gpu_milliseconds(card: str) -> Callable[[Run], dict]:
+    """Of the call that the README is about, on that card."""
+
+    def measured(run: Run) -> dict[str, float]:
+        if card not in str(run.machine.get("device")):
+            return {}
+        found = {
+            case(c.workload): spread(samples(c, "fused"))
+            for c in contests(run, "kd_ce")
+            if c.workload["name"] == "kd_ce/bf16/8192x128256/T2"
+        }
+        return {name: value.median / 1e6 for name, value in found.items() if value}
+
+    return measured
+
+
+def _gpu_speedups(*families: str) -> Callable[[Run], dict]:
+    def measured(run: Run) -> dict[str, float]:
+        pairs = {case(c.workload): (c, fastest(c, *families)) for c in contests(run, "peer")}
+        found = {name: rival and ratio(c, rival, "fused") for name, (c, rival) in pairs.items()}
+        return {name: value.median for name, value in found.items() if value}
+
+    return measured
+
+
+def _gpu_linear(run: Run) -> dict[str, float]:
+    found = {
+        case(c.workload): ratio(c, "fused_linear", "bare_products") for c in contests(run, "linear")
+    }
+    return {name: value.median for name, value in found.items() if value}
 
 
 _HALF = ("bf16", "fp16")
@@ -319,5 +382,17 @@ TARGETS = (
 )
 
 
+GPU_TARGETS = (
+    Target("8192 x 128256 bf16 on an H100", 2.35, "ms", _gpu_milliseconds("H100")),
+    Target("8192 x 128256 bf16 on an H200", 1.95, "ms", _gpu_milliseconds("H200")),
+    Target("vs best torch.compile", 5, "x", _gpu_speedups("compile"), True),
+    Target("vs fastest eager", 15, "x", _gpu_speedups("eager", "upcast"), True),
+    Target("linear vs bare products", 1.15, "x", _gpu_linear),
+    Target("loss error above eager's", 4, "eps", _excess("loss_error")),
+    Target("gradient error above eager's", 4, "eps", _excess("gradient_error")),
+)
+
+
 def verdicts(run: Run) -> list[Verdict]:
-    return [Verdict(target, target.measured(run)) for target in TARGETS]
+    targets = GPU_TARGETS if on_gpu(run) else TARGETS
+    return [Verdict(target, target.measured(run)) for target in targets]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,41 @@ MEMORY_TOKENS: tuple[int, ...] = (1024, 2048, 4096, 16384, 65536)
 QUICK_MEMORY_TOKENS: tuple[int, ...] = (1024, 2048)
 #: Who takes part where logits are made from hidden states.
 LINEAR_PROVIDERS = ("fused_linear", "products", "fused", "eager", "compile", "chunked_linear")
-ONLY_TIMED = ("products", "compile")
+#: Besides them on a GPU.
+GPU_LINEAR_PROVIDERS = (
+    *("bare_products", "fused_linear_triton"),
+    *("liger_linear", "trl_linear", "fla_linear"),
+)
+ONLY_TIMED = ("products", "compile", "bare_products")
+#: On a GPU 2^29 to 2^30 logits take milliseconds: below that, launches are measured, not kernels.
+#: (rows, vocab, dtype, temperature); the first four are the ones whose variants are compared.
+GPU_SHAPES = (
+    (8192, 128256, "bf16", 2.0),
+    (8192, 151936, "bf16", 2.0),
+    (8192, 50257, "bf16", 2.0),
+    (8192, 32000, "bf16", 2.0),
+    (4096, 262144, "bf16", 2.0),
+    (8192, 128256, "bf16", 1.0),
+    (8192, 128256, "bf16", 3.0),
+    (4096, 256000, "bf16", 2.0),
+    (8192, 131072, "bf16", 2.0),
+    (4096, 128256, "fp32", 2.0),
+    (4096, 151936, "fp32", 2.0),
+    (8192, 50257, "fp32", 1.0),
+    (8192, 32000, "fp32", 2.0),
+)
+GPU_VARIANT_SHAPES = GPU_SHAPES[:4]
+GPU_PEER_SHAPES = (GPU_SHAPES[0], GPU_SHAPES[3], (4096, 151936, "bf16", 1.0))
+GPU_SMALL_ROWS = {128256: (1, 8, 16, 64, 256, 1024), 151936: (64, 256, 1024), 32000: (64, 1024)}
+GPU_SMOKE_VOCABULARIES = (9, 1000, 32000, 50257, 128256, 151936, 262144)
+GPU_DIVERGENCES = ("reverse_kl", "jsd", "tvd", "skew_forward_kl", "alpha_beta")
+#: Tokens, hidden size and vocabulary of the loss from hidden states.
+GPU_LINEAR = (4096, 4096, 128256)
+#: Given logits of at most this many are checked whole. Of more (only the GPU's workloads: 80 GB of
+#: float64 for 8192 x 128256) the gradient is checked on a sample of rows, the loss in slices.
+WHOLE_LOGITS = 1 << 26
+SAMPLED_ROWS = 64
+_SLICE_LOGITS = 1 << 23
 #: Logits tensors that eager PyTorch has alive at its peak (measured: 7.0), and the memory that a
 #: contender may take with them.
 EAGER_TENSORS = 7
@@ -75,8 +109,12 @@ class Inputs(NamedTuple):
         return self._replace(student=student, student_weight=weight[0] if weight else None)
 
 
-#: Loss, and the gradients of what is learnt.
-Truth = tuple[Tensor, tuple[Tensor, ...]]
+class Truth(NamedTuple):
+    """Loss and gradients of what is learnt; ``rows``: those that the gradients are of, if few."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +143,16 @@ class Workload:
 
     @property
     def timed(self) -> bool:
-        """False: only memory is measured."""
-        return self.group != "linear_memory"
+        """False: only memory, or only correctness, is measured."""
+        return self.group not in ("linear_memory", "smoke")
 
     @property
     def subject(self) -> str:
         """The provider that all others are compared with."""
         if self.group == "linear_chunk":
             return chunk_provider(MAX_CHUNK_BYTES)
+        if self.group in ("smoke", "variant"):
+            return "kernel"
         return "fused_linear" if self.hidden else "fused"
 
     def excludes(self, name: str, family: str) -> str | None:
@@ -120,11 +160,16 @@ class Workload:
         if self.group == "linear_chunk":
             asked = family == "chunk"
         elif self.hidden:
-            asked = name in LINEAR_PROVIDERS and (self.timed or name not in ONLY_TIMED)
+            asked = name in LINEAR_PROVIDERS + GPU_LINEAR_PROVIDERS
+            asked = asked and (self.timed or name not in ONLY_TIMED)
         elif self.group == "divergence":
             asked = family in ("fused", "kernel", "eager")
+        elif self.group in ("smoke", "variant"):
+            asked = family in ("kernel", "variant") and name != "kernel_forward_kl"
+        elif self.group == "small":
+            asked = family in ("fused", "kernel", "graph", "eager", "compile")
         else:
-            asked = family not in ("linear", "chunk", "products")
+            asked = family not in ("linear", "chunk", "products", "variant", "graph")
         return None if asked else f"not in {self.group}"
 
     @property
@@ -156,24 +201,26 @@ class Workload:
 
     def make(self, device: str = "cpu") -> Inputs:
         """Random logits with peaked rows; the student is a noisy copy of the teacher."""
-        generator = torch.Generator().manual_seed(2503)
+        generator = torch.Generator(device).manual_seed(2503)
         dtype = DTYPES[self.dtype]
 
         def pair(*shape: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
-            teacher = torch.randn(shape, generator=generator).mul_(3 * size)
-            student = torch.randn(shape, generator=generator).mul_(2 * size)
+            teacher = torch.randn(shape, generator=generator, device=device).mul_(3 * size)
+            student = torch.randn(shape, generator=generator, device=device).mul_(2 * size)
             student.add_(teacher, alpha=0.7)
-            return student.to(device, dtype), teacher.to(device, dtype)
+            return student.to(dtype), teacher.to(dtype)
+
+        def choose_labels() -> Tensor:
+            return torch.randint(self.vocab, (self.rows,), generator=generator, device=device)
 
         if not self.hidden:
-            student, teacher = pair(self.rows, self.vocab)
-            labels = torch.randint(self.vocab, (self.rows,), generator=generator)
-            return Inputs(student, teacher, labels.to(device))
-        labels = torch.randint(self.vocab, (self.rows,), generator=generator)
+            return Inputs(*pair(self.rows, self.vocab), choose_labels())
+        labels = choose_labels()
         # The same hidden states for both, so that the logits are as above.
-        states = torch.randn((self.rows, self.hidden), generator=generator).to(device, dtype)
+        shape = (self.rows, self.hidden)
+        states = torch.randn(shape, generator=generator, device=device).to(dtype)
         weights = pair(self.vocab, self.hidden, size=self.hidden**-0.5)
-        return Inputs(states, states, labels.to(device), *weights)
+        return Inputs(states, states, labels, *weights)
 
     def problem(self, inputs: Inputs, denominator: float = 0.0) -> Problem:
         """The contract's form of this workload, for the oracle and for backends called directly."""
@@ -191,9 +238,31 @@ class Workload:
         """Loss and gradients in float64, from the very inputs that the contenders get."""
         if self.hidden:
             return self._oracle_of_hidden(inputs)
+        if self.logits > WHOLE_LOGITS:
+            return self._oracle_of_sample(inputs)
         problem = self.problem(inputs)
         loss, _, gradient = reference.forward(problem, want_gradient=self.backward, extras=False)
-        return loss, () if gradient is None else (gradient,)
+        return Truth(loss, () if gradient is None else (gradient,))
+
+    def _oracle_of_sample(self, inputs: Inputs) -> Truth:
+        """The whole loss, slice by slice, and the gradients of a few rows spread over all."""
+        device = inputs.student.device
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for rows in torch.arange(self.rows).split(max(1, _SLICE_LOGITS // self.vocab)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            problem = self.problem(Inputs(*(t[part] for t in inputs[:3])), self.rows)
+            loss += reference.forward(problem, want_gradient=False, extras=False)[0]
+        if not self.backward:
+            return Truth(loss, ())
+        # Both ends, where rows are handed out first and last, and anything between.
+        generator = torch.Generator().manual_seed(2503)
+        between = torch.randint(self.rows, (SAMPLED_ROWS,), generator=generator)
+        sample = torch.cat([torch.tensor([0, self.rows - 1]), between]).unique().to(device)
+        gradients = []
+        for rows in sample.split(max(1, _SLICE_LOGITS // self.vocab)):
+            problem = self.problem(Inputs(*(t[rows] for t in inputs[:3])), self.rows)
+            gradients.append(reference.forward(problem, want_gradient=True, extras=False)[2])
+        return Truth(loss, (torch.cat(gradients),), sample)
 
     def _oracle_of_hidden(self, inputs: Inputs) -> Truth:
         """In slices of rows: of whole logits in float64 a dozen tensors would be alive."""
@@ -214,7 +283,7 @@ class Workload:
             if gradient is not None:
                 to_hidden.append(gradient @ wide.student_weight)
                 to_weight.addmm_(gradient.t(), part.student)
-        return loss, (torch.cat(to_hidden), to_weight) if self.backward else ()
+        return Truth(loss, (torch.cat(to_hidden), to_weight) if self.backward else ())
 
 
 def chunk_provider(max_chunk_bytes: int) -> str:
@@ -252,8 +321,11 @@ def _linear_suite(quick: bool) -> list[Workload]:
     return timed + [_linear("linear_memory", n, vocab, tail=f"/N{n}") for n in tokens]
 
 
-def suite(quick: bool = False) -> list[Workload]:
+def suite(quick: bool = False, device: str = "cpu") -> list[Workload]:
     """All workloads, or the few of the quick suite, in the order in which they run."""
+    if device == "cuda":
+        shapes = GPU_VARIANT_SHAPES
+        return [_of_shape("kd_ce", *shape) for shape in shapes] if quick else gpu_suite()
     logits = QUICK_LOGITS if quick else FULL_LOGITS
     dtypes = ("fp32", "bf16") if quick else tuple(DTYPES)
     vocabularies = (32000,) if quick else VOCABULARIES
@@ -272,6 +344,58 @@ def suite(quick: bool = False) -> list[Workload]:
         *(_kd_ce(32000, d, 2.0, logits, allocator="retain") for d in dtypes if not quick),
         *_linear_suite(quick),
     ]
+
+
+def _of_shape(
+    kind: str, rows: int, vocab: int, dtype: str, temperature: float, **more: Any
+) -> Workload:
+    name = f"{kind}/{dtype}/{rows}x{vocab}/T{temperature:g}"
+    return Workload(name, rows, vocab, dtype, temperature, **more)
+
+
+def gpu_suite() -> list[Workload]:
+    """The workloads of a GPU, in the order in which they run; their groups are gpu-day's steps."""
+    tokens, hidden, vocab = GPU_LINEAR
+    middle = (4096, 128256, "bf16", 2.0)
+    return [
+        # Rows of every alignment, and more of them than clusters.
+        *(
+            _of_shape("smoke", rows, vocab, dtype, temperature)
+            for vocab in GPU_SMOKE_VOCABULARIES
+            for rows, dtype, temperature in (
+                (5, "bf16", 2.0),
+                (5, "bf16", 3.0),
+                (40 if vocab < 1 << 15 else 18, "fp32", 1.0),
+            )
+        ),
+        *(_of_shape("kd_ce", *shape) for shape in GPU_SHAPES),
+        *(_of_shape("variant", *shape) for shape in GPU_VARIANT_SHAPES),
+        *(
+            _of_shape("small", rows, vocab, "bf16", 2.0)
+            for vocab, all_rows in GPU_SMALL_ROWS.items()
+            for rows in all_rows
+        ),
+        *(_of_shape("peer", *shape) for shape in GPU_PEER_SHAPES),
+        *(
+            _of_shape(kind, tokens, vocab, "bf16", 2.0, hidden=hidden)
+            for kind in ("linear", "linear_chunk")
+        ),
+        *(
+            replace(_of_shape("divergence", *middle), name=f"divergence/bf16/{n}", divergence=n)
+            for n in GPU_DIVERGENCES
+        ),
+    ]
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same on a few hundred rows' worth less, for a rehearsal on a CPU; its name stays."""
+    few = max(2, workload.rows // 512)
+    return replace(
+        workload,
+        rows=min(workload.rows, few if workload.group != "smoke" else 5),
+        vocab=min(workload.vocab, max(9, workload.vocab // 64)),
+        hidden=workload.hidden // 64,
+    )
 
 
 def chosen(workloads: Iterable[Workload], patterns: list[str]) -> list[Workload]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import measure, memory, record, summary, workloads
+from benchmarks import gpu_day, measure, memory, providers, record, report, summary, workloads
+from benchmarks.gpu_day import plan, steps
 from benchmarks.providers import EAGER_FORMULAS, PROVIDERS, Answer, Provider
 from benchmarks.workloads import Inputs, Workload
 
@@ -35,7 +39,7 @@ def tiny_suite(monkeypatch):
         dataclasses.replace(LINEAR, name="linear_chunk/fp32/tiny"),
         dataclasses.replace(LINEAR, name="linear_memory/fp32/tiny/N70"),
     ]
-    monkeypatch.setattr(workloads, "suite", lambda quick=False: kinds)
+    monkeypatch.setattr(workloads, "suite", lambda quick=False, device="cpu": kinds)
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(runner.machine, "_ARRAY_BYTES", 1 << 16)
     monkeypatch.setattr(runner, "MEMORY_WORKLOADS", (TINY.name,))
@@ -127,11 +131,11 @@ def test_a_wrong_weight_gradient_gets_no_speed():
 
 def test_the_oracle_of_hidden_states_is_that_of_their_logits():
     inputs = LINEAR.make()
-    loss, (to_hidden, to_weight) = LINEAR.oracle(inputs)
+    loss, (to_hidden, to_weight), _ = LINEAR.oracle(inputs)
     wide = Inputs(*(t.double() if t.is_floating_point() else t for t in inputs if t is not None))
     student, teacher = wide.logits()
     on_logits = dataclasses.replace(LINEAR, hidden=0)
-    same, (gradient,) = on_logits.oracle(Inputs(student, teacher, inputs.labels))
+    same, (gradient,), _ = on_logits.oracle(Inputs(student, teacher, inputs.labels))
     torch.testing.assert_close(loss, same)
     torch.testing.assert_close(to_hidden, gradient @ wide.student_weight)
     torch.testing.assert_close(to_weight, gradient.t() @ wide.student)
@@ -248,3 +252,263 @@ def test_the_memory_measure_sees_an_allocation_and_not_what_was_there_before():
     assert 47 * mebibyte < found < 52 * mebibyte
     assert memory.peak_extra(lambda: None) < 4 * mebibyte
     assert held.numel()
+
+
+# --- what a GPU needs besides ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """A workload that is checked like the large ones: rows by sample, the loss in slices."""
+    monkeypatch.setattr(workloads, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(workloads, "SAMPLED_ROWS", 20)
+    monkeypatch.setattr(workloads, "_SLICE_LOGITS", 7 * TINY.vocab)
+    return dataclasses.replace(TINY, rows=200)
+
+
+def test_the_oracle_of_a_sample_is_that_of_the_whole(sampled, monkeypatch):
+    inputs = sampled.make()
+    loss, (gradient,), rows = sampled.oracle(inputs)
+    assert {0, sampled.rows - 1} <= set(rows.tolist())
+    assert 10 < len(rows) < sampled.rows
+    monkeypatch.setattr(workloads, "WHOLE_LOGITS", sampled.logits)
+    whole, (of_all,), none = sampled.oracle(inputs)
+    assert none is None
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(gradient, of_all[rows])
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_wrong_row_of_the_sample_gets_no_speed(sampled, row):
+    def prepare(workload, inputs):
+        step = PROVIDERS["eager"].prepare(workload, inputs)
+
+        def altered() -> Answer:
+            loss, (gradient,) = step()
+            gradient[row] *= 1.01
+            return Answer(loss, (gradient,))
+
+        return altered
+
+    contest = measure.contest(sampled, [PROVIDERS["eager"], Provider("off", "peer", prepare)], 1)
+    assert contest.entries["eager"].status == "ok"
+    assert contest.entries["off"].status == "wrong"
+
+
+def test_a_floor_has_no_answer_to_check():
+    contest = measure.contest(LINEAR, [PROVIDERS["bare_products"]], 1)
+    entry = contest.entries["bare_products"]
+    assert entry.status == "ok" and len(entry.wall_ns) == 1
+    assert entry.loss_error is None and entry.gradient_error is None
+
+
+def test_what_only_a_gpu_has_does_not_compete_on_a_cpu():
+    here, there = ({p.name for p in providers.unasked(device)} for device in ("cpu", "cuda"))
+    assert there - here >= {"kernel_cuda", "kernel_triton", "kernel_registers_8", "liger_jsd"}
+    assert not here - there
+
+
+def test_the_gpu_workloads_are_large_and_each_has_contenders():
+    suite = workloads.suite(device="cuda")
+    names = [w.name for w in suite]
+    assert len(set(names)) == len(names)
+    for workload in suite:
+        if workload.group in ("kd_ce", "variant", "peer"):
+            assert (1 << 27) < workload.logits < (1 << 31)
+        asked = [p for p in PROVIDERS.values() if not workload.excludes(p.name, p.family)]
+        assert workload.subject in {p.name for p in asked}
+        tiny = workloads.tiny(workload)
+        assert tiny.name == workload.name and tiny.logits <= 1 << 18
+
+
+def test_a_variant_is_forced_during_its_call_only(monkeypatch):
+    seen = []
+
+    def kernel(name):
+        assert name == "cuda"
+        return lambda workload, inputs: (
+            lambda: seen.append(
+                [os.environ.get(f"KDKERNELS_CUDA_{what}") for what in ("KERNEL", "CLUSTER")]
+            )
+        )
+
+    monkeypatch.setattr(providers, "_kernel", kernel)
+    monkeypatch.setenv("KDKERNELS_CUDA_CLUSTER", "2")
+    providers._variant("registers", 16)(TINY, TINY.make())()
+    assert seen == [["registers", "16"]]
+    assert "KDKERNELS_CUDA_KERNEL" not in os.environ
+    assert os.environ["KDKERNELS_CUDA_CLUSTER"] == "2"
+
+
+def _gpu_run(tmp_path) -> record.Run:
+    """A GPU's run as its processes leave it, line by line, read again."""
+    lines = tmp_path / "lines.jsonl"
+    machine = {"device": "NVIDIA H200", "cpu": "x86", "family_model": [], "cores": 16}
+    machine |= {"huge_pages": "", "caches": [], "kernel_isa": "avx512", "torch_isa": "AVX512"}
+    versions = {"date": "2026-11-26T12:00:00+00:00", "torch": "2.11.0", "commit": "0" * 40}
+    options = {"device": "cuda", "dry": False, "threads": 1, "max_chunk_bytes": 1 << 28}
+    about = {"machine": machine, "versions": versions, "options": options}
+    record.append(lines, "about", about)
+    for name, gigabytes in (("add", 4340.0), ("add_bf16", 4350.0)):
+        found = {"name": name, "threads": 1, "median": gigabytes, "best": gigabytes}
+        record.append(lines, "bandwidth", found)
+    for workload in workloads.suite(device="cuda"):
+        times = {"fused": 3e6, "kernel": 2.9e6, "compile": 7.5e6, "eager": 60e6}
+        if workload.hidden:
+            times = {"fused_linear": 30e6, "bare_products": 25e6, "eager": 60e6}
+        entries = {
+            name: record.Entry(
+                name, PROVIDERS[name].family, "ok", "", 1e-8, 1e-3, 1, [ns], [ns / 9]
+            )
+            for name, ns in times.items()
+        }
+        rounds = [record.Round(list(times), 0.1, 1.0, 0.0, 0.0)]
+        if workload.group == "smoke":
+            refusal = (
+                "ValueError: KDKERNELS_CUDA_KERNEL='shared' cannot run this problem: it is long"
+            )
+            entries = {
+                "kernel_registers": record.Entry("kernel_registers", "variant"),
+                "kernel_shared": record.Entry("kernel_shared", "variant", "failed", refusal),
+            }
+            rounds = []
+        declared = ("logits", "bytes_moved", "flops", "subject")
+        described = vars(workload) | {name: getattr(workload, name) for name in declared}
+        record.append(lines, "contest", record.Contest(described, entries, rounds))
+        if rounds:
+            peak = record.Memory(dict(vars(workload)), "fused", peak_bytes=3 * workload.logits)
+            record.append(lines, "memory", peak)
+    record.append(lines, "clusters", {"blocks": 8, "clusters": 15})
+    return record.collect(lines)
+
+
+def test_a_gpus_report_comes_from_its_lines_alone(tmp_path):
+    run = _gpu_run(tmp_path)
+    assert run.machine["clusters"] == [{"blocks": 8, "clusters": 15}]
+    path = tmp_path / "gpu.json"
+    run.save(path)
+    text, written = report.write(record.load(path), tmp_path, "gpu")
+    assert text == report.markdown(run)
+    assert {p.name for p in written} == {"gpu.md", "gpu.png", "gpu-linear.png"}
+    # 6.3 GB in 3 ms of the 4350 GB/s that two reads and a write reach in bfloat16.
+    assert "3.00 ms, 2101 GB/s, 48%" in text
+    smoke = sum(w.group == "smoke" for w in workloads.suite(device="cuda"))
+    right = f"{smoke} results right, {smoke} refused by name, 0 wrong or failed."
+    assert right in text and right in report.digest(run)
+    assert "Small batches" in text and "3.00 ms (333.3 us)" in text
+    verdicts = {v.target.name: v for v in summary.verdicts(run)}
+    assert verdicts["8192 x 128256 bf16 on an H200"].worst == ("kd_ce/bf16/8192x128256/T2", 3.0)
+    assert verdicts["8192 x 128256 bf16 on an H100"].worst is None
+    assert verdicts["vs best torch.compile"].worst[1] == 2.5
+    assert verdicts["vs fastest eager"].worst[1] == 20
+    assert verdicts["linear vs bare products"].worst[1] == 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program(plan.Step):
+    """A step that is any program."""
+
+    program: str = ""
+
+    def command(self, output, seconds, dry):
+        return [sys.executable, "-c", self.program]
+
+
+def test_a_step_that_hangs_ends_with_its_children_and_the_next_one_runs(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    hangs = (
+        "import subprocess, sys, time; print('before', flush=True);"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(600)"
+    )
+    half = (
+        _Program("beside", 30, beside=True, program="print('beside')"),
+        _Program("hangs", 3, program=hangs),
+        _Program("fails", 30, gate=False, program="raise SystemExit(3)"),
+        _Program("after", 30, alone=True, program="print('after')"),
+    )
+    monkeypatch.setitem(plan.HALVES, "first", half)
+    assert plan.run("first", tmp_path, 60, dry=False) == 1
+    said = (tmp_path / "summary.txt").read_text()
+    assert "hangs: rc 124 (its time ran out)" in said
+    assert all(f"    {text}\n" in said for text in ("before", "beside", "after"))
+    assert "failed: hangs\n" in said
+    outcomes = record.collect(tmp_path / "lines.jsonl").machine["steps"]
+    found = [(o["name"], o["rc"]) for o in outcomes]
+    assert found == [("hangs", 124), ("fails", 3), ("beside", 0), ("after", 0)]
+    pid = int(child.read_text())
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Not a process that has ended and waits for whoever adopts it to say so."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_half_stops_where_its_time_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(plan.HALVES, "first", (_Program("late", 1),))
+    assert plan.run("first", tmp_path, plan._REPORT_SECONDS + 1, dry=True) == 0
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_a_half_is_rehearsed_from_its_processes_to_its_report(tmp_path, capsys):
+    only = "divergences"
+    assert gpu_day.main(["second", "--dry", f"--only={only}", f"--output={tmp_path}"]) == 0
+    assert "all went well" in capsys.readouterr().out
+    run = record.load(tmp_path / "gpu-day.json")
+    assert run.options["dry"] and {c.workload["name"].split("/")[0] for c in run.contests}
+    assert all(c.entries["fused"].status == "ok" for c in run.contests)
+    # As many files as come back from a lent machine, and no more.
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.parametrize("name", ["own", "small", "variants", "counted", "ceilings"])
+def test_steps_are_rehearsed(name, tmp_path, monkeypatch):
+    for module, size in ((measure, "SAMPLE_SECONDS"), (runner.machine, "_ARRAY_BYTES")):
+        monkeypatch.setattr(module, size, getattr(module, size))  # a rehearsal makes it small
+    arguments = ["step", name, "--dry", f"--output={tmp_path}"]
+    assert gpu_day.main(arguments) == 0
+
+
+def test_a_step_with_a_wrong_result_of_ours_fails(tmp_path, monkeypatch):
+    def steps_providers(device):
+        return [dataclasses.replace(_altered(1.0, 1.1), name=name) for name in names]
+
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", measure.SAMPLE_SECONDS)
+    monkeypatch.setattr(steps, "unasked", steps_providers)
+    arguments = ["step", "own", "--dry", f"--output={tmp_path}"]
+    names = ["theirs"]
+    assert gpu_day.main(arguments) == 0
+    names = ["theirs", "fused_cuda"]
+    with pytest.raises(SystemExit, match=r"WRONG RESULTS, OR NONE: kd_ce/[^:]*: fused_cuda;"):
+        gpu_day.main(arguments)
+
+
+@pytest.mark.parametrize("carried", ["same", "other", "none"])
+def test_the_carried_module_is_taken_only_if_it_is_of_these_sources(carried, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setattr(steps, "fingerprint", lambda: "of these")
+    monkeypatch.setattr(steps, "_loads", lambda: True)
+    built = []
+    monkeypatch.setattr(steps, "build_native", lambda *a, **k: built.append(a))
+    for folder in ("kdkernels", ".gpu"):
+        (tmp_path / folder).mkdir()
+    suffix = steps.sysconfig.get_config_var("EXT_SUFFIX")
+    if carried != "none":
+        (tmp_path / ".gpu" / f"_native{suffix}").write_text("module")
+        stamp = (tmp_path / ".gpu" / f"_native{suffix}").with_suffix(".stamp")
+        stamp.write_text("of these" if carried == "same" else "of others")
+    steps._find_or_build()
+    assert len(built) == (carried != "same")
+    module = tmp_path / "kdkernels" / f"_native{suffix}"
+    assert module.exists() == (carried == "same")
+    module.write_text("module")
+    steps._find_or_build()  # it stays
+    assert len(built) == (carried != "same")

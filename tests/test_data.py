@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import tiny_models
 import torch
@@ -18,6 +17,8 @@ from kdkernels.data import (
     split_tail,
     token_blocks,
 )
+
+datasets = pytest.importorskip("datasets")
 
 ROWS = ["w1 w2 w3", "w4 w5", "", "w6"]
 
