@@ -240,7 +240,7 @@ class _Seen(TorchDispatchMode):
 
 
 def test_an_observed_call_is_the_op_and_gives_the_same_bits(backend: str, device: str) -> None:
-    """A plain call on the CPU goes around the dispatcher; not where somebody would miss it."""
+    """A plain call goes around the dispatcher; not where somebody would miss it."""
     student, teacher = cases.pair((3, 7), device=device)
     labels = torch.tensor([1, -100, 6], device=device)
 
@@ -258,6 +258,34 @@ def test_an_observed_call_is_the_op_and_gives_the_same_bits(backend: str, device
     assert "kdkernels.kd_forward.default" in seen.names
     with torch.inference_mode():
         cases.call(student, teacher, labels, backend=backend)
+
+
+@cases.each_mode
+def test_a_plain_call_goes_around_the_dispatcher(
+    backend: str, device: str, gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = cases.pair((3, 7), device=device)
+    labels = torch.tensor([1, -100, 6], device=device)
+    want = cases.evaluate(student, teacher, labels, backend=backend, gradient=gradient)
+    monkeypatch.setattr(ops, "kd_forward", None)
+    monkeypatch.setattr(ops, "kd_backward", None)
+    got = cases.evaluate(student, teacher, labels, backend=backend, gradient=gradient)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
+
+
+@cases.each_mode
+def test_negative_views_are_resolved(backend: str, device: str, gradient: str) -> None:
+    """The imaginary part of a conjugate holds the negated numbers; the dispatcher knows."""
+    pair = [
+        torch.complex(*cases.pair((3, 7), seed=seed, device=device)).conj().imag for seed in (1, 2)
+    ]
+    assert all(one.is_neg() for one in pair)
+    got, want = (
+        cases.evaluate(*logits, None, backend=backend, gradient=gradient)
+        for logits in (pair, [one.clone() for one in pair])
+    )
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.gradient, want.gradient)
 
 
 # --------------------------------------------------------------------------------- gradcheck

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, Problem, label_error, row_layout
+from ..problem import LOGIT_DTYPES, Problem, contiguous, label_error, row_layout
 from .base import empty_gradient
 from .native import DIVERGENCES, WHY_NOT, NativeBackend
 from .native import MODULE as _native
@@ -58,7 +58,7 @@ class CpuBackend(NativeBackend):
         layout = row_layout(student, teacher)
         student, teacher = layout.tensors
         if grad_output is not None:
-            grad_output = grad_output.to(problem.math_dtype).contiguous()
+            grad_output = contiguous(grad_output, problem.math_dtype)
         bad_row = _native.kd_loss(
             student.data_ptr(),
             LOGIT_DTYPES[student.dtype],

@@ -39,7 +39,7 @@ class TritonBackend(Backend):
         launch = _load()
         if launch is None:
             return [f"Triton cannot be imported ({_IMPORT_ERROR})"]
-        if launch.INTERPRETED or torch.cuda.is_available():
+        if launch.INTERPRETED or gpu.is_available():
             return []
         return ["there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"]
 
