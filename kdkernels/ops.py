@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .backends import BACKENDS
+from .backends.base import gradient_strides
 from .problem import Options, Problem, loss_dtype
 
 _SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", Sequence[float]: "float[]"}
@@ -154,12 +155,16 @@ def _forward_fake(*arguments: Any) -> _Results:
     return (
         student.new_empty(loss_shape, dtype=dtype),
         student.new_empty((BACKENDS[backend].statistics_rows, *shape), dtype=dtype),
-        student.new_empty(student.shape if want_gradient else (0,)),
+        _gradient_fake(student) if want_gradient else student.new_empty((0,)),
     )
 
 
 def _backward_fake(*arguments: Any) -> Tensor:
-    return arguments[0].new_empty(arguments[0].shape)
+    return _gradient_fake(arguments[0])
+
+
+def _gradient_fake(student: Tensor) -> Tensor:
+    return student.new_empty_strided(student.shape, gradient_strides(student))
 
 
 class _GradOutput:

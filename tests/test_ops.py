@@ -36,6 +36,7 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
     "extras": {"extras": True, "labels": True, "z_loss": 0.1, "label_smoothing": 0.1},
     "items": {"labels": True, "items": True, "weights": True},
     "strided": {"strided": True},
+    "padded": {"padded": True, "dtype": torch.bfloat16},
     "empty": {"rows": 0, "labels": True},
     "transforms": {"logit_softcap": 5.0, "logit_scale": (0.5, 2.0)},
 }
@@ -44,10 +45,14 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
 def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -> tuple[Any, ...]:
     given = dict(given)
     rows, dtype = given.pop("rows", 4), given.pop("dtype", torch.float32)
-    student, teacher = cases.pair((rows, 12), dtype, torch.float32, device=device)
+    is_padded = given.pop("padded", False)
+    vocab = cases.PADDED[0] if is_padded else 12
+    student, teacher = cases.pair((rows, vocab), dtype, torch.float32, device=device)
+    if is_padded:
+        student = cases.padded(student)
     if given.pop("strided", False):
         student = student.T.contiguous().T
-    labels = cases.labels_for((rows,), 12, device=device) if given.pop("labels", False) else None
+    labels = cases.labels_for((rows,), vocab, device=device) if given.pop("labels", False) else None
     items = torch.tensor(3.0, device=device) if given.pop("items", False) else None
     weights = torch.rand(rows, device=device) if given.pop("weights", False) else None
     given.pop("extras", None)
@@ -137,6 +142,24 @@ def test_compiled_fullgraph_equals_eager(
         labels = cases.labels_for((2, rows), 20, device=device)
         expected = loss_and_gradient(function, student, teacher, labels)
         measured = loss_and_gradient(compiled, student, teacher, labels)
+        assert torch.equal(measured[0], expected[0])
+        torch.testing.assert_close(measured[1], expected[1], rtol=1e-6, atol=1e-8)
+
+
+@cases.each_mode
+def test_a_padded_student_compiles(
+    backend: str, device: str, gradient: str, plain_memory: None
+) -> None:
+    def function(wide: Tensor, t: Tensor) -> Tensor:
+        logits = (wide * 2)[..., : cases.PADDED[0]]
+        return fused_kd_loss(logits, t, backend=backend, gradient=gradient)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for rows in (3, 5):
+        wide = cases.logits((2, rows, cases.PADDED[1]), device=device)
+        teacher = cases.logits((2, rows, cases.PADDED[0]), seed=1, device=device)
+        expected = loss_and_gradient(function, wide, teacher)
+        measured = loss_and_gradient(compiled, wide, teacher)
         assert torch.equal(measured[0], expected[0])
         torch.testing.assert_close(measured[1], expected[1], rtol=1e-6, atol=1e-8)
 

@@ -138,6 +138,7 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.label_errors = launch.label_errors;
   task.gradient = static_cast<char*>(p.gradient);
   task.gradient_columns = p.gradient_columns;
+  task.gradient_stride = p.gradient_stride;
   return task;
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problem import LOGIT_DTYPES, Problem, contiguous, label_error, row_layout
-from .base import empty_gradient
+from .base import empty_gradient, row_stride
 from .native import DIVERGENCES, WHY_NOT, NativeBackend
 from .native import MODULE as _native
 from .native import pointer as _pointer
@@ -92,6 +92,7 @@ class CpuBackend(NativeBackend):
             extras,
             _pointer(gradient),
             problem.student.shape[-1],
+            0 if gradient is None else row_stride(gradient),
             torch.get_num_threads(),
         )
         if bad_row >= 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import LOGIT_DTYPES, Problem, RowLayout, contiguous, row_layout
 from . import gpu
-from .base import empty_gradient
+from .base import empty_gradient, row_stride
 from .native import DIVERGENCES as _DIVERGENCES
 from .native import MODULE as _native
 from .native import WHY_NOT, NativeBackend
@@ -91,7 +91,13 @@ class CudaBackend(NativeBackend):
         _native.cuda_kd_loss(
             _logits(layout, 0, options.student_scale, options.student_softcap),
             _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
-            (layout.outer, layout.inner, problem.vocab, problem.student.shape[-1]),
+            (
+                layout.outer,
+                layout.inner,
+                problem.vocab,
+                problem.student.shape[-1],
+                0 if gradient is None else row_stride(gradient),
+            ),
             (
                 _pointer(problem.labels),
                 options.ignore_index,

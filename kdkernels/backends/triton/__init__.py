@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...problem import Problem, check_labels
 from .. import gpu
-from ..base import Backend, Result
+from ..base import Backend, Result, has_rows
 
 _IMPORT_ERROR: str | None = None
 _launch: ModuleType | None = None
@@ -98,6 +98,8 @@ class TritonBackend(Backend):
         return gradient
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
+        if not has_rows(gradient):
+            return super().scale_gradient(gradient, grad_output, overwrite=overwrite)
         launch = _load()
         assert launch is not None
         scaled: Tensor = launch.scale_gradient(gradient, grad_output, overwrite=overwrite)
