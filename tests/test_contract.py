@@ -1370,6 +1370,22 @@ def test_row29_a_stream_of_its_own(backend: str) -> None:
     assert torch.equal(measured.gradient, expected.gradient)
 
 
+def test_row29_a_capture_that_triton_cannot_join_says_what_to_call_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Launch:
+        @staticmethod
+        def forward(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(
+                "Triton Error [CUDA]: operation not permitted when stream is capturing"
+            )
+
+    monkeypatch.setattr("kdkernels.backends.triton._load", lambda: Launch)
+    problem = Problem(*pair((2, 5)), None, None, None, Options())
+    with pytest.raises(RuntimeError, match=r"call the loss .* once .* before the capture"):
+        BACKENDS["triton"].forward(problem, want_gradient=True, extras=False)
+
+
 @pytest.mark.gpu
 @cases.each_mode
 def test_row29_a_cuda_graph_captures_and_replays(backend: str, gradient: str) -> None:
