@@ -129,9 +129,10 @@ def empty_gradient(student: Tensor) -> Tensor:
 
 def row_stride(gradient: Tensor) -> int:
     """Elements from one row of a gradient to the next, whatever the number of its dimensions."""
-    for axis in range(gradient.ndim - 2, -1, -1):
-        if gradient.shape[axis] != 1:
-            return gradient.stride(axis)
+    if not gradient.is_contiguous():
+        for axis in range(gradient.ndim - 2, -1, -1):
+            if gradient.shape[axis] != 1:
+                return gradient.stride(axis)
     return gradient.shape[-1]
 
 
