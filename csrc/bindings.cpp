@@ -46,6 +46,13 @@ Logits make_logits(Address data, int dtype, const Strides& strides, double scale
           softcap};
 }
 
+void check_gradient(Address gradient, int64_t vocab, int64_t columns, int64_t stride) {
+  if (gradient && !(vocab <= columns && columns <= stride)) {
+    throw std::invalid_argument(
+        "gradient_columns must be at least vocab, and gradient_stride at least gradient_columns");
+  }
+}
+
 namespace {
 
 int64_t kd_loss(Address student, int student_dtype, const Strides& student_strides, Address teacher,
@@ -57,18 +64,17 @@ int64_t kd_loss(Address student, int student_dtype, const Strides& student_strid
                 double teacher_softcap, const std::string& divergence,
                 const std::vector<double>& parameters, Address loss, bool reduce,
                 Address statistics, bool extras, Address gradient, int64_t gradient_columns,
-                int threads) {
+                int64_t gradient_stride, int threads) {
   Problem p{};
   p.student = make_logits(student, student_dtype, student_strides, student_scale, student_softcap);
   p.teacher = make_logits(teacher, teacher_dtype, teacher_strides, teacher_scale, teacher_softcap);
   if ((p.student.dtype == DType::float64) != (p.teacher.dtype == DType::float64)) {
     throw std::invalid_argument("float64 needs both tensors to be float64");
   }
-  if (outer < 0 || inner < 0 || vocab < 1 || (gradient && gradient_columns < vocab)) {
-    throw std::invalid_argument(
-        "rows must not be negative, vocab at least 1, and gradient_columns "
-        "at least vocab");
+  if (outer < 0 || inner < 0 || vocab < 1) {
+    throw std::invalid_argument("rows must not be negative, and vocab at least 1");
   }
+  check_gradient(gradient, vocab, gradient_columns, gradient_stride);
   p.outer = outer;
   p.inner = inner;
   p.vocab = vocab;
@@ -90,6 +96,7 @@ int64_t kd_loss(Address student, int student_dtype, const Strides& student_strid
   p.extras = extras;
   p.gradient = reinterpret_cast<void*>(gradient);
   p.gradient_columns = gradient_columns;
+  p.gradient_stride = gradient_stride;
   p.threads = threads;
   py::gil_scoped_release release;
   return run_on_cpu(p);
@@ -143,7 +150,8 @@ void bind_kd_loss(py::module_& m) {
         py::arg("z_loss"), py::arg("student_scale"), py::arg("teacher_scale"),
         py::arg("student_softcap"), py::arg("teacher_softcap"), py::arg("divergence"),
         py::arg("parameters"), py::arg("loss"), py::arg("reduce"), py::arg("statistics"),
-        py::arg("extras"), py::arg("gradient"), py::arg("gradient_columns"), py::arg("threads"),
+        py::arg("extras"), py::arg("gradient"), py::arg("gradient_columns"),
+        py::arg("gradient_stride"), py::arg("threads"),
         "Row losses, statistics and the student's gradient from raw addresses. Returns -1, or the "
         "first row whose label is out of range; then nothing was computed.");
 }

@@ -48,6 +48,7 @@ struct Problem {
   bool extras;
   void* gradient;  // student dtype, [rows, gradient_columns], or null
   int64_t gradient_columns;
+  int64_t gradient_stride;  // elements from row to row; what is between rows is not touched
   int threads;
 
   KD_INLINE int64_t rows() const { return outer * inner; }
@@ -62,7 +63,7 @@ struct Problem {
   }
   KD_INLINE char* gradient_row(int64_t row) const {
     if (!gradient) return nullptr;
-    return static_cast<char*>(gradient) + row * gradient_columns * size_of(student.dtype);
+    return static_cast<char*>(gradient) + row * gradient_stride * size_of(student.dtype);
   }
 };
 

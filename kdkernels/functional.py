@@ -20,6 +20,7 @@ from .problem import (
     STATISTICS,
     Options,
     Problem,
+    contiguous,
     counted_rows,
     loss_dtype,
     row_scale,
@@ -432,19 +433,12 @@ def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | N
     if name == "labels":
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"labels: dtype {tensor.dtype} is not an integer dtype")
-        return _contiguous(tensor, torch.int64)
+        return contiguous(tensor, torch.int64)
     if tensor.is_complex():
         raise TypeError(f"token_weights: dtype {tensor.dtype} is not real")
     if tensor.requires_grad:
         raise ValueError("token_weights: requires grad, but is not differentiable; pass .detach()")
-    return _contiguous(tensor, torch.float32)
-
-
-def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asking first is cheaper than calling ops that have nothing to do.
-    if tensor.dtype == dtype and tensor.is_contiguous():
-        return tensor
-    return tensor.to(dtype).contiguous()
+    return contiguous(tensor, torch.float32)
 
 
 def _shifted(

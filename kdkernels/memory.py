@@ -31,10 +31,18 @@ class GradientMemory:
         self._lock = threading.Lock()
         self._kept: torch.UntypedStorage | None = None
 
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor; it owns its memory like any other."""
-        needed = math.prod(shape) * dtype.itemsize
+    def take(
+        self, shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """An uninitialised tensor, contiguous or with these strides, of which the first is largest.
+
+        It owns its memory like any other.
+        """
+        elements = math.prod(shape) if strides is None else shape[0] * strides[0]
+        needed = elements * dtype.itemsize
         if needed < _SMALLEST or os.environ.get("KDKERNELS_KEEP_GRADIENT_MEMORY") == "0":
+            if strides is not None:
+                return torch.empty_strided(shape, strides, dtype=dtype)
             return torch.empty(*shape, dtype=dtype)  # a Size as one argument takes twice as long
         with self._lock:  # between the look at the count and the new reference
             if not self._fits(needed):
@@ -42,7 +50,7 @@ class GradientMemory:
                 self._kept = torch.UntypedStorage(needed + _HUGE_PAGE)
             assert self._kept is not None
             offset = -self._kept.data_ptr() % _HUGE_PAGE // dtype.itemsize
-            strides = torch.empty(shape, device="meta").stride()
+            strides = strides or torch.empty(shape, device="meta").stride()
             tensor = torch.empty(0, dtype=dtype).set_(self._kept, offset, shape, strides)
         # What torch.empty does then; mypy does not know the module's property.
         poisoned = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -3,8 +3,8 @@
 Both are functional. ``torch.compile`` sees them as opaque, with shapes from the fake rules below.
 The autograd rule is a kernel on the Autograd dispatch key: measured on [8, 1000] it costs 32 us a
 forward and backward, where ``torch.library.register_autograd`` costs 116 (torch 2.13, Zen 5). An
-eager call on the CPU that nothing traces, transforms or observes goes around the dispatcher, see
-:func:`kd_loss`.
+eager call on the CPU or on CUDA that nothing traces, transforms or observes goes around the
+dispatcher, see :func:`kd_loss`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .backends import BACKENDS
+from .backends.base import gradient_strides
 from .problem import Options, Problem, loss_dtype
 
 _SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", Sequence[float]: "float[]"}
@@ -154,12 +155,16 @@ def _forward_fake(*arguments: Any) -> _Results:
     return (
         student.new_empty(loss_shape, dtype=dtype),
         student.new_empty((BACKENDS[backend].statistics_rows, *shape), dtype=dtype),
-        student.new_empty(student.shape if want_gradient else (0,)),
+        _gradient_fake(student) if want_gradient else student.new_empty((0,)),
     )
 
 
 def _backward_fake(*arguments: Any) -> Tensor:
-    return arguments[0].new_empty(arguments[0].shape)
+    return _gradient_fake(arguments[0])
+
+
+def _gradient_fake(student: Tensor) -> Tensor:
+    return student.new_empty_strided(student.shape, gradient_strides(student))
 
 
 class _GradOutput:
@@ -245,9 +250,13 @@ def _stored(ctx: Any, grad_output: Tensor) -> Tensor:
 
 def _recomputed(ctx: Any, grad_output: Tensor) -> Tensor:
     *inputs, statistics, foreseen = saved(ctx)
-    if not GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
-        return kd_backward(*inputs, *ctx.scalars, statistics, grad_output)
-    return foreseen.clone() if keeps_graph() else foreseen
+    if GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
+        return foreseen.clone() if keeps_graph() else foreseen
+    arguments = (*inputs, *ctx.scalars, statistics, grad_output)
+    if _is_observed((*inputs, statistics, grad_output)):
+        result: Tensor = kd_backward(*arguments)
+        return result
+    return _backward(*arguments)
 
 
 def _once(
@@ -322,6 +331,9 @@ def kd_loss(
 
     It would pass 23 arguments through twice: on [8, 1000], forward and backward, 215 to 233 us
     instead of 167 to 181, eager PyTorch taking 310 to 333 (Zen 3, best and median of 30 rounds).
+    On CUDA, where a call of less than 7e7 logits is bound by this time, the dispatcher would do no
+    more: it sets no device for an op that is written in Python (the native module and Triton's
+    launcher do), knows nothing of streams, and autocast has no rule for these ops.
     """
     tensors = (
         problem.student,
@@ -340,16 +352,26 @@ def kd_loss(
 
 
 def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether something else than autograd of plain CPU tensors takes part in a call."""
+    """Whether something else than autograd of plain CPU or CUDA tensors takes part in a call."""
+    if torch.compiler.is_compiling():  # first: Dynamo does not trace the rest
+        return True
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in PLAIN or not tensor.is_cpu):
+        if tensor is not None and not _is_plain(tensor):
             return True
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the memory at the tensor's address holds its numbers.
+
+    It does not under a negative view (the imaginary part of a conjugate), which only the dispatcher
+    resolves.
+    """
+    return type(tensor) in PLAIN and (tensor.is_cpu or tensor.is_cuda) and not tensor.is_neg()

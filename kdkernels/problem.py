@@ -84,14 +84,14 @@ def row_layout(*tensors: Tensor) -> RowLayout:
     four dimensions, say) are the one case in which a tensor is made contiguous.
     """
     leading = tensors[0].shape[:-1]
+    strides = [t.stride() for t in tensors]
     if len(leading) == 1:  # by far the commonest: spare it the general way
-        strides = tuple((0, t.stride(0), t.stride(1)) for t in tensors)
-        return RowLayout(1, leading[0], tensors, strides)
+        return RowLayout(1, leading[0], tensors, tuple([(0, s[0], s[1]) for s in strides]))
     groups: list[tuple[int, tuple[int, ...]]] = []
     for axis, size in enumerate(leading):
         if size == 1:
             continue
-        steps = tuple(t.stride(axis) for t in tensors)
+        steps = tuple([s[axis] for s in strides])
         if groups and all(g == s * size for g, s in zip(groups[-1][1], steps, strict=True)):
             groups[-1] = (groups[-1][0] * size, steps)
         else:
@@ -100,7 +100,7 @@ def row_layout(*tensors: Tensor) -> RowLayout:
         return row_layout(*(t.reshape(-1, t.shape[-1]) for t in tensors))
     groups = [(1, (0,) * len(tensors))] * (2 - len(groups)) + groups
     (outer, outer_steps), (inner, inner_steps) = groups
-    columns = tuple(t.stride(-1) for t in tensors)
+    columns = [s[-1] for s in strides]
     return RowLayout(
         outer, inner, tensors, tuple(zip(outer_steps, inner_steps, columns, strict=True))
     )
@@ -146,6 +146,14 @@ class Problem:
     def math_dtype(self) -> torch.dtype:
         """float64 for a float64 student, else float32; also the dtype of loss and statistics."""
         return loss_dtype(self.student)
+
+
+def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself or a copy that is contiguous and of this dtype."""
+    # Asking first is cheaper than calling ops that have nothing to do.
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def loss_dtype(student: Tensor) -> torch.dtype:

@@ -150,6 +150,20 @@ def pair(
     )
 
 
+#: A vocabulary, and the columns of a row that it is padded to, as a tokenizer's 50257 to 50304:
+#: then each row starts at a multiple of 16 bytes, in any dtype, and packed it would not.
+PADDED = (67, 72)
+
+
+def padded(packed: Tensor) -> Tensor:
+    """The same logits in rows that are padded with NaN, as ``PADDED`` says."""
+    vocab, columns = PADDED
+    assert packed.shape[-1] == vocab
+    rows = packed.new_full((*packed.shape[:-1], columns), math.nan)
+    rows[..., :vocab] = packed
+    return rows[..., :vocab]
+
+
 def labels_for(
     shape: tuple[int, ...], vocab: int, *, seed: int = 0, ignored: float = 0.3, device: str = "cpu"
 ) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdkernels import fused_kd_loss, ops
 from kdkernels.backends import BACKENDS
+from kdkernels.problem import Options, Problem
 
 INF = math.inf
 #: Divergences that stay finite where the teacher excludes an entry (-inf).
@@ -567,6 +568,112 @@ def test_row19_strides_change_nothing(
     student, teacher = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
     measured = evaluate(student, teacher, labels, **options)
     close(measured.loss, expected.loss.cpu(), ulps=4)
+    close(measured.gradient, expected.gradient.cpu().double(), ulps=4)
+
+
+# A student in padded rows has its gradient in such rows: its stores are whole, too.
+
+
+def gradients_of(
+    backend: str, problem: Problem, gradient: str, grad_output: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """By the backend's own forward or backward, in ``out`` if it is given."""
+    kernel = BACKENDS[backend]
+    result = kernel.forward(
+        problem,
+        want_gradient=gradient == "forward",
+        extras=False,
+        gradient_out=out if gradient == "forward" else None,
+    )
+    if gradient == "forward":
+        assert result.gradient is not None
+        return result.gradient
+    assert grad_output is not None
+    return kernel.backward(problem, result.statistics, grad_output, gradient_out=out)
+
+
+@cases.each_mode
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("teacher_layout", ("contiguous", "padded"))
+@pytest.mark.parametrize("shape", ((5,), (2, 3), (2, 1)), ids=str)
+def test_row19_a_padded_student_has_a_padded_gradient(
+    backend: str,
+    device: str,
+    shape: tuple[int, ...],
+    teacher_layout: str,
+    dtype: torch.dtype,
+    gradient: str,
+) -> None:
+    if dtype == torch.float64:
+        cases.needs_float64(backend, device)
+    vocab = cases.PADDED[0]
+    packed, teacher = pair((*shape, vocab), dtype, device=device)
+    labels = labels_for(shape, vocab, device=device)
+    student = cases.padded(packed)
+    teacher = cases.padded(teacher) if teacher_layout == "padded" else teacher
+    shift = len(shape) == 2 and shape[1] > 1
+    options = {"backend": backend, "gradient": gradient, "temperature": 2.0, "shift": shift}
+    measured = evaluate(student, teacher, labels, **options)
+    expected = evaluate(packed, teacher, labels, **options)
+    assert measured.gradient.stride() == student.stride()
+    assert expected.gradient.is_contiguous()
+    close(measured.loss, expected.loss.cpu(), ulps=4)
+    close(measured.gradient, expected.gradient.cpu().double(), ulps=4)
+
+
+@cases.each_mode
+@pytest.mark.parametrize("vocab", (67, 60), ids=("whole", "truncated"))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@cases.each_dtype
+def test_row19_what_is_between_the_rows_of_a_gradient_is_not_touched(
+    backend: str, device: str, dtype: torch.dtype, reduction: str, vocab: int, gradient: str
+) -> None:
+    """And the gradient is the same to the bit, packed or padded."""
+    packed, teacher = pair((2, 3, cases.PADDED[0]), dtype, device=device)
+    student, teacher = cases.padded(packed), teacher[..., :vocab]
+    labels = labels_for((2, 3), vocab, device=device)
+    options = Options(temperature=2.0, alpha=0.5, reduction=reduction)
+    problem = Problem(student, teacher, labels, None, None, options)
+    upstream = torch.rand((2, 3) if reduction == "none" else (), device=device) + 0.5
+    outs = [torch.empty_like(packed), cases.padded(torch.empty_like(packed))]
+    outs[1].untyped_storage().fill_(7)
+    got = [gradients_of(backend, problem, gradient, upstream, out) for out in outs]
+    own = gradients_of(backend, problem, gradient, upstream, None)
+    assert own.stride() == student.stride()
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], own)
+    for overwrite in (False, True):  # last, the rows in place
+        scaled = [
+            BACKENDS[backend].scale_gradient(one, upstream, overwrite=overwrite) for one in got
+        ]
+        assert torch.equal(*scaled)
+        assert (scaled[1].data_ptr() == outs[1].data_ptr()) == overwrite
+    between = outs[1].as_strided((6, 5), (72, 1), 67).contiguous()
+    assert (between.view(torch.uint8) == 7).all()
+
+
+def test_row19_a_padded_gradient_reaches_a_leaf_and_its_base(backend: str, device: str) -> None:
+    packed, teacher = pair((4, cases.PADDED[0]), device=device)
+    expected = evaluate(packed, teacher, backend=backend).gradient
+    leaf = cases.padded(packed).requires_grad_()
+    base = torch.nn.functional.pad(packed, (0, 5)).requires_grad_()
+    for times in (1, 2):  # the second accumulates
+        cases.call(leaf, teacher, backend=backend).backward()
+        cases.call(base[:, : cases.PADDED[0]], teacher, backend=backend).backward()
+        assert leaf.grad is not None and base.grad is not None
+        close(leaf.grad, expected.cpu().double() * times, ulps=4)
+        close(base.grad[:, : cases.PADDED[0]], expected.cpu().double() * times, ulps=4)
+        assert (base.grad[:, cases.PADDED[0] :] == 0).all()
+
+
+@cases.each_mode
+def test_row19_a_padded_gradient_is_scaled_row_by_row(
+    backend: str, device: str, gradient: str
+) -> None:
+    packed, teacher = pair((2, 3, cases.PADDED[0]), torch.bfloat16, device=device)
+    options = {"backend": backend, "gradient": gradient, "reduction": "none"}
+    rows = torch.tensor([[1.0, 0.0, -2.0], [0.5, 3.0, 1.0]], device=device)
+    measured = evaluate(cases.padded(packed), teacher, grad_output=rows, **options)
+    expected = evaluate(packed, teacher, grad_output=rows, **options)
     close(measured.gradient, expected.gradient.cpu().double(), ulps=4)
 
 
@@ -1261,6 +1368,22 @@ def test_row29_a_stream_of_its_own(backend: str) -> None:
         measured = evaluate(late, teacher, backend=backend)
     stream.synchronize()
     assert torch.equal(measured.gradient, expected.gradient)
+
+
+def test_row29_a_capture_that_triton_cannot_join_says_what_to_call_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Launch:
+        @staticmethod
+        def forward(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(
+                "Triton Error [CUDA]: operation not permitted when stream is capturing"
+            )
+
+    monkeypatch.setattr("kdkernels.backends.triton._load", lambda: Launch)
+    problem = Problem(*pair((2, 5)), None, None, None, Options())
+    with pytest.raises(RuntimeError, match=r"call the loss .* once .* before the capture"):
+        BACKENDS["triton"].forward(problem, want_gradient=True, extras=False)
 
 
 @pytest.mark.gpu

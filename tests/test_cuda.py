@@ -6,6 +6,9 @@ file. What needs no device to be proved (numbers, races, bounds, traffic) is in 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import cases
 import pytest
 import torch
@@ -242,3 +245,36 @@ def test_labels_out_of_range_set_the_flag() -> None:
     )
     assert loss.isnan().tolist() == [False, True, False] and flag.item() == 2
     flag.zero_()
+
+
+@gpu
+def test_a_new_flag_is_zero_for_every_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes it waits: the next to use it may be a kernel on another stream."""
+    monkeypatch.setattr("kdkernels.backends.gpu._flags", {})
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        flag = label_errors("cuda:0")
+    assert side.query() and flag.item() == 0
+
+
+@gpu
+def test_a_first_call_may_be_captured() -> None:
+    """In a process that has launched nothing of ours; one with labels makes the flag before."""
+    require_kernels()
+    code = """
+import torch
+from kdkernels import fused_kd_loss, label_errors
+
+student, teacher = torch.randn(2, 16, 4099, device="cuda").requires_grad_()
+labels = torch.arange(16, device="cuda")
+label_errors("cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    losses = [fused_kd_loss(student, teacher.detach(), y, backend="cuda") for y in (None, labels)]
+graph.replay()
+for loss, y in zip(losses, (None, labels)):
+    assert torch.equal(loss, fused_kd_loss(student, teacher.detach(), y, backend="cuda"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

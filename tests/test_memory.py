@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import fused_kd_loss
+from kdkernels.backends.base import empty_gradient, gradient_strides, has_rows, row_stride
 from kdkernels.memory import GRADIENT_MEMORY, GradientMemory
 
 SHAPE = torch.Size((96, 4099))  # 1.5 MiB in float32: above the smallest kept block
@@ -128,6 +129,54 @@ def test_gradients_are_ordinary_tensors() -> None:
         fused_kd_loss(student, teacher).backward()
         optimizer.step()
     assert student.grad is not None and not student.grad._is_view()
+
+
+def rows_of(columns: int, used: int, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first ``used`` columns of rows of so many."""
+    return torch.empty((*leading, columns), dtype=dtype)[..., :used]
+
+
+STUDENTS: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+    "packed": (torch.empty(3, 67), (67, 1)),
+    "padded": (rows_of(72, 67, 3), (72, 1)),
+    "padded bfloat16": (rows_of(50304, 50257, 2, dtype=torch.bfloat16), (50304, 1)),
+    "a batch": (rows_of(72, 67, 2, 3), (216, 72, 1)),
+    "without its last position": (rows_of(72, 67, 2, 4)[:, :-1], (216, 72, 1)),
+    "more than an eighth": (rows_of(80, 67, 3), (67, 1)),
+    "rows that are not aligned": (rows_of(71, 67, 3), (67, 1)),
+    "rows that are aligned when packed": (rows_of(72, 68, 3), (68, 1)),
+    "expanded rows": (torch.empty(67).expand(3, 67), (67, 1)),
+    "an expanded batch": (rows_of(72, 67, 3).expand(2, 3, 67), (216, 72, 1)),
+    "batch and sequence swapped": (rows_of(72, 67, 3, 2).transpose(0, 1), (201, 67, 1)),
+    "vocabulary first": (torch.empty(67, 72)[:, :70].T, (67, 1)),
+    "overlapping rows": (torch.empty(99).as_strided((3, 67), (8, 1)), (67, 1)),
+    "one row": (rows_of(72, 67, 1), (67, 1)),
+    "one dimension": (torch.empty(134)[::2], (1,)),
+    "no rows": (rows_of(72, 67, 0), (67, 1)),
+}
+
+
+@pytest.mark.parametrize(("student", "strides"), STUDENTS.values(), ids=STUDENTS)
+def test_which_gradients_are_padded(student: Tensor, strides: tuple[int, ...]) -> None:
+    assert gradient_strides(student) == strides
+    gradient = empty_gradient(student)
+    assert gradient.shape == student.shape and gradient.stride() == strides
+    assert has_rows(gradient) and row_stride(gradient) == (strides[-2] if len(strides) > 1 else 67)
+    assert not gradient._is_view() and gradient.data_ptr() % 16 == 0
+    assert gradient_strides(gradient) == strides
+
+
+def test_a_padded_gradients_memory_is_kept_too() -> None:
+    student = rows_of(4112, 4099, 96)
+    first = empty_gradient(student)
+    address = first.data_ptr()
+    del first
+    again = empty_gradient(student)
+    assert again.data_ptr() == address and again.stride() == (4112, 1)
+    other = empty_gradient(student)
+    again.fill_(1.0)
+    other.fill_(2.0)
+    assert (again == 1).all() and (other == 2).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")

@@ -116,6 +116,7 @@ def call(student, teacher, labels=None, **options):
         "extras": False,
         "threads": 2,
         "gradient_columns": None,
+        "gradient_stride": None,
         "vocab": None,
     }
     assert not set(options) - set(defaults), options
@@ -128,7 +129,8 @@ def call(student, teacher, labels=None, **options):
     columns = o["gradient_columns"] or vocab
     loss = torch.full((1 if o["reduce"] else rows,), math.nan, dtype=result)
     statistics = torch.full((10, rows), math.nan, dtype=result)
-    gradient = torch.full((rows, columns), math.nan, dtype=student.dtype)
+    stride = o["gradient_stride"] or columns
+    gradient = torch.full((rows, stride), math.nan, dtype=student.dtype)[:, :columns]
 
     def strides(tensor):
         return (0, *tensor.stride()) if len(lead) == 1 else tuple(tensor.stride())
@@ -147,7 +149,7 @@ def call(student, teacher, labels=None, **options):
         o["label_smoothing"], o["z_loss"], o["student_scale"], o["teacher_scale"],
         o["student_softcap"], o["teacher_softcap"], o["divergence"], o["parameters"],
         loss.data_ptr(), o["reduce"], statistics.data_ptr(), o["extras"], gradient.data_ptr(),
-        columns, o["threads"],
+        columns, stride, o["threads"],
     )  # fmt: skip
     return bad, loss, gradient, statistics
 
@@ -321,6 +323,12 @@ def test_strides_padding_and_unaligned_rows(dtype):
     assert relative(loss, expected) < 1e-6
     assert relative(gradient[:, :1025], expected_gradient) < GRADIENT_TOLERANCE[dtype]
     assert (gradient[:, 1025:] == 0).all()
+    # Rows that are farther apart: the same bits, and nothing between them.
+    _, _, apart, _ = call(student, teacher, gradient_columns=1030, gradient_stride=1040, **o)
+    assert torch.equal(apart, gradient)
+    assert apart.as_strided((9, 10), (1040, 1), 1030).isnan().all()
+    with pytest.raises(ValueError, match="gradient_stride"):
+        call(student, teacher, gradient_columns=1030, gradient_stride=1029, **o)
     # A vocabulary that is a prefix, and rows that are all the same memory.
     same = torch.randn(2000).to(dtype).expand(5, 2000)
     _, loss, gradient, _ = call(same, teacher.reshape(-1, 1025)[:5], vocab=1025)

@@ -36,6 +36,7 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
     "extras": {"extras": True, "labels": True, "z_loss": 0.1, "label_smoothing": 0.1},
     "items": {"labels": True, "items": True, "weights": True},
     "strided": {"strided": True},
+    "padded": {"padded": True, "dtype": torch.bfloat16},
     "empty": {"rows": 0, "labels": True},
     "transforms": {"logit_softcap": 5.0, "logit_scale": (0.5, 2.0)},
 }
@@ -44,10 +45,14 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
 def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -> tuple[Any, ...]:
     given = dict(given)
     rows, dtype = given.pop("rows", 4), given.pop("dtype", torch.float32)
-    student, teacher = cases.pair((rows, 12), dtype, torch.float32, device=device)
+    is_padded = given.pop("padded", False)
+    vocab = cases.PADDED[0] if is_padded else 12
+    student, teacher = cases.pair((rows, vocab), dtype, torch.float32, device=device)
+    if is_padded:
+        student = cases.padded(student)
     if given.pop("strided", False):
         student = student.T.contiguous().T
-    labels = cases.labels_for((rows,), 12, device=device) if given.pop("labels", False) else None
+    labels = cases.labels_for((rows,), vocab, device=device) if given.pop("labels", False) else None
     items = torch.tensor(3.0, device=device) if given.pop("items", False) else None
     weights = torch.rand(rows, device=device) if given.pop("weights", False) else None
     given.pop("extras", None)
@@ -97,7 +102,12 @@ def test_fake_tensors_have_the_real_ones_shapes(backend: str, device: str, optio
     for want in (True, False):
         arguments = op_arguments(backend, device, OP_OPTIONS[option], False)
         real = ops.kd_forward(*arguments, want, False, None)
-        meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+        meta = [
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments
+        ]
         for one, other in zip(real, ops.kd_forward(*meta, want, False, None), strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype
             assert one.stride() == other.stride()
@@ -137,6 +147,24 @@ def test_compiled_fullgraph_equals_eager(
         labels = cases.labels_for((2, rows), 20, device=device)
         expected = loss_and_gradient(function, student, teacher, labels)
         measured = loss_and_gradient(compiled, student, teacher, labels)
+        assert torch.equal(measured[0], expected[0])
+        torch.testing.assert_close(measured[1], expected[1], rtol=1e-6, atol=1e-8)
+
+
+@cases.each_mode
+def test_a_padded_student_compiles(
+    backend: str, device: str, gradient: str, plain_memory: None
+) -> None:
+    def function(wide: Tensor, t: Tensor) -> Tensor:
+        logits = (wide * 2)[..., : cases.PADDED[0]]
+        return fused_kd_loss(logits, t, backend=backend, gradient=gradient)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for rows in (3, 5):
+        wide = cases.logits((2, rows, cases.PADDED[1]), device=device)
+        teacher = cases.logits((2, rows, cases.PADDED[0]), seed=1, device=device)
+        expected = loss_and_gradient(function, wide, teacher)
+        measured = loss_and_gradient(compiled, wide, teacher)
         assert torch.equal(measured[0], expected[0])
         torch.testing.assert_close(measured[1], expected[1], rtol=1e-6, atol=1e-8)
 
@@ -240,7 +268,7 @@ class _Seen(TorchDispatchMode):
 
 
 def test_an_observed_call_is_the_op_and_gives_the_same_bits(backend: str, device: str) -> None:
-    """A plain call on the CPU goes around the dispatcher; not where somebody would miss it."""
+    """A plain call goes around the dispatcher; not where somebody would miss it."""
     student, teacher = cases.pair((3, 7), device=device)
     labels = torch.tensor([1, -100, 6], device=device)
 
@@ -258,6 +286,34 @@ def test_an_observed_call_is_the_op_and_gives_the_same_bits(backend: str, device
     assert "kdkernels.kd_forward.default" in seen.names
     with torch.inference_mode():
         cases.call(student, teacher, labels, backend=backend)
+
+
+@cases.each_mode
+def test_a_plain_call_goes_around_the_dispatcher(
+    backend: str, device: str, gradient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = cases.pair((3, 7), device=device)
+    labels = torch.tensor([1, -100, 6], device=device)
+    want = cases.evaluate(student, teacher, labels, backend=backend, gradient=gradient)
+    monkeypatch.setattr(ops, "kd_forward", None)
+    monkeypatch.setattr(ops, "kd_backward", None)
+    got = cases.evaluate(student, teacher, labels, backend=backend, gradient=gradient)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
+
+
+@cases.each_mode
+def test_negative_views_are_resolved(backend: str, device: str, gradient: str) -> None:
+    """The imaginary part of a conjugate holds the negated numbers; the dispatcher knows."""
+    pair = [
+        torch.complex(*cases.pair((3, 7), seed=seed, device=device)).conj().imag for seed in (1, 2)
+    ]
+    assert all(one.is_neg() for one in pair)
+    got, want = (
+        cases.evaluate(*logits, None, backend=backend, gradient=gradient)
+        for logits in (pair, [one.clone() for one in pair])
+    )
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.gradient, want.gradient)
 
 
 # --------------------------------------------------------------------------------- gradcheck

@@ -214,8 +214,8 @@ int64_t run_on_cpu(const Problem& given) {
   if (denominator == 0.0) denominator = counted > 0 ? static_cast<double>(counted) : 1.0;
 
   const int64_t rows = problem.rows();
-  prefer_huge_pages(problem.gradient,
-                    rows * problem.gradient_columns * size_of(problem.student.dtype));
+  const int64_t extent = (rows - 1) * problem.gradient_stride + problem.gradient_columns;
+  if (rows > 0) prefer_huge_pages(problem.gradient, extent * size_of(problem.student.dtype));
   const bool serial = in_forked_child || rows * problem.vocab < kSerialLogits;
   const int64_t useful = problem.threads < rows ? problem.threads : rows;
   double few[64];

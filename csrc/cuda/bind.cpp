@@ -9,8 +9,8 @@ namespace {
 
 // (address, dtype code, strides, scale, softcap)
 using LogitsArguments = std::tuple<Address, int, Strides, double, double>;
-// (outer, inner, vocab, gradient columns)
-using ShapeArguments = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (outer, inner, vocab, gradient columns, gradient stride)
+using ShapeArguments = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 // (labels, ignore_index, row weights, grad_output, its stride, num_items)
 using RowArguments = std::tuple<Address, int64_t, Address, Address, int64_t, Address>;
 // (temperature, squared, alpha, label_smoothing, z_loss, denominator)
@@ -73,7 +73,7 @@ void kd_loss(const LogitsArguments& student, const LogitsArguments& teacher,
   Problem p{};
   p.student = narrow_logits(student);
   p.teacher = narrow_logits(teacher);
-  std::tie(p.outer, p.inner, p.vocab, p.gradient_columns) = shape;
+  std::tie(p.outer, p.inner, p.vocab, p.gradient_columns, p.gradient_stride) = shape;
   if (p.outer < 0 || p.inner < 0 || p.vocab < 1 || p.vocab > (1 << 30)) {
     throw std::invalid_argument("rows must not be negative, and vocab in [1, 2^30]");
   }
@@ -81,9 +81,7 @@ void kd_loss(const LogitsArguments& student, const LogitsArguments& teacher,
   set_numbers(p, numbers);
   p.divergence = resolve(divergence.first, divergence.second);
   set_results(p, results);
-  if (p.gradient && p.gradient_columns < p.vocab) {
-    throw std::invalid_argument("gradient_columns must be at least vocab");
-  }
+  check_gradient(std::get<4>(results), p.vocab, p.gradient_columns, p.gradient_stride);
   const cuda::Launch where = make_launch(launch, std::get<5>(rows));
   py::gil_scoped_release release;
   cuda::run(p, where);

@@ -158,6 +158,7 @@ Task make_task(const Problem& p, const Launch& launch) {
   task.statistics = static_cast<float*>(p.statistics);
   task.gradient = static_cast<char*>(p.gradient);
   task.gradient_columns = p.gradient_columns;
+  task.gradient_stride = p.gradient_stride;
   return task;
 }
 

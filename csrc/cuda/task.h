@@ -65,6 +65,7 @@ struct Task {
   float* statistics;                 // [10, rows], or null; the last 3 only with `extras`
   char* gradient;                    // [rows, gradient_columns] in the student's dtype, or null
   int64_t gradient_columns;
+  int64_t gradient_stride;  // elements from row to row
 
   KD_INLINE int64_t rows() const { return outer * inner; }
   // A single entry has probability 1 whatever its logit: it is replaced by 0, so that every
@@ -78,7 +79,7 @@ struct Task {
     return side.data + offset * size_of(side.dtype);
   }
   KD_INLINE char* gradient_row(int64_t row) const {
-    return gradient + row * gradient_columns * size_of(student.dtype);
+    return gradient + row * gradient_stride * size_of(student.dtype);
   }
 };
 

@@ -17,8 +17,8 @@ class Result(NamedTuple):
 
     loss: [] or, for reduction "none", [...]; statistics: [statistics_rows, *leading shape], both in
     the problem's math dtype; gradient: of the reduced loss (for "none" of the sum of the row
-    losses) with respect to the student's logits, in their shape and dtype, contiguous; None if not
-    asked for.
+    losses) with respect to the student's logits, in their shape and dtype, with
+    ``gradient_strides``; None if not asked for.
     """
 
     loss: Tensor
@@ -62,8 +62,9 @@ class Backend(ABC):
     ) -> Result:
         """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient.
 
-        ``gradient_out`` is memory for the gradient: contiguous, in the student's shape and dtype.
-        It may be the student's own, which is then overwritten row by row.
+        ``gradient_out`` is memory for the gradient: in the student's shape and dtype, entries side
+        by side and rows ``row_stride`` apart; what is between them is not touched. It may be the
+        student's own, which is then overwritten row by row.
         """
 
     @abstractmethod
@@ -90,8 +91,64 @@ class Backend(ABC):
         return out.mul_(grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1))
 
 
+def gradient_strides(student: Tensor) -> tuple[int, ...]:
+    """The strides of the student's gradient: contiguous, but for padded rows of the student.
+
+    Rows of a padded vocabulary (50257 columns in rows of 50304) all start at a multiple of 16
+    bytes; packed, they would not, and a GPU could not store 16 bytes at once: 13.6 bytes moved an
+    element instead of 2. So their gradient's rows are as far apart as they are, where that is what
+    aligns them and costs at most an eighth more memory. What is between rows belongs to nobody.
+    """
+    shape = student.shape
+    steps, step = [1], _row_step(student)
+    for size in reversed(shape[:-1]):
+        steps.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(steps[: len(shape)]))
+
+
+def _row_step(student: Tensor) -> int:
+    columns = student.shape[-1]
+    if student.is_contiguous() or student.stride(-1) != 1:  # so is any that has one row, or none
+        return columns
+    step, size = student.stride(-2), student.element_size()
+    if not columns < step <= columns + columns // 8:  # an expanded row or another order, mostly
+        return columns
+    return step if step * size % 16 == 0 and columns * size % 16 != 0 else columns
+
+
 def empty_gradient(student: Tensor) -> Tensor:
-    """Memory for the student's gradient: contiguous, whatever the strides of the student."""
+    """Memory for the student's gradient, in its shape and dtype, with ``gradient_strides``."""
+    strides = None if student.is_contiguous() else gradient_strides(student)
     if student.is_cpu:
-        return GRADIENT_MEMORY.take(student.shape, student.dtype)
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        return GRADIENT_MEMORY.take(student.shape, student.dtype, strides)
+    if strides is None:
+        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return torch.empty_strided(student.shape, strides, dtype=student.dtype, device=student.device)
+
+
+def row_stride(gradient: Tensor) -> int:
+    """Elements from one row of a gradient to the next, whatever the number of its dimensions."""
+    if not gradient.is_contiguous():
+        for axis in range(gradient.ndim - 2, -1, -1):
+            if gradient.shape[axis] != 1:
+                return gradient.stride(axis)
+    return gradient.shape[-1]
+
+
+def has_rows(gradient: Tensor) -> bool:
+    """Whether a gradient has entries side by side and rows ``row_stride`` apart.
+
+    Ours have; hooks for saved tensors may have put another in its place.
+    """
+    if gradient.is_contiguous():
+        return True
+    columns, step = gradient.shape[-1], row_stride(gradient)
+    if step < columns or (columns != 1 and gradient.stride(-1) != 1):
+        return False
+    for axis in range(gradient.ndim - 2, -1, -1):
+        if gradient.shape[axis] != 1:
+            if gradient.stride(axis) != step:
+                return False
+            step *= gradient.shape[axis]
+    return True

@@ -12,8 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, Problem, label_error, row_layout
-from .base import empty_gradient
+from ..problem import LOGIT_DTYPES, Problem, contiguous, label_error, row_layout
+from .base import empty_gradient, row_stride
 from .native import DIVERGENCES, WHY_NOT, NativeBackend
 from .native import MODULE as _native
 from .native import pointer as _pointer
@@ -58,7 +58,7 @@ class CpuBackend(NativeBackend):
         layout = row_layout(student, teacher)
         student, teacher = layout.tensors
         if grad_output is not None:
-            grad_output = grad_output.to(problem.math_dtype).contiguous()
+            grad_output = contiguous(grad_output, problem.math_dtype)
         bad_row = _native.kd_loss(
             student.data_ptr(),
             LOGIT_DTYPES[student.dtype],
@@ -92,6 +92,7 @@ class CpuBackend(NativeBackend):
             extras,
             _pointer(gradient),
             problem.student.shape[-1],
+            0 if gradient is None else row_stride(gradient),
             torch.get_num_threads(),
         )
         if bad_row >= 0:

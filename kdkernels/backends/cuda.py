@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, Problem, RowLayout, row_layout
+from ..problem import LOGIT_DTYPES, Problem, RowLayout, contiguous, row_layout
 from . import gpu
-from .base import empty_gradient
+from .base import empty_gradient, row_stride
 from .native import DIVERGENCES as _DIVERGENCES
 from .native import MODULE as _native
 from .native import WHY_NOT, NativeBackend
@@ -46,7 +46,7 @@ class CudaBackend(NativeBackend):
             return [_UNAVAILABLE]
         if torch.version.cuda is None:
             return ["this torch was built without CUDA"]
-        return [] if torch.cuda.is_available() else ["torch.cuda.is_available() is False"]
+        return [] if gpu.is_available() else ["torch.cuda.is_available() is False"]
 
     def why_not(self, problem: Problem) -> list[str]:
         device = problem.student.device
@@ -79,17 +79,25 @@ class CudaBackend(NativeBackend):
         extras: bool,
     ) -> None:
         """Enqueue the whole problem; what it needs lives until the stream has passed it."""
-        options, rows = problem.options, problem.rows
+        options = problem.options
         layout = row_layout(problem.student, problem.teacher)
         if grad_output is not None:
-            grad_output = grad_output.to(torch.float32).contiguous()
-        workspace = problem.student.new_empty(_native.cuda_workspace_bytes(rows), dtype=torch.uint8)
+            grad_output = contiguous(grad_output, torch.float32)
+        workspace = problem.student.new_empty(
+            _native.cuda_workspace_bytes(layout.outer * layout.inner), dtype=torch.uint8
+        )
         num_items = problem.num_items if options.reduction == "mean" else None
         denominator = options.denominator if options.reduction == "mean" else 1.0
         _native.cuda_kd_loss(
             _logits(layout, 0, options.student_scale, options.student_softcap),
             _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
-            (layout.outer, layout.inner, problem.vocab, problem.student.shape[-1]),
+            (
+                layout.outer,
+                layout.inner,
+                problem.vocab,
+                problem.student.shape[-1],
+                0 if gradient is None else row_stride(gradient),
+            ),
             (
                 _pointer(problem.labels),
                 options.ignore_index,
@@ -133,7 +141,7 @@ class CudaBackend(NativeBackend):
         if not gradient.is_contiguous():
             return super().scale_gradient(gradient, grad_output, overwrite=overwrite)
         out = gradient if overwrite else torch.empty_like(gradient)
-        factor = grad_output.to(torch.float32).contiguous()
+        factor = contiguous(grad_output, torch.float32)
         columns = gradient.shape[-1]
         _native.cuda_scale_gradient(
             _pointer(gradient),
@@ -161,7 +169,8 @@ def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tupl
 
 def _stream(device: torch.device) -> tuple[int, int]:
     """The device's number and its current stream's handle."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    # Not torch.cuda.current_stream(), which makes an object of it.
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _launch(

@@ -1,11 +1,20 @@
-"""What the GPU backends share: the flag for labels outside the vocabulary."""
+"""What the GPU backends share: is there a GPU; the flag for labels outside the vocabulary."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_available = False
 _flags: dict[torch.device, Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """``torch.cuda.is_available()``, which asks the driver each time, until it has said yes."""
+    global _available
+    _available = _available or torch.cuda.is_available()
+    return _available
 
 
 def label_errors(device: torch.device | str | int | None = None) -> Tensor:
@@ -18,20 +27,30 @@ def label_errors(device: torch.device | str | int | None = None) -> Tensor:
     synchronises; only its reader resets it, by ``zero_()``.
 
     ``device`` is a CUDA (or ROCm) device, the current one by default. The flag comes to be with the
-    device's first call that has labels, or here. RuntimeError if that is inside the capture of a
-    CUDA graph, whose replays would reset it.
+    device's first call that has labels, or here; whoever makes it waits, this once, until it is 0
+    for every stream. RuntimeError if that is inside the capture of a CUDA graph, whose replays
+    would reset it.
     """
     device = torch.device("cuda" if device is None else device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _flags:
-        if device.type == "cuda" and _is_capturing(device):
-            raise RuntimeError(
-                f"the first call with labels on {device} is inside the capture of a CUDA graph: "
-                f'call kdkernels.label_errors("{device}"), or the loss once, before the capture'
-            )
-        _flags[device] = torch.zeros((), dtype=torch.int64, device=device)
-    return _flags[device]
+    flag = _flags.get(device)
+    return _make_flag(device) if flag is None else flag
+
+
+def _make_flag(device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return _flags.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
+    if _is_capturing(device):
+        raise RuntimeError(
+            f"the first call with labels on {device} is inside the capture of a CUDA graph: "
+            f'call kdkernels.label_errors("{device}"), or the loss once, before the capture'
+        )
+    flag = torch.zeros((), dtype=torch.int64, device=device)
+    # A kernel on another stream may be the next to use it.
+    torch.cuda.current_stream(device).synchronize()
+    # The first of two threads' flags: a kernel may have the address of it already.
+    return _flags.setdefault(device, flag)
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...problem import Problem, check_labels
 from .. import gpu
-from ..base import Backend, Result
+from ..base import Backend, Result, has_rows
 
 _IMPORT_ERROR: str | None = None
 _launch: ModuleType | None = None
@@ -39,7 +40,7 @@ class TritonBackend(Backend):
         launch = _load()
         if launch is None:
             return [f"Triton cannot be imported ({_IMPORT_ERROR})"]
-        if launch.INTERPRETED or torch.cuda.is_available():
+        if launch.INTERPRETED or gpu.is_available():
             return []
         return ["there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"]
 
@@ -77,9 +78,10 @@ class TritonBackend(Backend):
         check_labels(problem)
         launch = _load()
         assert launch is not None
-        result: Result = launch.forward(
-            problem, want_gradient=want_gradient, extras=extras, gradient_out=gradient_out
-        )
+        with _saying_what_a_capture_needs():
+            result: Result = launch.forward(
+                problem, want_gradient=want_gradient, extras=extras, gradient_out=gradient_out
+            )
         return result
 
     def backward(
@@ -92,13 +94,32 @@ class TritonBackend(Backend):
     ) -> Tensor:
         launch = _load()
         assert launch is not None
-        gradient: Tensor = launch.backward(
-            problem, statistics, grad_output, gradient_out=gradient_out
-        )
+        with _saying_what_a_capture_needs():
+            gradient: Tensor = launch.backward(
+                problem, statistics, grad_output, gradient_out=gradient_out
+            )
         return gradient
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
+        if not has_rows(gradient):
+            return super().scale_gradient(gradient, grad_output, overwrite=overwrite)
         launch = _load()
         assert launch is not None
-        scaled: Tensor = launch.scale_gradient(gradient, grad_output, overwrite=overwrite)
+        with _saying_what_a_capture_needs():
+            scaled: Tensor = launch.scale_gradient(gradient, grad_output, overwrite=overwrite)
         return scaled
+
+
+class _saying_what_a_capture_needs:
+    """Triton loads a kernel when it is first launched, which no stream may do while it captures."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and "captur" in str(error):
+            raise RuntimeError(
+                "Triton loads a kernel with the first call that needs it, which the capture of a "
+                "CUDA graph does not allow: call the loss (and its backward) once with the same "
+                "shapes, dtypes and options before the capture"
+            ) from error

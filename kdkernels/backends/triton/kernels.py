@@ -607,6 +607,7 @@ def _coefficients(
         "inner",
         "vocab",
         "width",
+        "gradient_row",
         "student_outer",
         "student_inner",
         "student_column",
@@ -626,7 +627,7 @@ def kd_rows(
     upstream_ptr,  # [] or [rows]: grad_output
     loss_ptr,  # float32 [rows]
     statistics_ptr,  # float32 [10 + 7, rows]
-    gradient_ptr,  # [rows, width], contiguous, dtype of the student
+    gradient_ptr,  # [rows, width], rows gradient_row apart, dtype of the student
     partials_ptr,  # float32 [slots, PARTIALS, members]
     arrivals_ptr,  # int32 [groups], zero
     errors_ptr,  # int64 []: 1 + the highest row with a label outside the vocabulary
@@ -634,6 +635,7 @@ def kd_rows(
     inner,
     vocab,
     width,
+    gradient_row,
     student_outer,
     student_inner,
     student_column,
@@ -672,7 +674,7 @@ def kd_rows(
         starts = (
             outer * student_outer + within * student_inner,
             outer * teacher_outer + within * teacher_inner,
-            row * width,
+            row * gradient_row,
         )
         student = student_ptr + starts[0]
         teacher = teacher_ptr + starts[1]
@@ -872,8 +874,8 @@ def sum_rows(rows_ptr, sum_ptr, rows, SIZE: tl.constexpr):
 
 @triton.jit
 def scale_rows(
-    source_ptr, out_ptr, upstream_ptr, rows, width, upstream_stride, BLOCK: tl.constexpr,
-    PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, INTERPRETED: tl.constexpr,
+    source_ptr, out_ptr, upstream_ptr, rows, width, source_row, out_row, upstream_stride,
+    BLOCK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = source * upstream, rounded once; in place, what is multiplied by 1 is not touched.
 
@@ -896,6 +898,6 @@ def scale_rows(
             inside = column < tl.where(factor == 1, 0, width)
         else:
             inside = column < width
-        source = tl.load(source_ptr + row * width + column, mask=inside, other=0.0)
+        source = tl.load(source_ptr + row * source_row + column, mask=inside, other=0.0)
         out = _rounded(source.to(tl.float32) * factor, out_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(out_ptr + row * width + column, out, mask=inside)
+        tl.store(out_ptr + row * out_row + column, out, mask=inside)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import STATISTICS, Problem, RowLayout, row_layout
-from ..base import Result, empty_gradient
+from ..base import Result, empty_gradient, row_stride
 from ..gpu import label_errors
 from . import functors, kernels, policy
 from .policy import Device, LaunchPolicy, Variant
@@ -215,6 +215,7 @@ class Launch:
             self.layout.inner,
             problem.vocab,
             problem.student.shape[-1],
+            0 if gradient is None else row_stride(gradient),
             student_outer,
             student_inner,
             student_column,
@@ -321,7 +322,7 @@ def _phases(
     same_teacher = layout.strides[1][2] == 1 and teacher == student
     if gradient is None:
         return same_teacher, False
-    row = problem.student.shape[-1]
+    row = row_stride(gradient)
     own = starts(gradient, (row * layout.inner, row, 1))
     return same_teacher, own == student
 
@@ -395,8 +396,8 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, *, overwrite: bool) ->
     programs = min(SCALE_PROGRAMS, rows * -(-width // SCALE_BLOCK))
     with _guard(gradient):
         kernels.scale_rows[(programs,)](
-            gradient, out, upstream, rows, width, upstream.stride(0) if per_row else 0,
-            BLOCK=SCALE_BLOCK, PER_ROW=per_row, IN_PLACE=overwrite, INTERPRETED=INTERPRETED,
-            num_warps=8,
+            gradient, out, upstream, rows, width, row_stride(gradient), row_stride(out),
+            upstream.stride(0) if per_row else 0, BLOCK=SCALE_BLOCK, PER_ROW=per_row,
+            IN_PLACE=overwrite, INTERPRETED=INTERPRETED, num_warps=8,
         )  # fmt: skip
     return out
