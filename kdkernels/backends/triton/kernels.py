@@ -221,10 +221,11 @@ def _observe(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
         if mask is None:
             total += tl.sum(tl.sum(z, 2), 0)
         else:
-            total += tl.sum(tl.sum(tl.where(mask, z, 0.0), 2), 0)
+            total += tl.sum(tl.sum(tl.where(_by_thread(mask, P), z, 0.0), 2), 0)
     if P.extras:
         ent_s += tl.sum(tl.sum(tl.where(e_s > 0, e_s * x_s, 0.0), 2), 0)
         ent_t += tl.sum(tl.sum(tl.where(e_t > 0, e_t * x_t, 0.0), 2), 0)
+        columns = _by_thread(columns, P)
         best_s, at_s = _vector_best(best_s, at_s, z, columns)
         best_t, at_t = _vector_best(best_t, at_t, t, columns)
     return (
@@ -300,14 +301,14 @@ def _gradient(z, t, numbers, P: tl.constexpr):
 def _differentiate(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of the gradient. A body of :func:`_sweep`."""
     out = _rounded(_gradient(z, t, numbers, P), target.dtype.element_ty, P.interpreted)
-    tl.store(target, out, mask=mask, eviction_policy=P.store_policy)
+    tl.store(target, tl.reshape(out, target.shape), mask=mask, eviction_policy=P.store_policy)
     return state
 
 
 @triton.jit
 def _clear(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of a gradient that is 0; reads nothing. A body of :func:`_sweep`."""
-    zero = tl.zeros([target.shape[0], target.shape[1], target.shape[2]], tl.float32)
+    zero = tl.zeros([target.shape[0], target.shape[1]], tl.float32)
     tl.store(target, zero.to(target.dtype.element_ty), mask=mask)
     return state
 
@@ -321,6 +322,17 @@ def _pointers(base, columns, stride, UNIT: tl.constexpr):
         return base + columns
     else:
         return base + columns.to(tl.int64) * stride
+
+
+@triton.jit
+def _by_thread(x, P: tl.constexpr):
+    """A tile as it is loaded, [K * THREADS, W], in the shape of a body's reductions.
+
+    Only the two-dimensional one leaves the compiler no choice: of [K, THREADS, W], whose first two
+    axes are equally far from neighbours, Triton before 3.7 lays the first one across lanes, and
+    reductions over it are shuffles.
+    """
+    return tl.reshape(x, [x.shape[0] // P.THREADS, P.THREADS, x.shape[1]])
 
 
 @triton.jit
@@ -338,6 +350,10 @@ def _tile(
     if READS == 2:
         at = _pointers(teacher, columns, teacher_column, P.unit_teacher)
         t = _read(at, mask, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, POLICY, P)
+    if READS > 0:
+        z = _by_thread(z, P)
+    if READS == 2:
+        t = _by_thread(t, P)
     return BODY(state, z, t, first + columns, mask, gradient + columns, numbers, P)
 
 
@@ -353,9 +369,9 @@ def _sweep(
     student, teacher, gradient, starts = bases
     student_column, teacher_column, _ = layout
     head, vectors, first, last, edges, _ = geometry
-    thread = tl.arange(0, P.THREADS)[None, :, None]
-    index = tl.arange(0, P.K)[:, None, None] * P.THREADS + thread
-    offset = index * P.W + tl.arange(0, P.W)[None, None, :]
+    thread = tl.arange(0, P.THREADS)[:, None]
+    index = tl.arange(0, P.K * P.THREADS)[:, None]
+    offset = index * P.W + tl.arange(0, P.W)[None, :]
     # Hints have to stand beside the additions whose attributes they are: one on the offset, which
     # AMD's compiler keeps, and one on the pointer, which holds for a base of any alignment.
     student_start, teacher_start, gradient_start = starts
