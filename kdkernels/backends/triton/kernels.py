@@ -28,7 +28,7 @@ LOWEST = tl.constexpr(-1.0e30)
 #: Numbers that one slice of a row leaves for the others: the fields of the observed state, and the
 #: two sums of an evaluation.
 OBSERVED = tl.constexpr(13)
-PARTIALS = tl.constexpr(15)
+PARTIALS = tl.constexpr(16)
 
 
 @triton.jit
@@ -195,9 +195,8 @@ def _pair_sum(a, b):
 
 @triton.jit
 def _four_sums(a, b, c, d):
-    first, second = tl.split(tl.sum(tl.join(tl.join(a, c), tl.join(b, d)), 0))
-    a, c = tl.split(first)
-    b, d = tl.split(second)
+    a, b = _pair_sum(a, b)
+    c, d = _pair_sum(c, d)
     return a, b, c, d
 
 
@@ -472,18 +471,24 @@ def _store_fields(at, stride, fields, GIVEN: tl.constexpr, COUNT: tl.constexpr):
     A store each has an address each, which the compiler computes before the loop over rows and
     keeps in two registers of every thread.
     """
-    SIZE: tl.constexpr = 32
+    SIZE: tl.constexpr = triton.next_power_of_2(COUNT)
     index = tl.arange(0, SIZE)
     values = tl.zeros([SIZE], tl.float32)
     for i in tl.static_range(GIVEN):
         values = tl.where(index == i, fields[i], values)
-    tl.store(at + index * stride, values, mask=index < COUNT)
+    if SIZE == COUNT:
+        tl.store(at + index * stride, values)
+    else:
+        tl.store(at + index * stride, values, mask=index < COUNT)
 
 
 @triton.jit
-def _publish(partials, slot, member, fields, FIRST: tl.constexpr, COUNT: tl.constexpr, P):
+def _publish(
+    partials, slot, member, fields, FIRST: tl.constexpr, GIVEN: tl.constexpr,
+    COUNT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     at = partials + (slot * PARTIALS + FIRST) * P.members + member
-    _store_fields(at, P.members, fields, COUNT, COUNT)
+    _store_fields(at, P.members, fields, GIVEN, COUNT)
 
 
 @triton.jit
@@ -768,7 +773,7 @@ def kd_rows(
                 )  # fmt: skip
                 state = _merged(state, temperature, P)
                 if P.exchange != "none":
-                    _publish(partials_ptr, slot, member, state, 0, 13, P)
+                    _publish(partials_ptr, slot, member, state, 0, 13, 16, P)
                 if P.exchange == "spin":
                     visits += 1
                     _meet(arrivals_ptr + group, visits * P.members)
@@ -811,7 +816,7 @@ def kd_rows(
                 )
                 divergence, slopes = _pair_sum(values, slope_sums)
                 if P.exchange != "none":
-                    _publish(partials_ptr, slot, member, (divergence, slopes), 13, 2, P)
+                    _publish(partials_ptr, slot, member, (divergence, slopes), 13, 2, 2, P)
                 if P.exchange == "spin":
                     visits += 1
                     _meet(arrivals_ptr + group, visits * P.members)
