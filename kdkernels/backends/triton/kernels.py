@@ -827,9 +827,9 @@ def kd_rows(
             if P.finish:
                 if member == 0:
                     _finish(
-                        state, logs, divergence, slopes, z_label, label, weight, scale, row, rows64, vocab,
-                        loss_ptr, statistics_ptr, alpha, temperature, kd_scale, smoothing, z_loss,
-                        P,
+                        state, logs, divergence, slopes, z_label, label, weight, scale, row, rows64,
+                        vocab, loss_ptr, statistics_ptr, alpha, temperature, kd_scale, smoothing,
+                        z_loss, P,
                     )  # fmt: skip
             if P.differentiate:
                 if not P.observe:
@@ -890,7 +890,7 @@ def _clear_rest(gradient, vocab, width, P: tl.constexpr):
         tl.store(gradient + first + offset, zero, mask=first + offset < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def count_rows(labels_ptr, items_ptr, rows, ignore_index, SIZE: tl.constexpr):
     """items = the number of rows that count, at least 1. One program."""
     offset = tl.arange(0, SIZE)
@@ -902,7 +902,7 @@ def count_rows(labels_ptr, items_ptr, rows, ignore_index, SIZE: tl.constexpr):
     tl.store(items_ptr, tl.maximum(tl.sum(count, 0), 1).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_rows(rows_ptr, sum_ptr, rows, SIZE: tl.constexpr):
     """The sum of the rows' losses in float64, in a fixed order. One program."""
     offset = tl.arange(0, SIZE)

@@ -75,6 +75,7 @@ FEW_ROWS = 64
 MAX_SPLIT = 64
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(
     device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
 ) -> LaunchPolicy:
