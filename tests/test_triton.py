@@ -148,6 +148,58 @@ def test_a_measured_launch_is_used_and_a_broken_file_is_not(
         policy.all_tuned.cache_clear()
 
 
+def test_a_compiled_kernel_is_reused_only_for_arguments_it_was_compiled_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dtype, alignment, the width of an integer, constants and options; not values or addresses."""
+    pytest.importorskip("triton")
+    from kdkernels.backends.triton import launch
+
+    launched: list[tuple[str, Any]] = []
+
+    def triton_launches(function: Any, grid: Any) -> Any:
+        def start(*arguments: Any, enable_fp_fusion: bool, **options: Any) -> Any:
+            launched.append(("compiled", (grid, arguments)))
+            return Kernel()
+
+        return start
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments: launched.append(("reused", (grid, arguments)))
+
+    class OnGpu(SimpleNamespace):
+        is_cuda, device, dtype, address = True, SimpleNamespace(index=0), torch.float32, 512
+
+        def data_ptr(self) -> int:
+            return self.address
+
+    function = type("Function", (), {"__name__": "kd", "__getitem__": triton_launches})()
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_REUSES", True)
+
+    def start(
+        tensor: Any = None, number: int = 5, constant: int = 1, warps: int = 8, other: Any = None,
+    ) -> str:  # fmt: skip
+        tensors = (tensor or OnGpu(), other)
+        launch._start(function, (3,), tensors, (number,), (0.5,), (constant,), num_warps=warps)
+        kind, (grid, arguments) = launched[-1]
+        assert grid == ((3,) if kind == "compiled" else (3, 1, 1))
+        assert arguments == (*tensors, number, 0.5, constant)
+        return kind
+
+    assert start() == "compiled"
+    assert start() == start(OnGpu(address=1024)) == start(number=2**31 - 1) == "reused"
+    for change in (
+        {"tensor": OnGpu(address=520)}, {"tensor": OnGpu(dtype=torch.float16)},
+        {"tensor": OnGpu(device=SimpleNamespace(index=1))}, {"number": 2**31}, {"constant": 2},
+        {"warps": 4}, {"other": OnGpu()},
+    ):  # fmt: skip
+        assert start(**change) == "compiled", change
+        assert start(**change) == "reused", change
+    assert start(OnGpu(is_cuda=False)) == start(OnGpu(is_cuda=False)) == "compiled"
+
+
 def test_tune_says_why_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     from kdkernels.cli import main
 

@@ -1,9 +1,15 @@
-"""The Triton kernels compiled for real targets without a GPU: spills, access widths, barriers."""
+"""The Triton kernels compiled for real targets without a GPU: spills, access widths, barriers.
+
+Everything here holds for every release in RELEASES, on sm_90 at least: ``.ci/triton-releases`` runs
+what names sm_90 with the oldest, 3.6 (torch 2.9 to 2.11 bring 3.5 and 3.6) and the newest,
+beside the one that ``constraints.txt`` installs, with which all of it is run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,10 +49,34 @@ def compiled(report: Any, name: str, target: str) -> Any:
     return one
 
 
+#: The first and the last release of Triton for which the counts below were checked.
+RELEASES = ((3, 5), (3, 9))
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 KL_CE = "KL + CE + grad, T=1"
 #: Every kind of body: closed form, odd vocabulary, another exponential, a swept divergence.
 EVERYWHERE = (KL_CE, KL_CE + ", V=50257", "KL + CE + grad, T=1.7", "JSD + CE + grad")
+
+
+def test_the_counts_hold_for_this_release_checked_with_sm_90() -> None:
+    import triton
+
+    release = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    assert RELEASES[0] <= release <= RELEASES[1]
+
+
+def test_fused_multiply_and_add_is_asked_for_on_sm_90(report: Any) -> None:
+    """Triton 3.9 warns where it is left open, 3.10 leaves it out."""
+    from kdkernels.backends.triton import launch
+
+    problem = report.make_problem(128256, torch.bfloat16, torch.bfloat16, {"alpha": 0.5})
+    device = report.policy.H100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with report.offline.compiling(report.offline.TARGETS["sm_90"]) as launches:
+            result = launch.forward(problem, want_gradient=True, extras=False, device=device)
+            launch.scale_gradient(result.gradient, torch.ones((), device="meta"), overwrite=True)
+    assert [one.name for one in launches] == ["count_rows", "kd_rows", "sum_rows", "scale_rows"]
+    assert all(one.kernel.metadata.enable_fp_fusion for one in launches)
 
 
 @pytest.mark.parametrize("target", NVIDIA)

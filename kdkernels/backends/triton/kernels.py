@@ -28,7 +28,7 @@ LOWEST = tl.constexpr(-1.0e30)
 #: Numbers that one slice of a row leaves for the others: the fields of the observed state, and the
 #: two sums of an evaluation.
 OBSERVED = tl.constexpr(13)
-PARTIALS = tl.constexpr(15)
+PARTIALS = tl.constexpr(16)
 
 
 @triton.jit
@@ -148,29 +148,30 @@ def _moved(state, new_s, new_t, temperature, P: tl.constexpr):
 @triton.jit
 def _merged(state, temperature, P: tl.constexpr):
     """The statistics of all threads (or slices) as scalars: one exchange per row."""
-    state = _moved(state, tl.max(state[0], 0), tl.max(state[3], 0), temperature, P)
+    new_s, new_t = _pair_max(state[0], state[3])
+    state = _moved(state, new_s, new_t, temperature, P)
     (
         top_s, sum_s, sum_1, top_t, sum_t, gap, total, ent_s, ent_t, best_s, at_s, best_t, at_t
     ) = state  # fmt: skip
-    sum_s = tl.sum(sum_s, 0)
-    sum_t = tl.sum(sum_t, 0)
-    if P.power != 1:
-        sum_1 = tl.sum(sum_1, 0)
+    if P.divergence == "forward_kl" or P.divergence == "reverse_kl" or P.power != 1:
+        sum_s, sum_t, gap, sum_1 = _four_sums(sum_s, sum_t, gap, sum_1)
     else:
-        sum_1 = sum_s
-    if P.divergence == "forward_kl" or P.divergence == "reverse_kl":
-        gap = tl.sum(gap, 0)
-    else:
+        sum_s, sum_t = _pair_sum(sum_s, sum_t)
         gap = 0.0
+    if P.power == 1:
+        sum_1 = sum_s
     if P.smoothing:
         total = tl.sum(total, 0)
     else:
         total = 0.0
     if P.extras:
-        ent_s = tl.sum(ent_s, 0)
-        ent_t = tl.sum(ent_t, 0)
-        best_s, at_s = _first_best(best_s, at_s)
-        best_t, at_t = _first_best(best_t, at_t)
+        ent_s, ent_t = _pair_sum(ent_s, ent_t)
+        high_s, high_t = _pair_max(best_s, best_t)
+        # The smallest column that has the largest value.
+        at_s = tl.where(best_s == high_s, at_s, 3.0e38)
+        at_t = tl.where(best_t == high_t, at_t, 3.0e38)
+        at_s, at_t = _pair_max(-at_s, -at_t)
+        best_s, at_s, best_t, at_t = high_s, -at_s, high_t, -at_t
     else:
         ent_s, ent_t, best_s, at_s, best_t, at_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     return (
@@ -178,11 +179,25 @@ def _merged(state, temperature, P: tl.constexpr):
     )  # fmt: skip
 
 
+# Several numbers in one reduction: the warps meet once for all of them. And Triton before 3.7 holds
+# a register through the whole row for each reduction, whose second half only some lanes load.
+
+
 @triton.jit
-def _first_best(best, at):
-    """The largest value of [threads] and the smallest column that has it."""
-    high = tl.max(best, 0)
-    return high, tl.min(tl.where(best == high, at, 3.0e38), 0)
+def _pair_max(a, b):
+    return tl.split(tl.max(tl.join(a, b), 0))
+
+
+@triton.jit
+def _pair_sum(a, b):
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@triton.jit
+def _four_sums(a, b, c, d):
+    a, b = _pair_sum(a, b)
+    c, d = _pair_sum(c, d)
+    return a, b, c, d
 
 
 @triton.jit
@@ -221,10 +236,11 @@ def _observe(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
         if mask is None:
             total += tl.sum(tl.sum(z, 2), 0)
         else:
-            total += tl.sum(tl.sum(tl.where(mask, z, 0.0), 2), 0)
+            total += tl.sum(tl.sum(tl.where(_by_thread(mask, P), z, 0.0), 2), 0)
     if P.extras:
         ent_s += tl.sum(tl.sum(tl.where(e_s > 0, e_s * x_s, 0.0), 2), 0)
         ent_t += tl.sum(tl.sum(tl.where(e_t > 0, e_t * x_t, 0.0), 2), 0)
+        columns = _by_thread(columns, P)
         best_s, at_s = _vector_best(best_s, at_s, z, columns)
         best_t, at_t = _vector_best(best_t, at_t, t, columns)
     return (
@@ -300,14 +316,14 @@ def _gradient(z, t, numbers, P: tl.constexpr):
 def _differentiate(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of the gradient. A body of :func:`_sweep`."""
     out = _rounded(_gradient(z, t, numbers, P), target.dtype.element_ty, P.interpreted)
-    tl.store(target, out, mask=mask, eviction_policy=P.store_policy)
+    tl.store(target, tl.reshape(out, target.shape), mask=mask, eviction_policy=P.store_policy)
     return state
 
 
 @triton.jit
 def _clear(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     """One tile of a gradient that is 0; reads nothing. A body of :func:`_sweep`."""
-    zero = tl.zeros([target.shape[0], target.shape[1], target.shape[2]], tl.float32)
+    zero = tl.zeros([target.shape[0], target.shape[1]], tl.float32)
     tl.store(target, zero.to(target.dtype.element_ty), mask=mask)
     return state
 
@@ -321,6 +337,17 @@ def _pointers(base, columns, stride, UNIT: tl.constexpr):
         return base + columns
     else:
         return base + columns.to(tl.int64) * stride
+
+
+@triton.jit
+def _by_thread(x, P: tl.constexpr):
+    """A tile as it is loaded, [K * THREADS, W], in the shape of a body's reductions.
+
+    Only the two-dimensional one leaves the compiler no choice: of [K, THREADS, W], whose first two
+    axes are equally far from neighbours, Triton before 3.7 lays the first one across lanes, and
+    reductions over it are shuffles.
+    """
+    return tl.reshape(x, [x.shape[0] // P.THREADS, P.THREADS, x.shape[1]])
 
 
 @triton.jit
@@ -338,6 +365,10 @@ def _tile(
     if READS == 2:
         at = _pointers(teacher, columns, teacher_column, P.unit_teacher)
         t = _read(at, mask, scales[1], scales[3], P.teacher_scale, P.teacher_softcap, POLICY, P)
+    if READS > 0:
+        z = _by_thread(z, P)
+    if READS == 2:
+        t = _by_thread(t, P)
     return BODY(state, z, t, first + columns, mask, gradient + columns, numbers, P)
 
 
@@ -353,9 +384,9 @@ def _sweep(
     student, teacher, gradient, starts = bases
     student_column, teacher_column, _ = layout
     head, vectors, first, last, edges, _ = geometry
-    thread = tl.arange(0, P.THREADS)[None, :, None]
-    index = tl.arange(0, P.K)[:, None, None] * P.THREADS + thread
-    offset = index * P.W + tl.arange(0, P.W)[None, None, :]
+    thread = tl.arange(0, P.THREADS)[:, None]
+    index = tl.arange(0, P.K * P.THREADS)[:, None]
+    offset = index * P.W + tl.arange(0, P.W)[None, :]
     # Hints have to stand beside the additions whose attributes they are: one on the offset, which
     # AMD's compiler keeps, and one on the pointer, which holds for a base of any alignment.
     student_start, teacher_start, gradient_start = starts
@@ -434,10 +465,30 @@ def _owns(column, member, geometry, P: tl.constexpr):
 
 
 @triton.jit
-def _publish(partials, slot, member, fields, FIRST: tl.constexpr, COUNT: tl.constexpr, P):
+def _store_fields(at, stride, fields, GIVEN: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT scalars, of which GIVEN are not 0, into every ``stride``-th place, by one store.
+
+    A store each has an address each, which the compiler computes before the loop over rows and
+    keeps in two registers of every thread.
+    """
+    SIZE: tl.constexpr = triton.next_power_of_2(COUNT)
+    index = tl.arange(0, SIZE)
+    values = tl.zeros([SIZE], tl.float32)
+    for i in tl.static_range(GIVEN):
+        values = tl.where(index == i, fields[i], values)
+    if SIZE == COUNT:
+        tl.store(at + index * stride, values)
+    else:
+        tl.store(at + index * stride, values, mask=index < COUNT)
+
+
+@triton.jit
+def _publish(
+    partials, slot, member, fields, FIRST: tl.constexpr, GIVEN: tl.constexpr,
+    COUNT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     at = partials + (slot * PARTIALS + FIRST) * P.members + member
-    for i in tl.static_range(COUNT):
-        tl.store(at + i * P.members, fields[i])
+    _store_fields(at, P.members, fields, GIVEN, COUNT)
 
 
 @triton.jit
@@ -485,14 +536,6 @@ def _label_logit(student, label, needed, stride, scales, P: tl.constexpr):
 
 
 @triton.jit
-def _keep(statistics, at, rows, state, slopes):
-    """Append what :func:`_known` reads: the gradient then has the same bits in either launch."""
-    for i in tl.static_range(6):
-        tl.store(statistics + at + (10 + i) * rows, state[i])
-    tl.store(statistics + at + 16 * rows, slopes)
-
-
-@triton.jit
 def _known(statistics, at, rows):
     """A row's state, and the sum of slopes, as the forward kept them."""
     at = statistics + at + 10 * rows
@@ -519,7 +562,7 @@ def _finite(x):
 
 @triton.jit
 def _finish(
-    state, logs, divergence, z_label, label, weight, scale, at, rows, vocab,
+    state, logs, divergence, slopes, z_label, label, weight, scale, at, rows, vocab,
     loss, statistics, alpha, temperature, kd_scale, smoothing, z_loss, P: tl.constexpr,
 ):  # fmt: skip
     """A row's loss and statistics, in the order of ``problem.STATISTICS``."""
@@ -547,13 +590,6 @@ def _finish(
     if P.with_labels:
         row_loss = tl.where((label >= 0) & (label < vocab), row_loss, float("nan"))
     tl.store(loss + at, row_loss * scale)
-    tl.store(statistics + at, row_loss * weight)
-    tl.store(statistics + at + rows, kd)
-    tl.store(statistics + at + 2 * rows, ce)
-    tl.store(statistics + at + 3 * rows, z)
-    tl.store(statistics + at + 4 * rows, student_lse)
-    tl.store(statistics + at + 5 * rows, teacher_lse)
-    tl.store(statistics + at + 6 * rows, label_lse)
     hits, student_entropy, teacher_entropy = 0.0, 0.0, 0.0
     if P.extras:
         student_entropy = LN2 * (log_s - ent_s / sum_s)
@@ -561,9 +597,17 @@ def _finish(
         hits = tl.where(at_s == at_t, 1.0, 0.0)
         if P.with_labels:
             hits += tl.where(at_s == label.to(tl.float32), 2.0, 0.0)
-    tl.store(statistics + at + 7 * rows, student_entropy)
-    tl.store(statistics + at + 8 * rows, teacher_entropy)
-    tl.store(statistics + at + 9 * rows, hits)
+    # The last seven are what :func:`_known` reads: the gradient then has the same bits in either
+    # launch.
+    _store_fields(
+        statistics + at, rows,
+        (
+            row_loss * weight, kd, ce, z, student_lse, teacher_lse, label_lse, student_entropy,
+            teacher_entropy, hits, state[0], state[1], state[2], state[3], state[4], state[5],
+            slopes,
+        ),
+        17, 17,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -731,7 +775,7 @@ def kd_rows(
                 )  # fmt: skip
                 state = _merged(state, temperature, P)
                 if P.exchange != "none":
-                    _publish(partials_ptr, slot, member, state, 0, 13, P)
+                    _publish(partials_ptr, slot, member, state, 0, 13, 16, P)
                 if P.exchange == "spin":
                     visits += 1
                     _meet(arrivals_ptr + group, visits * P.members)
@@ -772,23 +816,23 @@ def kd_rows(
                 values, slope_sums = _sweep(
                     _evaluate, 2, P.middle_policy, (zero, zero), bases, layout, geometry, numbers, P
                 )
-                divergence, slopes = tl.sum(values, 0), tl.sum(slope_sums, 0)
+                divergence, slopes = _pair_sum(values, slope_sums)
                 if P.exchange != "none":
-                    _publish(partials_ptr, slot, member, (divergence, slopes), 13, 2, P)
+                    _publish(partials_ptr, slot, member, (divergence, slopes), 13, 2, 2, P)
                 if P.exchange == "spin":
                     visits += 1
                     _meet(arrivals_ptr + group, visits * P.members)
             if P.collect_sums:
-                divergence = tl.sum(_field(partials_ptr, slot, 13, 0.0, P), 0)
-                slopes = tl.sum(_field(partials_ptr, slot, 14, 0.0, P), 0)
+                divergence, slopes = _pair_sum(
+                    _field(partials_ptr, slot, 13, 0.0, P), _field(partials_ptr, slot, 14, 0.0, P)
+                )
             if P.finish:
                 if member == 0:
                     _finish(
-                        state, logs, divergence, z_label, label, weight, scale, row, rows64, vocab,
-                        loss_ptr, statistics_ptr, alpha, temperature, kd_scale, smoothing, z_loss,
-                        P,
+                        state, logs, divergence, slopes, z_label, label, weight, scale, row, rows64,
+                        vocab, loss_ptr, statistics_ptr, alpha, temperature, kd_scale, smoothing,
+                        z_loss, P,
                     )  # fmt: skip
-                    _keep(statistics_ptr, row, rows64, state, slopes)
             if P.differentiate:
                 if not P.observe:
                     # No reduction has brought the warps together since they read the label's logit,
@@ -811,8 +855,7 @@ def kd_rows(
             if P.finish:
                 if member == 0:
                     tl.store(loss_ptr + row, 0.0)
-                    for i in tl.static_range(17):
-                        tl.store(statistics_ptr + row + i * rows64, 0.0)
+                    _store_fields(statistics_ptr + row, rows64, (0.0,), 1, 17)
             if P.differentiate:
                 _sweep(_clear, 0, "", row, bases, layout, geometry, 0, P)
         if P.differentiate:
@@ -849,7 +892,7 @@ def _clear_rest(gradient, vocab, width, P: tl.constexpr):
         tl.store(gradient + first + offset, zero, mask=first + offset < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def count_rows(labels_ptr, items_ptr, rows, ignore_index, SIZE: tl.constexpr):
     """items = the number of rows that count, at least 1. One program."""
     offset = tl.arange(0, SIZE)
@@ -861,7 +904,7 @@ def count_rows(labels_ptr, items_ptr, rows, ignore_index, SIZE: tl.constexpr):
     tl.store(items_ptr, tl.maximum(tl.sum(count, 0), 1).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_rows(rows_ptr, sum_ptr, rows, SIZE: tl.constexpr):
     """The sum of the rows' losses in float64, in a fixed order. One program."""
     offset = tl.arange(0, SIZE)

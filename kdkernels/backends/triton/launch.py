@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import STATISTICS, Problem, RowLayout, row_layout
+from ...problem import STATISTICS, Options, Problem, RowLayout, row_layout
 from ..base import Result, empty_gradient, row_stride
 from ..gpu import label_errors
 from . import functors, kernels, policy
@@ -26,6 +26,44 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 #: Rows behind the statistics with which a backward starts where the forward ended.
 STATE_ROWS = 7
+
+#: Of every launch. Triton 3.9 warns where it is left open, and 3.10 leaves it out: a fused multiply
+#: and add is one instruction of two (at T = 2 33.3 instead of 36.1 an element, 132 of 160 for JSD).
+FUSED = {"enable_fp_fusion": True}
+
+#: Triton's releases whose compiled kernels depend on nothing but what :func:`_start` compares.
+_REUSES = torch.version.hip is None and (
+    (3, 5) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
+)
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _start(
+    function: Any, grid: tuple[int], tensors: tuple[Tensor | None, ...], integers: tuple[int, ...],
+    floats: tuple[float, ...], constants: tuple[Any, ...], **options: Any,
+) -> None:  # fmt: skip
+    """Launch ``function`` with the tensors, numbers and constants in this order.
+
+    A launch through Triton looks at every argument to find the compiled kernel. On NVIDIA it is
+    compiled for dtypes, for addresses that are multiples of 16, and for integers of 32 or 64 bits
+    (none of which the kernels specialise further): from the second time on what these say is
+    launched without looking again. AMD's compiler also asks for sizes, and goes through Triton.
+    """
+    arguments = (*tensors, *integers, *floats, *constants)
+    first = tensors[0]
+    if first is None or not first.is_cuda or not _REUSES:
+        function[grid](*arguments, **FUSED, **options)
+        return
+    key = (
+        function.__name__, first.device.index, constants, tuple(options.items()),
+        tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]),
+        tuple([-(1 << 31) <= n < 1 << 31 for n in integers]),
+    )  # fmt: skip
+    kernel = _compiled.get(key)
+    if kernel is None:
+        _compiled[key] = function[grid](*arguments, **FUSED, **options)
+    else:
+        kernel[(*grid, 1, 1)](*arguments)
 
 
 class Constants:
@@ -99,15 +137,21 @@ class Launch:
             "sweeps": sweeps,
             "heaviness": _heaviness(problem),
         }
-        self.key = policy.key(device, **self.facts)
-        self.policy = (
-            launch_policy
-            or policy.tuned(device, problem.rows, self.key)
-            or policy.choose(device, **self.facts)
-        )
+        self.policy = launch_policy or self._measured() or policy.choose(device, **self.facts)
         self.items: Tensor | None = None
         self.row_factor = 1.0
         self._denominator()
+
+    @property
+    def key(self) -> str:
+        """What a measured launch is kept under."""
+        return policy.key(self.device, **self.facts)
+
+    def _measured(self) -> LaunchPolicy | None:
+        """From the user's file; a text to look it up is made only where there is one."""
+        if not policy.all_tuned():
+            return None
+        return policy.tuned(self.device, self.facts["rows"], self.key)
 
     def _denominator(self) -> None:
         """What divides each row's loss: a number, or one on the device (no synchronisation)."""
@@ -119,165 +163,227 @@ class Launch:
         elif problem.num_items is not None:
             self.items = problem.num_items
         elif problem.labels is None:
-            self.row_factor = 1.0 / max(problem.rows, 1)
+            self.row_factor = 1.0 / max(self.facts["rows"], 1)
         else:
             self.items = torch.empty((), dtype=torch.float32, device=self.student.device)
-            kernels.count_rows[(1,)](
-                problem.labels, self.items, problem.rows, options.ignore_index, SIZE=1024
-            )
+            integers = (self.facts["rows"], options.ignore_index)
+            _start(kernels.count_rows, (1,), (problem.labels, self.items), integers, (), (1024,))
 
-    def variant(self, gradient: Tensor | None, extras: bool, upstream: bool) -> Variant:
-        """The variant that does everything in one launch; callers replace its stages."""
-        problem, options, launch = self.problem, self.problem.options, self.policy
+    def case(self, gradient: Tensor | None, extras: bool, upstream: bool) -> Case:
+        """What decides the variants of the row kernel."""
+        problem, strides = self.problem, self.layout.strides
         teacher_phase, gradient_phase = _phases(self.layout, problem, self.width, gradient)
-        unit_student, unit_teacher = (s[2] == 1 for s in self.layout.strides)
-        with_labels = problem.labels is not None
-        kd_in_loss = options.alpha != 0
-        with_kd = kd_in_loss or extras
-        return Variant(
-            K=launch.vectors,
-            THREADS=launch.num_warps * self.device.warp,
-            W=self.width,
+        # The student's memory may be the gradient's. 0 is a tensor without memory.
+        own = self.student.data_ptr()
+        written = own if gradient is None else gradient.data_ptr()
+        return Case(
+            options=problem.options._replace(parameters=tuple(problem.options.parameters)),
+            device=self.device,
+            policy=self.policy,
+            rows=self.facts["rows"],
+            vocab=self.facts["vocab"],
+            width=self.width,
             itemsize=self.student.element_size(),
-            interpreted=INTERPRETED,
-            nvidia=self.device.kind == "cuda",
-            divergence=options.divergence,
-            case=_case(problem),
-            power=_power(problem),
             extras=extras,
-            with_kd=with_kd,
-            kd_in_loss=kd_in_loss,
-            with_ce=with_labels and (options.alpha != 1 or extras),
-            ce_in_loss=with_labels and options.alpha != 1,
-            smoothing=with_labels and options.label_smoothing != 0,
-            z_loss=options.z_loss != 0,
-            student_scale=options.student_scale != 1,
-            teacher_scale=options.teacher_scale != 1,
-            student_softcap=options.student_softcap != 0,
-            teacher_softcap=options.teacher_softcap != 0,
-            with_labels=with_labels,
+            with_labels=problem.labels is not None,
             with_items=self.items is not None,
             with_weights=problem.token_weights is not None,
             with_upstream=upstream,
-            unit_student=unit_student,
-            unit_teacher=unit_teacher,
-            align_student=unit_student,
-            align_teacher=unit_student and teacher_phase,
-            align_gradient=unit_student and gradient_phase,
-            base_aligned=not any(
-                t is not None and t.data_ptr() % 16 for t in (self.student, self.teacher, gradient)
-            ),
-            single=problem.vocab == 1,
-            truncated=gradient is not None and problem.student.shape[-1] > problem.vocab,
-            observe=True,
-            evaluate=with_kd and options.divergence in functors.SWEPT,
-            finish=True,
-            differentiate=gradient is not None,
-            source="partials",
-            exchange=launch.exchange,
-            split=launch.split,
-            members=launch.split,
-            collect_sums=launch.exchange == "spin"
-            and with_kd
-            and options.divergence in functors.SWEPT,
+            with_gradient=gradient is not None,
+            in_place=gradient is not None and own != 0 and written == own,
+            unit_student=strides[0][2] == 1,
+            unit_teacher=strides[1][2] == 1,
+            teacher_phase=teacher_phase,
+            gradient_phase=gradient_phase,
+            base_aligned=not (own | self.teacher.data_ptr() | written) % 16,
+            truncated=gradient is not None and problem.student.shape[-1] > self.facts["vocab"],
         )
 
     def run(
-        self, variant: Variant, programs: int, loss: Tensor | None, statistics: Tensor,
-        gradient: Tensor | None, partials: Tensor | None, upstream: Tensor | None,
+        self, stage: Stage, loss: Tensor | None, statistics: Tensor, gradient: Tensor | None,
+        partials: Tensor | None, upstream: Tensor | None,
     ) -> None:  # fmt: skip
         """One launch of the row kernel."""
         problem, options = self.problem, self.problem.options
-        parameters = (*options.parameters, 0.0, 0.0)
+        first, second = (*options.parameters, 0.0, 0.0)[:2]
         arrivals = None
         extra: dict[str, Any] = {}
         if self.policy.registers is not None:
             extra["maxnreg"] = self.policy.registers
-        if variant.exchange == "spin":
-            groups = programs // variant.split
-            arrivals = torch.zeros(groups, dtype=torch.int32, device=self.student.device)
+        if stage.groups:
+            arrivals = torch.zeros(stage.groups, dtype=torch.int32, device=self.student.device)
             extra["launch_cooperative_grid"] = True
         (student_outer, student_inner, student_column), teacher_strides = self.layout.strides
-        kernels.kd_rows[(programs,)](
-            self.student,
-            self.teacher,
-            problem.labels,
-            problem.token_weights,
-            self.items,
-            upstream,
-            loss,
-            statistics,
-            gradient,
-            partials,
-            arrivals,
-            label_errors(self.student.device) if variant.with_labels else None,
-            problem.rows,
-            self.layout.inner,
-            problem.vocab,
-            problem.student.shape[-1],
-            0 if gradient is None else row_stride(gradient),
-            student_outer,
-            student_inner,
-            student_column,
-            *teacher_strides,
+        labels = problem.labels
+        tensors = (
+            self.student, self.teacher, labels, problem.token_weights, self.items, upstream, loss,
+            statistics, gradient, partials, arrivals,
+            None if labels is None else label_errors(self.student.device),
+        )  # fmt: skip
+        integers = (
+            self.facts["rows"], self.layout.inner, self.facts["vocab"], problem.student.shape[-1],
+            0 if gradient is None else row_stride(gradient), student_outer, student_inner, student_column, *teacher_strides,
             0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
             options.ignore_index,
-            self.row_factor,
-            math.log2(math.e) / options.temperature,
-            options.temperature,
-            options.kd_scale,
-            options.alpha,
-            options.label_smoothing,
-            options.z_loss,
-            options.student_scale,
-            options.teacher_scale,
-            options.student_softcap,
-            options.teacher_softcap,
-            *parameters[:2],
-            P=_constants(variant),
-            num_warps=self.policy.num_warps,
-            **extra,
-        )
+        )  # fmt: skip
+        # float(): a kernel compiled for an integer would not take another call's float.
+        floats = tuple(
+            float(x)
+            for x in (
+                self.row_factor, math.log2(math.e) / options.temperature, options.temperature,
+                options.kd_scale, options.alpha, options.label_smoothing, options.z_loss,
+                options.student_scale, options.teacher_scale, options.student_softcap,
+                options.teacher_softcap, first, second,
+            )
+        )  # fmt: skip
+        _start(
+            kernels.kd_rows, (stage.programs,), tensors, integers, floats, (stage.constants,),
+            num_warps=self.policy.num_warps, **extra,
+        )  # fmt: skip
 
-    def stages(
-        self, variant: Variant, loss: Tensor | None, statistics: Tensor, gradient: Tensor | None,
-        upstream: Tensor | None,
-    ) -> None:  # fmt: skip
-        """All launches of the row kernel that ``variant`` needs under the policy's exchange."""
-        launch, rows = self.policy, self.problem.rows
+    def forward(
+        self, loss: Tensor, statistics: Tensor, gradient: Tensor | None, extras: bool
+    ) -> None:
+        """All launches of the row kernel that the policy's exchange needs."""
+        launch = self.policy
         partials = None
         if launch.exchange != "none":
-            slots = rows if launch.exchange == "launch" else 2 * (launch.programs // launch.split)
+            many = launch.exchange == "launch"
+            slots = self.facts["rows"] if many else 2 * (launch.programs // launch.split)
             partials = self.student.new_empty(
                 (slots, kernels.PARTIALS.value, launch.split), dtype=torch.float32
             )
-        run = functools.partial(
-            self.run, loss=loss, statistics=statistics, gradient=gradient, partials=partials,
-            upstream=upstream,
-        )  # fmt: skip
-        if launch.exchange != "launch":
-            run(variant, launch.programs)
-            return
-        replace = dataclasses.replace
-        quiet = replace(variant, finish=False, differentiate=False, truncated=False)
-        observed = variant
-        if variant.observe:
-            run(replace(quiet, evaluate=False), launch.programs)
-            observed = replace(variant, observe=False)
-        if variant.evaluate:
-            run(replace(quiet, observe=False), launch.programs)
-            observed = replace(observed, evaluate=False, collect_sums=True)
-        # The student's memory may be the gradient's: then a row must be finished before any slice
-        # of it is differentiated, since finishing reads the label's logit.
-        own = self.student.data_ptr()  # 0 for a tensor without memory
-        in_place = gradient is not None and own != 0 and gradient.data_ptr() == own
-        if variant.finish and (in_place or not variant.differentiate):
-            programs = min(rows, self.device.processors * launch.residents)
-            finish = replace(observed, split=1, differentiate=False, truncated=False)
-            run(finish, programs)
-            observed = replace(observed, finish=False)
-        if variant.differentiate:
-            run(observed, launch.programs)
+        for stage in _forward_stages(self.case(gradient, extras, upstream=False)):
+            self.run(stage, loss, statistics, gradient, partials, None)
+
+    def backward(self, statistics: Tensor, gradient: Tensor, upstream: Tensor) -> None:
+        """The one launch that starts where the forward ended."""
+        stage = _backward_stage(self.case(gradient, False, upstream=True))
+        self.run(stage, None, statistics, gradient, None, upstream)
+
+
+class Case(NamedTuple):
+    """What decides the variants of the row kernel: all but contents and addresses."""
+
+    options: Options
+    device: Device
+    policy: LaunchPolicy
+    rows: int
+    vocab: int
+    width: int
+    itemsize: int
+    extras: bool
+    with_labels: bool
+    with_items: bool
+    with_weights: bool
+    with_upstream: bool
+    with_gradient: bool
+    in_place: bool  # the gradient's memory is the student's
+    unit_student: bool
+    unit_teacher: bool
+    teacher_phase: bool  # rows start where the student's do, see _phases
+    gradient_phase: bool
+    base_aligned: bool
+    truncated: bool
+
+
+class Stage(NamedTuple):
+    """One launch of the row kernel."""
+
+    constants: Constants
+    programs: int
+    groups: int  # of programs that wait for each other; 0: none does
+
+
+def _stage(variant: Variant, programs: int) -> Stage:
+    spin = variant.exchange == "spin"
+    return Stage(_constants(variant), programs, programs // variant.split if spin else 0)
+
+
+def _variant(case: Case) -> Variant:
+    """The variant that does everything in one launch; callers replace its stages."""
+    options, launch = case.options, case.policy
+    kd_in_loss = options.alpha != 0
+    with_kd = kd_in_loss or case.extras
+    swept = with_kd and options.divergence in functors.SWEPT
+    return Variant(
+        K=launch.vectors,
+        THREADS=launch.num_warps * case.device.warp,
+        W=case.width,
+        itemsize=case.itemsize,
+        interpreted=INTERPRETED,
+        nvidia=case.device.kind == "cuda",
+        divergence=options.divergence,
+        case=_case(options),
+        power=_power(options),
+        extras=case.extras,
+        with_kd=with_kd,
+        kd_in_loss=kd_in_loss,
+        with_ce=case.with_labels and (options.alpha != 1 or case.extras),
+        ce_in_loss=case.with_labels and options.alpha != 1,
+        smoothing=case.with_labels and options.label_smoothing != 0,
+        z_loss=options.z_loss != 0,
+        student_scale=options.student_scale != 1,
+        teacher_scale=options.teacher_scale != 1,
+        student_softcap=options.student_softcap != 0,
+        teacher_softcap=options.teacher_softcap != 0,
+        with_labels=case.with_labels,
+        with_items=case.with_items,
+        with_weights=case.with_weights,
+        with_upstream=case.with_upstream,
+        unit_student=case.unit_student,
+        unit_teacher=case.unit_teacher,
+        align_student=case.unit_student,
+        align_teacher=case.unit_student and case.teacher_phase,
+        align_gradient=case.unit_student and case.gradient_phase,
+        base_aligned=case.base_aligned,
+        single=case.vocab == 1,
+        truncated=case.truncated,
+        observe=True,
+        evaluate=swept,
+        finish=True,
+        differentiate=case.with_gradient,
+        source="partials",
+        exchange=launch.exchange,
+        split=launch.split,
+        members=launch.split,
+        collect_sums=launch.exchange == "spin" and swept,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_stages(case: Case) -> tuple[Stage, ...]:
+    """The launches of a forward, in order."""
+    variant, launch = _variant(case), case.policy
+    if launch.exchange != "launch":
+        return (_stage(variant, launch.programs),)
+    replace = dataclasses.replace
+    stages = []
+    quiet = replace(variant, finish=False, differentiate=False, truncated=False)
+    stages.append(_stage(replace(quiet, evaluate=False), launch.programs))
+    observed = replace(variant, observe=False)
+    if variant.evaluate:
+        stages.append(_stage(replace(quiet, observe=False), launch.programs))
+        observed = replace(observed, evaluate=False, collect_sums=True)
+    # The student's memory may be the gradient's: then a row must be finished before any slice of it
+    # is differentiated, since finishing reads the label's logit.
+    if case.in_place or not variant.differentiate:
+        programs = min(case.rows, case.device.processors * launch.residents)
+        finish = replace(observed, split=1, differentiate=False, truncated=False)
+        stages.append(_stage(finish, programs))
+        observed = replace(observed, finish=False)
+    if variant.differentiate:
+        stages.append(_stage(observed, launch.programs))
+    return tuple(stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_stage(case: Case) -> Stage:
+    variant = dataclasses.replace(
+        _variant(case), observe=False, evaluate=False, finish=False, source="statistics",
+        exchange="none", collect_sums=False,
+    )  # fmt: skip
+    return _stage(variant, case.policy.programs)
 
 
 def _heaviness(problem: Problem) -> int:
@@ -286,17 +392,16 @@ def _heaviness(problem: Problem) -> int:
     swept = options.divergence in functors.SWEPT
     capped = options.student_softcap != 0 or options.teacher_softcap != 0
     reasons = swept + capped + (options.divergence == "alpha_beta")
-    return 1 + reasons if reasons else int(_power(problem) == 0)
+    return 1 + reasons if reasons else int(_power(options) == 0)
 
 
-def _power(problem: Problem) -> int:
+def _power(options: Options) -> int:
     """T where exp(z) is cheaply a power of exp(z / T), else 0."""
-    temperature = problem.options.temperature
+    temperature = options.temperature
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
-def _case(problem: Problem) -> str:
-    options = problem.options
+def _case(options: Options) -> str:
     if options.divergence != "alpha_beta":
         return "none"
     alpha, beta = options.parameters
@@ -347,12 +452,11 @@ def forward(
         swept = problem.options.divergence in functors.SWEPT
         sweeps = 1 + swept + (gradient is not None)
         launch = Launch(problem, device or describe(student), sweeps, launch_policy)
-        variant = launch.variant(gradient, extras, upstream=False)
-        launch.stages(variant, losses, statistics, gradient, None)
+        launch.forward(losses, statistics, gradient, extras)
         if not reduce:
             return Result(losses, statistics, gradient)
         loss = empty(())
-        kernels.sum_rows[(1,)](losses, loss, rows, SIZE=1024)
+        _start(kernels.sum_rows, (1,), (losses, loss), (rows,), (), (1024,))
     return Result(loss, statistics, gradient)
 
 
@@ -369,13 +473,7 @@ def backward(
         grad_output = grad_output.reshape(-1)
     with _guard(problem.student):
         launch = Launch(problem, device or describe(problem.student), 1, launch_policy)
-        variant = dataclasses.replace(
-            launch.variant(gradient, False, upstream=True),
-            observe=False, evaluate=False, finish=False, source="statistics", exchange="none",
-            collect_sums=False,
-        )  # fmt: skip
-        programs = launch.policy.programs
-        launch.run(variant, programs, None, statistics.contiguous(), gradient, None, grad_output)
+        launch.backward(statistics.contiguous(), gradient, grad_output)
     return gradient
 
 
@@ -395,9 +493,10 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, *, overwrite: bool) ->
     upstream = grad_output.reshape(-1)
     programs = min(SCALE_PROGRAMS, rows * -(-width // SCALE_BLOCK))
     with _guard(gradient):
+        # Not by _start: this kernel is compiled for what divides the width.
         kernels.scale_rows[(programs,)](
             gradient, out, upstream, rows, width, row_stride(gradient), row_stride(out),
             upstream.stride(0) if per_row else 0, BLOCK=SCALE_BLOCK, PER_ROW=per_row,
-            IN_PLACE=overwrite, INTERPRETED=INTERPRETED, num_warps=8,
+            IN_PLACE=overwrite, INTERPRETED=INTERPRETED, num_warps=8, **FUSED,
         )  # fmt: skip
     return out

@@ -53,9 +53,8 @@ def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
 
     def compile_instead(fn: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         kernel = _compile(fn, target, args, kwargs)
-        launches.append(
-            Compiled(fn.__name__, grid, kwargs.get("P"), kwargs.get("num_warps", 4), kernel)
-        )
+        constants = {**dict(zip(fn.arg_names, args, strict=False)), **kwargs}.get("P")
+        launches.append(Compiled(fn.__name__, grid, constants, kwargs.get("num_warps", 4), kernel))
         return kernel
 
     JITFunction.run = compile_instead

@@ -60,6 +60,8 @@ class LaunchPolicy:
 #: bytes each in flight are 64 KB, three times what 0.7 us of H200 latency needs. (One vector per
 #: thread would bring 0.25 instead of 0.12 special-function operations of rescaling per element.)
 NUM_WARPS = 8
+#: The same numbers for every release from 3.5 to 3.9: none spills with them on sm_90 (docs/
+#: gpu-kernels.md has the counts by release), so no release needs a smaller tile.
 #: A mixture of logarithms or a softcap hold more at once: 16 elements per thread would spill, 8
 #: need 77 registers (jsd, sm_90); the alpha-beta divergence, or both together, need 96 and more.
 #: A third exponential (T other than 1, 2, 3, 4) spills two registers of 64 on sm_100 and sm_120.
@@ -75,6 +77,7 @@ FEW_ROWS = 64
 MAX_SPLIT = 64
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(
     device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
 ) -> LaunchPolicy:
