@@ -138,7 +138,7 @@ struct Scaling {
   const char* from;
   char* to;
   DType dtype;
-  int64_t rows, columns;
+  int64_t rows, columns, row_stride;  // of both; what is between rows is not touched
   const float* factor;
   int64_t factor_stride;  // 0: one factor for all
 };
@@ -152,7 +152,7 @@ static __global__ void __launch_bounds__(512) scale_kernel(const __grid_constant
   for (int64_t row = blockIdx.y; row < job.rows; row += gridDim.y) {
     const float factor = job.factor[row * job.factor_stride];
     if (in_place && factor == 1.0f) continue;
-    const int64_t begin = row * job.columns * size, end = begin + job.columns * size;
+    const int64_t begin = row * job.row_stride * size, end = begin + job.columns * size;
     // The memory is aligned to 16 bytes, the row may not be: its vectors are the memory's.
     const int64_t step = int64_t{16} * blockDim.x * gridDim.x;
     for (int64_t at = begin / 16 * 16 + int64_t{16} * (blockIdx.x * blockDim.x + threadIdx.x);

@@ -466,7 +466,7 @@ void run(const Problem& problem, const Launch& launch) {
 }
 
 void scale(const void* from, void* to, DType dtype, int64_t rows, int64_t columns,
-           const float* factor, int64_t factor_stride, const Launch& launch) {
+           int64_t row_stride, const float* factor, int64_t factor_stride, const Launch& launch) {
   if (rows == 0 || columns == 0) return;
   const DeviceGuard guard(launch.device);
   Scaling job{static_cast<const char*>(from),
@@ -474,10 +474,11 @@ void scale(const void* from, void* to, DType dtype, int64_t rows, int64_t column
               dtype,
               rows,
               columns,
+              row_stride,
               factor,
               factor_stride};
-  // One factor: the whole gradient is one row.
-  if (factor_stride == 0) job.columns *= job.rows, job.rows = 1;
+  // One factor, and nothing between rows: the whole gradient is one row.
+  if (factor_stride == 0 && row_stride == columns) job.columns *= job.rows, job.rows = 1;
   const int64_t vectors = (job.columns * size_of(dtype) + 15) / 16 / 512 + 1;
   const int64_t wide = 8 * limits_of(launch.device).processors;
   const dim3 grid(static_cast<unsigned>(vectors < wide ? vectors : wide),

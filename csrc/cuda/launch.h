@@ -22,7 +22,7 @@ void run(const Problem& problem, const Launch& launch);
 
 // A stored gradient times one factor or one per row, on the device.
 void scale(const void* from, void* to, DType dtype, int64_t rows, int64_t columns,
-           const float* factor, int64_t factor_stride, const Launch& launch);
+           int64_t row_stride, const float* factor, int64_t factor_stride, const Launch& launch);
 
 int64_t workspace_bytes(int64_t rows);
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import LOGIT_DTYPES, Problem, RowLayout, contiguous, row_layout
 from . import gpu
-from .base import empty_gradient, row_stride
+from .base import empty_gradient, has_rows, row_stride
 from .native import DIVERGENCES as _DIVERGENCES
 from .native import MODULE as _native
 from .native import WHY_NOT, NativeBackend
@@ -138,9 +138,13 @@ class CudaBackend(NativeBackend):
         return gradient
 
     def scale_gradient(self, gradient: Tensor, grad_output: Tensor, *, overwrite: bool) -> Tensor:
-        if not gradient.is_contiguous():
+        if not has_rows(gradient):
             return super().scale_gradient(gradient, grad_output, overwrite=overwrite)
-        out = gradient if overwrite else torch.empty_like(gradient)
+        out = gradient
+        if not overwrite:
+            out = torch.empty_strided(
+                gradient.shape, gradient.stride(), dtype=gradient.dtype, device=gradient.device
+            )
         factor = contiguous(grad_output, torch.float32)
         columns = gradient.shape[-1]
         _native.cuda_scale_gradient(
@@ -149,6 +153,7 @@ class CudaBackend(NativeBackend):
             LOGIT_DTYPES[gradient.dtype],
             gradient.numel() // max(columns, 1),
             columns,
+            row_stride(gradient),
             _pointer(factor),
             0 if factor.ndim == 0 else 1,
             _launch(gradient, None, None),

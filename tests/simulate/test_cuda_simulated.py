@@ -217,22 +217,28 @@ def test_a_padded_students_gradient_is_stored_whole(
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("per_row", (False, True))
-def test_stored_gradients_are_scaled_on_the_device(dtype: torch.dtype, per_row: bool) -> None:
+@pytest.mark.parametrize("columns", (333, 344))
+def test_stored_gradients_are_scaled_on_the_device(
+    dtype: torch.dtype, per_row: bool, columns: int
+) -> None:
     from kdkernels.backends import BACKENDS
 
-    gradient = cases.logits((5, 333), dtype)
+    rows = cases.logits((5, columns), dtype)
+    gradient, between = rows[:, :333], rows[:, 333:].clone()
     factor = torch.tensor([2.0, 1.0, 0.0, -0.5, 3.0]) if per_row else torch.tensor(0.25)
     want = (gradient.float() * (factor[:, None] if per_row else factor)).to(dtype)
     for overwrite in (False, True):
         with simulator.simulated():
-            scaled = BACKENDS["cuda"].scale_gradient(gradient.clone(), factor, overwrite=overwrite)
-        assert torch.equal(scaled, want)
+            scaled = BACKENDS["cuda"].scale_gradient(gradient, factor, overwrite=overwrite)
+        assert torch.equal(scaled, want) and scaled.stride() == gradient.stride()
+    assert torch.equal(rows[:, 333:], between)
 
 
-def test_a_factor_of_1_leaves_the_gradient_unread() -> None:
+@pytest.mark.parametrize("columns", (333, 344))
+def test_a_factor_of_1_leaves_the_gradient_unread(columns: int) -> None:
     from kdkernels.backends import BACKENDS
 
-    gradient = cases.logits((5, 333), torch.bfloat16)
+    gradient = cases.logits((5, columns), torch.bfloat16)[:, :333]
     with simulator.simulated() as recorder:
         BACKENDS["cuda"].scale_gradient(gradient, torch.tensor(1.0), overwrite=True)
     (scale,) = recorder.launches
