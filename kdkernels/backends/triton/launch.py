@@ -222,7 +222,8 @@ class Launch:
         )  # fmt: skip
         integers = (
             self.facts["rows"], self.layout.inner, self.facts["vocab"], problem.student.shape[-1],
-            0 if gradient is None else row_stride(gradient), student_outer, student_inner, student_column, *teacher_strides,
+            0 if gradient is None else row_stride(gradient),
+            student_outer, student_inner, student_column, *teacher_strides,
             0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
             options.ignore_index,
         )  # fmt: skip
