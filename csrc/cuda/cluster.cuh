@@ -167,6 +167,11 @@ KD_DEVICE void bulk_copy(char* to, const char* from, unsigned bytes, Barrier& ba
       : "memory");
 }
 
+// Orders ordinary accesses to shared memory, the thread's own and those that a barrier has brought
+// before it, before its later bulk copies into it. It also waits for the thread's stores to global
+// memory.
+KD_DEVICE void fence_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // 16 bytes to shared memory, without a register; the same thread waits for it.
 KD_DEVICE void copy_ahead(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)

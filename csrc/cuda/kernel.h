@@ -13,6 +13,7 @@ struct Stages {
   int teacher_offset, bytes;  // of a stage
   int cluster, clusters;      // blocks of a cluster; clusters of the grid
   int each;                   // units of 8 columns that a block has at most
+  bool aligned;               // every row starts and ends at a multiple of 16 bytes
 };
 
 // A kernel's address, and its functor as the bytes of the argument.
@@ -69,8 +70,8 @@ Kernel resident_kernel_of(const BetaOnly<false>&);
 Kernel resident_kernel_of(const AlphaOpposite&);
 Kernel resident_kernel_of(const LogRatio&);
 
-// Of a KL between logits of one format, for `columns` per thread. Where those are many there is
-// neither cube nor fourth; and all but LabelSum::separate are for plain logits.
+// Of a KL between plain logits of one format, for `columns` per thread. Where those are many there
+// is neither cube nor fourth.
 Kernel register_kernel_of_float32_forward(LabelSum label_sum, int columns);
 Kernel register_kernel_of_float32_reverse(LabelSum label_sum, int columns);
 Kernel register_kernel_of_bfloat16_forward(LabelSum label_sum, int columns);

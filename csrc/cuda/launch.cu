@@ -239,17 +239,16 @@ const char* why_not_resident(const Task& task, const DeviceLimits& limits) {
 const char* why_not_registers(const Problem& problem, const Task& task) {
   if (!is_closed(problem.divergence)) return "the divergence is not a KL";
   if (task.student.dtype != task.teacher.dtype) return "the dtypes differ";
-  // The largest logit has to stay the largest.
-  if (problem.student.scale < 0.0 || problem.teacher.scale < 0.0) return "logit_scale is negative";
+  if (!problem.student.is_plain() || !problem.teacher.is_plain())
+    return "the logits are transformed";
   if (task.extras || task.label_smoothing != 0.0f) return "label smoothing or extra outputs";
   return task.is_single() ? "the vocabulary has one entry" : nullptr;
 }
 
-Kernel register_kernel_of(const Problem& problem, const Task& task, LabelSum label_sum,
-                          int columns) {
+Kernel register_kernel_of(const Problem& problem, const Task& task, int columns) {
   const bool reverse = problem.divergence.kind == DivergenceKind::reverse_kl;
   const auto choose = [&](auto of_forward, auto of_reverse) {
-    return (reverse ? of_reverse : of_forward)(label_sum, columns);
+    return (reverse ? of_reverse : of_forward)(task.label_sum, columns);
   };
   switch (task.student.dtype) {
     case DType::bfloat16:
@@ -261,13 +260,12 @@ Kernel register_kernel_of(const Problem& problem, const Task& task, LabelSum lab
   }
 }
 
-// How a register kernel with these columns per thread makes the exponentials at T = 1. Those of
-// transformed logits are no power that could be reused, and wide kernels know few powers.
-LabelSum label_sum_in_registers(const Problem& problem, const Task& task, int columns) {
-  const bool plain = problem.student.is_plain() && problem.teacher.is_plain();
+// How a register kernel with these columns per thread makes the exponentials at T = 1: wide ones
+// know few powers.
+LabelSum label_sum_in_registers(const Task& task, int columns) {
   const bool is_rare = task.label_sum == LabelSum::cube || task.label_sum == LabelSum::fourth;
   const bool wide = columns != kColumnsPerThread;
-  return !plain || (wide && is_rare) ? LabelSum::separate : task.label_sum;
+  return wide && is_rare ? LabelSum::separate : task.label_sum;
 }
 
 // A launch of a row-resident kernel.
@@ -367,7 +365,8 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
                   stage_bytes,
                   policy.cluster,
                   static_cast<int>(clusters),
-                  static_cast<int>(policy.slice_columns) / 8};
+                  static_cast<int>(policy.slice_columns) / 8,
+                  shape.aligned && task.vocab % 8 == 0};
     cluster.config.gridDim.x = static_cast<unsigned>(clusters * policy.cluster);
     void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &stages};
     check(cudaLaunchKernelExC(&cluster.config, kernel.address, arguments), "cudaLaunchKernelExC",
@@ -408,9 +407,8 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
     if (!not_registers && forced.allows("registers")) {
       Task adapted = task;
       const auto kernel = [&](int columns) {
-        const LabelSum label_sum = label_sum_in_registers(problem, task, columns);
-        if (task.label_sum != LabelSum::none) set_label_sum(adapted, problem, label_sum);
-        return register_kernel_of(problem, task, label_sum, columns);
+        set_label_sum(adapted, problem, label_sum_in_registers(task, columns));
+        return register_kernel_of(problem, adapted, columns);
       };
       if (resident_rows(kernel, has_wide_form(task.student.dtype), adapted, launch,
                         forced.cluster)) {

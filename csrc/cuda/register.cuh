@@ -1,7 +1,7 @@
-// The row-resident kernel for what distillation mostly runs: a KL of logits of one format, with or
-// without labels. Its exponentials stay in registers between the sweeps: two special-function
-// operations per element where e^z is a small power of e^(z/T) or not needed, two more where it is
-// no such power, and what a soft cap takes.
+// The row-resident kernel for what distillation mostly runs: a KL of plain logits of one format, with
+// or without labels. Its exponentials stay in registers between the sweeps: two special-function
+// operations per element where e^z is a small power of e^(z/T) or not needed, four where it is no
+// such power.
 #pragma once
 
 #include "kernel.h"
@@ -61,9 +61,9 @@ struct Kept {
   Vector<Format::kWidth> student[kVectors], second[kVectors];
 };
 
-// How kPower says where e^z comes from: it is that power of e^(z/T); kAnyPower: computed from the
-// logits, which are transformed if need be, whenever it is needed.
-constexpr int kAnyPower = 0;
+// How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits, in
+// each sweep that needs it.
+constexpr int kSeparate = 0;
 
 // This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are constant
 // distances apart, and that most warps know at once that nothing about their columns is special.
@@ -74,115 +74,83 @@ struct KeptSlice {
   const Task& task;
   const Span& span;
   int row;
-  const char *student, *teacher;
+  char *student, *teacher;
 
   KD_DEVICE int first_of_warp() const {
     return span.first + static_cast<int>(threadIdx.x / 32) * kColumnsPerWarp;
   }
+  KD_DEVICE int past_of_warp() const { return min(first_of_warp() + kColumnsPerWarp, span.past); }
   KD_DEVICE int first() const {
     return first_of_warp() + static_cast<int>(threadIdx.x % 32) * kWidth;
   }
-  // Whether the warp has all of its columns, and all within the row.
-  KD_DEVICE bool is_full_warp() const {
-    const int begin = first_of_warp(), end = begin + kColumnsPerWarp;
-    return begin >= 0 && end <= span.past && end <= task.vocab;
+  KD_DEVICE bool is_full_warp() const { return first_of_warp() + kColumnsPerWarp <= span.past; }
+  // Whether all columns that the warp has are columns of the row.
+  KD_DEVICE bool is_inner_warp() const {
+    return first_of_warp() >= 0 && past_of_warp() <= task.vocab;
   }
   KD_DEVICE bool has(int column) const {
-    return static_cast<unsigned>(column - first_of_warp()) < kColumnsPerWarp &&
-           column < span.past;
+    return column >= max(first_of_warp(), 0) && column < past_of_warp();
   }
 
   KD_DEVICE Slice of_student() const { return {task, task.student, student, row, span}; }
   KD_DEVICE Slice of_teacher() const { return {task, task.teacher, teacher, row, span}; }
 
-  static KD_DEVICE Words<4> words(const Slice& slice, int column) {
-    if (slice.is_inner(column)) return load_words<4>(slice.at(column));
-    const Vector<kWidth> x = slice.load_edge<kWidth>(column);
-    Words<4> w;
-    if constexpr (kWidth == 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w.at[i] = __float_as_uint(x.at[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w.at[i] = pack(Format::kDType, x.at[2 * i], x.at[2 * i + 1]);
-    }
+  KD_DEVICE void mend() const {
+    kd::cuda::mend(of_student(), of_teacher(), first_of_warp(), past_of_warp());
+  }
+
+  static KD_DEVICE Words<4> minus_infinity() {
+    constexpr unsigned kWord = Format::kDType == DType::float32    ? 0xff800000u
+                               : Format::kDType == DType::bfloat16 ? 0xff80ff80u
+                                                                   : 0xfc00fc00u;
+    return {{kWord, kWord, kWord, kWord}};
+  }
+
+  // Behind the slice, which only the last warps of a block reach, -inf, which adds nothing; without
+  // a branch.
+  template <bool kFull>
+  KD_DEVICE Words<4> words_at(const char* slice, int column) const {
+    const int offset = (column - span.first) * static_cast<int>(size_of(Format::kDType));
+    if constexpr (kFull) return load_words<4>(slice + offset);
+    Words<4> w = minus_infinity();
+    if (column < span.past) w = load_words<4>(slice + offset);
     return w;
   }
 
-  // step(k, column, words of the student, words of the teacher), or beyond(k) for vectors behind
-  // the slice, which only the last warps of a block have: the others run without a comparison.
-  template <class Step, class Beyond>
-  KD_DEVICE void each_vector(const Step& step, const Beyond& beyond) const {
+  template <bool kFull, class Step>
+  KD_DEVICE void each_vector(const Step& step) const {
     const int begin = first();
-    const Slice s = of_student(), t = of_teacher();
-    if (is_full_warp()) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int column = begin + k * 32 * kWidth;
-        step(k, column, load_words<4>(s.at(column)), load_words<4>(t.at(column)));
-      }
-      return;
-    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int column = begin + k * 32 * kWidth;
-      if (column < span.past) {
-        step(k, column, words(s, column), words(t, column));
-      } else {
-        beyond(k);
-      }
+      step(k, words_at<kFull>(student, column), words_at<kFull>(teacher, column));
     }
   }
 
   // The largest logits first, so that a thread has one reference for all its columns.
-  template <int kPower>
+  template <bool kFull>
+  KD_DEVICE void see(Format& of_student, Format& of_teacher) const {
+    each_vector<kFull>([&](int, const Words<4>& s, const Words<4>& t) {
+      of_student.see(s);
+      of_teacher.see(t);
+    });
+  }
+
   KD_DEVICE References references() const {
     Format of_student, of_teacher;
-    each_vector(
-        [&](int, int, const Words<4>& s, const Words<4>& t) {
-          of_student.see(s);
-          of_teacher.see(t);
-        },
-        [](int) {});
-    return references_from<kPower>(of_student, of_teacher);
-  }
-
-  template <int kPower>
-  KD_DEVICE References references_of_full_warp() const {
-    Format of_student, of_teacher;
-    const Slice s = this->of_student(), t = this->of_teacher();
-    const int begin = first();
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      of_student.see(load_words<4>(s.at(begin + k * 32 * kWidth)));
-      of_teacher.see(load_words<4>(t.at(begin + k * 32 * kWidth)));
+    if (is_full_warp()) {
+      see<true>(of_student, of_teacher);
+    } else {
+      see<false>(of_student, of_teacher);
     }
-    return references_from<kPower>(of_student, of_teacher);
-  }
-
-  template <int kPower>
-  KD_DEVICE References references_from(const Format& of_student, const Format& of_teacher) const {
-    float top_s = of_student.largest(), top_t = of_teacher.largest();
-    References r;
-    if constexpr (kPower == kAnyPower) {
-      if (!is_plain(task.student)) top_s = transform(task.student, top_s);
-      if (!is_plain(task.teacher)) top_t = transform(task.teacher, top_t);
-      r.label = whole_exponent(top_s, task.label_factor);
-    }
-    r.student = whole_exponent(top_s, task.student.factor);
-    r.teacher = whole_exponent(top_t, task.teacher.factor);
-    return r;
-  }
-
-  // In place. What lies outside the row stays -inf.
-  KD_DEVICE void transform_inside(const Side& side, int column, Vector<kWidth>& x) const {
-    if (!is_plain(side)) transform_vector(side, column, task.vocab, x);
+    const float top = of_student.largest();
+    return {whole_exponent(top, task.student.factor),
+            whole_exponent(of_teacher.largest(), task.teacher.factor),
+            whole_exponent(top, task.label_factor)};
   }
 
   KD_DEVICE float label_logit(int label) const {
-    if (!has(label)) return -INFINITY;
-    const float x = of_student().load_one_at(label);
-    return is_plain(task.student) ? x : transform(task.student, x);
+    return has(label) ? of_student().load_one_at(label) : -INFINITY;
   }
 };
 
@@ -202,22 +170,18 @@ KD_DEVICE float add_label_power(float e, float sum) {
   return fmaf(root, root, sum);
 }
 
-template <class Functor, class Format, int kColumns, int kPower>
+template <class Functor, class Format, int kColumns, int kPower, bool kFull>
 KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>& slice,
                             const References& r, Kept<Format, kColumns>& kept) {
   constexpr int kWidth = Format::kWidth;
   Sums sums = nothing();
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
-  sums.label_reference = kPower == kAnyPower ? r.label : kPower * r.student;
-  const auto observe = [&](int k, int column, const Words<4>& of_student,
-                           const Words<4>& of_teacher) {
+  sums.label_reference = kPower == kSeparate ? r.label : kPower * r.student;
+  slice.template each_vector<kFull>([&](int k, const Words<4>& of_student,
+                                        const Words<4>& of_teacher) {
     Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
-    Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
-    if constexpr (kPower == kAnyPower) {
-      slice.transform_inside(task.student, column, s);
-      slice.transform_inside(task.teacher, column, t);
-    }
+    const Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
@@ -227,6 +191,9 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>&
       sums.student += e_s;
       sums.teacher += e_t;
       if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
+      if constexpr (kPower == kSeparate) {
+        sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
+      }
       if constexpr (is_forward_kl<Functor>) {
         second.at[i] = e_t;
         add_weighed(sums.gap, e_t, u_t - u_s);
@@ -236,26 +203,23 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>&
         sums.gap += second.at[i];
       }
     }
-    if constexpr (kPower == kAnyPower) {
-      if (task.label_sum == LabelSum::none) return;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
-      }
-    }
-  };
-  slice.each_vector(observe, [&](int k) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) kept.student[k].at[i] = kept.second[k].at[i] = 0.0f;
   });
   return sums;
+}
+
+template <class Functor, class Format, int kColumns, int kPower>
+KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>& slice,
+                            const References& r, Kept<Format, kColumns>& kept) {
+  return slice.is_full_warp()
+             ? observe_kept<Functor, Format, kColumns, kPower, true>(task, slice, r, kept)
+             : observe_kept<Functor, Format, kColumns, kPower, false>(task, slice, r, kept);
 }
 
 // The gradient is student e_s - second second + label e_s^T, with the thread's own references
 // folded into the factors.
 struct KeptFactors {
   float student, second, label;
-  float label_reference;  // of kAnyPower
+  float label_reference;  // of kSeparate
 
   template <class Functor, int kPower>
   static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const References& mine) {
@@ -273,13 +237,13 @@ struct KeptFactors {
     }
     k.label = f.label;
     k.label_reference = s.label_reference;
-    if constexpr (kPower != kAnyPower) k.label *= label_power<kPower>(student_scale);
+    if constexpr (kPower != kSeparate) k.label *= label_power<kPower>(student_scale);
     if constexpr (kPower == 1) k.student += k.label;
     return k;
   }
 };
 
-// In transformed logits, which `z` are: used by kAnyPower.
+// `z`: the vector's logits, for kSeparate.
 template <int kPower, class Format, int kColumns>
 KD_DEVICE Vector<Format::kWidth> gradient_of(const Task& task, const KeptFactors& f,
                                              const Kept<Format, kColumns>& kept, int k,
@@ -291,11 +255,9 @@ KD_DEVICE Vector<Format::kWidth> gradient_of(const Task& task, const KeptFactors
     // Two rounded products: equal operands must cancel to exactly 0.
     g.at[i] = f.student * e - f.second * kept.second[k].at[i];
     if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
-    if constexpr (kPower == kAnyPower) {
-      if (f.label != 0.0f) {
-        const float e_label = power_of_two(fmaf(z.at[i], task.label_factor, -f.label_reference));
-        g.at[i] = fmaf(f.label, e_label, g.at[i]);
-      }
+    if constexpr (kPower == kSeparate) {
+      const float e_label = power_of_two(fmaf(z.at[i], task.label_factor, -f.label_reference));
+      g.at[i] = fmaf(f.label, e_label, g.at[i]);
     }
   }
   return g;
@@ -305,48 +267,39 @@ template <class Functor, class Format, int kColumns, int kPower>
 KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
                                   const KeptSlice<Format, kColumns>& slice, const Sums& sums,
                                   const References& mine, const Kept<Format, kColumns>& kept) {
-  using Slice = KeptSlice<Format, kColumns>;
-  constexpr int kWidth = Format::kWidth;
+  constexpr int kWidth = Format::kWidth, kVectors = KeptSlice<Format, kColumns>::kVectors;
   const Factors factors(task, plan, sums);
   const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
   const GradientRow<kWidth> gradient(task, plan.row, slice.span);
-  const int begin = slice.first_of_warp();
-  const bool has_label = slice.has(plan.label);
-  if constexpr (kPower != kAnyPower) {
-    if (slice.is_full_warp() && gradient.is_whole(begin, begin + Slice::kColumnsPerWarp) &&
-        !has_label) {
-      const int64_t size = size_of(Format::kDType);
-      char* to = gradient.row + slice.first() * size;
-#pragma unroll
-      for (int k = 0; k < Slice::kVectors; ++k) {
-        store_vector(to + k * 32 * kWidth * size, Format::kDType,
-                     gradient_of<kPower>(task, f, kept, k, {}));
-      }
-      return;
+  const int begin = slice.first_of_warp(), past = slice.past_of_warp();
+  const auto vector_of = [&](int k, int column) {
+    Vector<kWidth> z{};
+    if constexpr (kPower == kSeparate) {
+      z = Format::widen(slice.template words_at<true>(slice.student, column));
     }
-  }
-  const auto store = [&](int k, int column, const Vector<kWidth>& raw) {
-    Vector<kWidth> z = raw;
-    if constexpr (kPower == kAnyPower) slice.transform_inside(task.student, column, z);
-    Vector<kWidth> g = gradient_of<kPower>(task, f, kept, k, z);
-    if (has_label) pull_label(plan.label, column, factors.label_pull, g);
-    if constexpr (kPower == kAnyPower) {
-      if (!is_plain(task.student)) {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) g.at[i] *= derivative(task.student, raw.at[i]);
-      }
-    }
-    gradient.template store_as<Format::kDType>(task, column, g);
+    return gradient_of<kPower>(task, f, kept, k, z);
   };
-  if constexpr (kPower == kAnyPower) {
-    slice.each_vector([&](int k, int column, const Words<4>& s,
-                          const Words<4>&) { store(k, column, Format::widen(s)); },
-                      [](int) {});
-  } else {
+  const int64_t size = size_of(Format::kDType);
+  char* to = gradient.row + slice.first() * size;
+  const bool is_plain = begin < past && gradient.is_whole(begin, past) && !slice.has(plan.label);
+  if (is_plain && slice.is_full_warp()) {
 #pragma unroll
-    for (int k = 0; k < Slice::kVectors; ++k) {
-      const int column = slice.first() + k * 32 * kWidth;
-      if (column < slice.span.past) store(k, column, {});
+    for (int k = 0; k < kVectors; ++k) {
+      store_vector(to + k * 32 * kWidth * size, Format::kDType,
+                   vector_of(k, slice.first() + k * 32 * kWidth));
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int column = slice.first() + k * 32 * kWidth;
+    if (column >= past) continue;
+    Vector<kWidth> g = vector_of(k, column);
+    if (is_plain) {
+      store_vector(to + k * 32 * kWidth * size, Format::kDType, g);
+    } else {
+      pull_label(plan.label, column, factors.label_pull, g);
+      gradient.template store_as<Format::kDType>(task, column, g);
     }
   }
 }
@@ -357,12 +310,12 @@ struct Brief {
   float student_reference, teacher_reference;
   float student, teacher, label, gap;
   float label_logit;
-  float label_reference[kPower == kAnyPower ? 1 : 0];  // a multiple of the student's otherwise
+  float label_reference[kPower == kSeparate ? 1 : 0];  // a multiple of the student's otherwise
 
   static KD_DEVICE Brief of(const Sums& s) {
     Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.label, s.gap,
             s.label_logit};
-    if constexpr (kPower == kAnyPower) b.label_reference[0] = s.label_reference;
+    if constexpr (kPower == kSeparate) b.label_reference[0] = s.label_reference;
     return b;
   }
 
@@ -370,7 +323,7 @@ struct Brief {
     Sums s = nothing();
     s.student_reference = student_reference;
     s.teacher_reference = teacher_reference;
-    if constexpr (kPower == kAnyPower) {
+    if constexpr (kPower == kSeparate) {
       s.label_reference = label_reference[0];
     } else {
       s.label_reference = kPower * student_reference;
@@ -388,7 +341,7 @@ struct Brief {
     Sums s = sums();
     References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
     top.label = kPower * top.student;
-    if constexpr (kPower == kAnyPower) top.label = warp_max(s.label_reference);
+    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
     rebase<Functor, false>(s, top);
     s.student = warp_sum(s.student, lanes);
     s.teacher = warp_sum(s.teacher, lanes);
@@ -428,8 +381,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = Format::kWidth, kWords = kPower == kAnyPower ? 12 : 8;
-  constexpr bool kReadsTwice = kPower == kAnyPower;  // the stage is read for the gradient, too
+  constexpr int kWidth = Format::kWidth, kWords = kPower == kSeparate ? 12 : 8;
+  constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
   using Message = Brief<kPower>;
   using Slice = KeptSlice<Format, kColumns>;
   extern __shared__ __align__(128) char memory[];
@@ -451,8 +404,9 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     if (pipeline.taken == 0 || !writes_outcome(number)) return;
     outcome.template write<Functor>(task, load_plan(&scratch.plans[number % kPlans]));
   };
-  // The next row's largest logits are looked for in the window, if it has arrived by then.
-  __shared__ float2 ahead[kRegisterThreads<kColumns>];
+  // The next row's largest logits are looked for in the window, if it has arrived by then, and if
+  // nothing has to be mended.
+  __shared__ References ahead[kRegisterThreads<kColumns>];
   bool looked = false;
   for (;;) {
     if (!looked) pipeline.wait();
@@ -462,9 +416,10 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const Slice slice{task, span, plan.row, pipeline.student_slice(), pipeline.teacher_slice()};
     References r;
     if (looked) {
-      r = {ahead[threadIdx.x].x, ahead[threadIdx.x].y, 0.0f};
+      r = ahead[threadIdx.x];
     } else {
-      r = slice.template references<kPower>();
+      slice.mend();
+      r = slice.references();
     }
     Kept<Format, kColumns> kept;
     Sums mine = observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
@@ -474,7 +429,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     if (pipeline.is_producer()) pipeline.prepare();
     write_last_outcome();
     looked = false;
-    if (kPower != kAnyPower && stages.count > 1) {
+    if (stages.count > 1) {
       Pipeline<kWords> next = pipeline;
       next.advance();
       if (next.has_arrived()) {
@@ -483,11 +438,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
           const Span columns = next.span(row.row);
           const Slice following{task, columns, row.row, next.student_slice(),
                                 next.teacher_slice()};
-          looked = following.is_full_warp();
-          if (looked) {
-            const References found = following.template references_of_full_warp<kPower>();
-            ahead[threadIdx.x] = make_float2(found.student, found.teacher);
-          }
+          looked = following.is_inner_warp();
+          if (looked) ahead[threadIdx.x] = following.references();
         }
       }
     }
@@ -502,8 +454,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     if (cancelled) {
       using Row = SharedRow<kWidth>;
       const Row of_student{slice.of_student()}, of_teacher{slice.of_teacher()};
-      const Sweep<Functor, kWidth, Row, kPower != kAnyPower> sweep{task, functor, span, of_student,
-                                                                   of_teacher};
+      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, span, of_student, of_teacher};
       anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
       // The rare sweep has the registers to itself, and the kept ones are filled again.
       observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
@@ -540,7 +491,7 @@ Kernel choose_register_kernel(LabelSum label_sum, int columns) {
         return kernel(register_kernel<Functor, Format, kMany, 2>);
       }
       if (label_sum == LabelSum::separate) {
-        return kernel(register_kernel<Functor, Format, kMany, kAnyPower>);
+        return kernel(register_kernel<Functor, Format, kMany, kSeparate>);
       }
       return kernel(register_kernel<Functor, Format, kMany, 1>);
     }
@@ -553,7 +504,7 @@ Kernel choose_register_kernel(LabelSum label_sum, int columns) {
     case LabelSum::fourth:
       return kernel(register_kernel<Functor, Format, kFew, 4>);
     case LabelSum::separate:
-      return kernel(register_kernel<Functor, Format, kFew, kAnyPower>);
+      return kernel(register_kernel<Functor, Format, kFew, kSeparate>);
     default:
       return kernel(register_kernel<Functor, Format, kFew, 1>);
   }

@@ -168,8 +168,8 @@ struct Pipeline {
   unsigned parity = 0;
   unsigned taken = 0;  // rows so far
 
-  KD_DEVICE const char* student_slice() const { return memory + stage * stages.bytes; }
-  KD_DEVICE const char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
+  KD_DEVICE char* student_slice() const { return memory + stage * stages.bytes; }
+  KD_DEVICE char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
 
   KD_DEVICE Span span(int row) const {
     return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank(),
@@ -219,6 +219,8 @@ struct Pipeline {
   // By the producer: the prepared copies, into a stage that is free; then the next row's plan.
   KD_DEVICE void request(int free, int next_position) {
     const CopyPlan copy = scratch.copy;
+    // What was mended of the row before, behind a barrier of the block, comes before the copies.
+    if (!stages.aligned) fence_bulk_copies();
     char* to = memory + free * stages.bytes;
     Barrier& full = scratch.full[free];
     const uint64_t policy = cache_policy(Keep::no);
@@ -268,52 +270,48 @@ struct Pipeline {
   }
 };
 
-// A slice of a row in shared memory. Columns outside the row read as -inf; those inside that no
-// bulk copy may fetch, at the tensor's two ends, are read from the tensor.
+// A slice of a row in shared memory.
 struct Slice {
   const Task& task;
   const Side& side;
-  const char* memory;
+  char* memory;
   int row;
   const Span& span;
 
-  KD_DEVICE const char* at(int column) const {
+  KD_DEVICE char* at(int column) const {
     return memory + (column - span.first) * static_cast<int>(size_of(side.dtype));
   }
+  KD_DEVICE float load_one_at(int column) const { return load_one(at(column), side.dtype); }
 
-  // Whether all of the unit of 8 columns that these begin in, and are all of or half, is within the
-  // row: then it was fetched.
-  KD_DEVICE bool is_inner(int first) const {
-    const int unit = first - ((first - span.origin) & 7);
-    return unit >= 0 && unit + 8 <= task.vocab;
-  }
-
-  KD_DEVICE float load_one_at(const Clip& clip, int column) const {
-    if (column < 0 || column >= task.vocab) return -INFINITY;
-    const char* in_tensor = clip.slice + (at(column) - memory);
-    const bool fetched = in_tensor >= clip.from && in_tensor < clip.to;
-    return load_one(fetched ? at(column) : in_tensor, side.dtype);
-  }
-
-  KD_DEVICE float load_one_at(int column) const {
-    return load_one_at(Clip(task, side, row, span), column);
-  }
-
-  template <int kWidth>
-  KD_DEVICE Vector<kWidth> load_edge(int first) const {
+  // Columns of a unit of 8 that lie outside the row become -inf; those inside that no bulk copy may
+  // fetch, at the tensor's two ends, are fetched here. Lanes [0, 8) of a warp do it.
+  KD_DEVICE void mend(int unit) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), column = unit + lane;
+    if (lane >= 8) return;
+    if (column < 0 || column >= task.vocab) {
+      store_one(at(column), side.dtype, -INFINITY);
+      return;
+    }
     const Clip clip(task, side, row, span);
-    Vector<kWidth> x;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) x.at[i] = load_one_at(clip, first + i);
-    return x;
+    const char* in_tensor = clip.slice + (at(column) - memory);
+    if (in_tensor >= clip.from && in_tensor < clip.to) return;
+    store_one(at(column), side.dtype, load_one(in_tensor, side.dtype));
   }
 };
+
+// Mends what has to be of the columns [from, to), whole units, of both slices, for the calling warp.
+KD_DEVICE void mend(const Slice& student, const Slice& teacher, int from, int to) {
+  const int vocab = student.task.vocab;
+  if (from >= to || (from >= 0 && to <= vocab)) return;
+  if (from < 0) student.mend(from), teacher.mend(from);
+  if (to > vocab) student.mend(to - 8), teacher.mend(to - 8);
+  __syncwarp();
+}
 
 // As Sweep reads it.
 template <int kWidth>
 struct SharedRow : Slice {
   KD_DEVICE Vector<kWidth> load(int first) const {
-    if (!is_inner(first)) return load_edge<kWidth>(first);
     return widen<kWidth>(
         side.dtype, [&](auto words) { return load_words<sizeof(words) / sizeof(unsigned)>(at(first)); });
   }
@@ -361,6 +359,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const Span span = pipeline.span(plan.row);
     const Row student{{task, task.student, pipeline.student_slice(), plan.row, span}};
     const Row teacher{{task, task.teacher, pipeline.teacher_slice(), plan.row, span}};
+    if (!stages.aligned) {
+      if (threadIdx.x < 32) mend(student, teacher, span.first, span.past);
+      __syncthreads();
+    }
     const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
     Sums sums = sweep.observe();
     sums.label_logit = label_logit(task, plan, span, student);
