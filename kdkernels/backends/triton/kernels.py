@@ -153,11 +153,15 @@ def _merged(state, temperature, P: tl.constexpr):
     (
         top_s, sum_s, sum_1, top_t, sum_t, gap, total, ent_s, ent_t, best_s, at_s, best_t, at_t
     ) = state  # fmt: skip
-    if P.divergence == "forward_kl" or P.divergence == "reverse_kl" or P.power != 1:
-        sum_s, sum_t, gap, sum_1 = _four_sums(sum_s, sum_t, gap, sum_1)
-    else:
-        sum_s, sum_t = _pair_sum(sum_s, sum_t)
+    sum_s, sum_t = _pair_sum(sum_s, sum_t)
+    if P.divergence != "forward_kl" and P.divergence != "reverse_kl":
         gap = 0.0
+        if P.power != 1:
+            sum_1 = tl.sum(sum_1, 0)
+    elif P.power != 1:
+        gap, sum_1 = _pair_sum(gap, sum_1)
+    else:
+        gap = tl.sum(gap, 0)
     if P.power == 1:
         sum_1 = sum_s
     if P.smoothing:
@@ -191,13 +195,6 @@ def _pair_max(a, b):
 @triton.jit
 def _pair_sum(a, b):
     return tl.split(tl.sum(tl.join(a, b), 0))
-
-
-@triton.jit
-def _four_sums(a, b, c, d):
-    a, b = _pair_sum(a, b)
-    c, d = _pair_sum(c, d)
-    return a, b, c, d
 
 
 @triton.jit

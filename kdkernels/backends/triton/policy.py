@@ -91,6 +91,8 @@ def choose(
     """
     if device.architecture // 10 == 10:
         heaviness = max(heaviness, 1)  # 64 registers spill there for float32 and for T = 2
+    if device.architecture // 10 == 12 and width == 4:
+        heaviness = max(heaviness, 1)  # float32: 18 spills of 64 registers (Triton 3.7.1)
     vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
     if device.kind == "interpreter":
         # Its time goes by operations, not by elements: few tiles, but more than one.
