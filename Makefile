@@ -83,8 +83,8 @@ gpu-day-second: $(if $(DRY),$(VENV)/.installed)
 gpu-day: $(if $(DRY),$(VENV)/.installed)
 	failed=0; for half in first second; do $(DAY) $$half $(DAY_ARGS) || failed=1; done; exit $$failed
 
-gpu-day-prepare:
-	$(PYTHON) -m benchmarks gpu-day prepare
+gpu-day-prepare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks gpu-day prepare
 
 clean:
 	rm -rf $(VENV) build kdkernels/_native*.so *.egg-info

@@ -16,8 +16,11 @@ def _reasons(name: str, problem: Problem) -> list[str]:
     return backend.unavailable() or backend.why_not(problem)
 
 
-def choose_backend(problem: Problem, name: str | None) -> str:
+def choose_backend(problem: Problem, name: str | None, *, extras: bool = False) -> str:
     """The name of the backend that runs ``problem``: ``name`` itself, or the first that can.
+
+    Where that one knows of a faster one for this problem, and it can run it, the faster one.
+    ``extras``: the entropies and hits are wanted, too.
 
     Raises:
         ValueError: ``name`` is unknown.
@@ -26,8 +29,12 @@ def choose_backend(problem: Problem, name: str | None) -> str:
     """
     if name is None:
         for candidate in BACKENDS:
-            if not _reasons(candidate, problem):
-                return _prepared(candidate, problem)
+            if _reasons(candidate, problem):
+                continue
+            faster = BACKENDS[candidate].yields(problem, extras)
+            if faster is not None and not _reasons(faster[0], problem):
+                candidate = faster[0]
+            return _prepared(candidate, problem)
         raise RuntimeError(_refusal("no backend can run this problem", problem, list(BACKENDS)))
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")

@@ -171,8 +171,8 @@ def fused_kd_loss(
         shift=shift,
         gradient=gradient,
         backend=backend,
+        return_outputs=return_outputs,
     )
-    _flag("return_outputs", return_outputs)
     problem = call.problem
     differentiable = student_logits.requires_grad and torch.is_grad_enabled()
     foreseen = differentiable and call.gradient == "foreseen"
@@ -214,6 +214,7 @@ def prepare(
     shift: bool,
     gradient: str,
     backend: str | None,
+    return_outputs: bool,
 ) -> Call:
     """Check every argument of :func:`fused_kd_loss` and choose the backend."""
     _check_logits(student_logits, teacher_logits, vocab_policy)
@@ -238,7 +239,7 @@ def prepare(
     items = _item_tensor(num_items, student_logits, reduction)
     teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     problem = Problem(student_logits, teacher, mask, weights, items, options)
-    name = choose_backend(problem, backend)
+    name = choose_backend(problem, backend, extras=_flag("return_outputs", return_outputs))
     if gradient == "auto":
         gradient = _gradient_mode(problem, name)
     return Call(problem, name, gradient, shift, labels is not None)

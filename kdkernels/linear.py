@@ -194,7 +194,7 @@ def _gradient_dtype(problem: _LinearProblem, name: str, max_chunk_bytes: int) ->
     if name == "student_logits":
         return problem.student_input.dtype
     if name != "student_bias" and _is_rounded(problem):
-        most = _most_rows(problem, _orders(problem), max_chunk_bytes)
+        most = _most_rows(problem, _orders(problem, max_chunk_bytes), max_chunk_bytes)
         if name == "student_hidden" or problem.leading_shape.numel() <= most:
             return problem.student_input.dtype
     return problem.logits_dtype
@@ -295,10 +295,12 @@ def _alive(problem: _LinearProblem) -> Tensor | None:
     return alive
 
 
-def _orders(problem: _LinearProblem) -> bool:
+def _orders(problem: _LinearProblem, max_chunk_bytes: int) -> bool:
     """Whether rows that count are brought together, where only a device knows their number."""
     hidden, weight, *_ = problem.student
     if hidden is None or weight is None or problem.labels is None or not _waits(hidden.device):
+        return False
+    if problem.leading_shape.numel() > _most_rows(problem, True, max_chunk_bytes):
         return False
     return products.ragged(hidden, weight, problem.logits_dtype)
 
@@ -370,7 +372,7 @@ class _Sweep:
                     self.dead.view(problem.labels.shape), problem.options.ignore_index
                 )
                 self.problem = self.problem._replace(labels=ignored)
-            if _orders(problem):
+            if _orders(problem, max_chunk_bytes):
                 self.counted = self.dead.view(-1).to(torch.uint8).argsort(stable=True)
                 self.count = alive.sum()
         elif alive is not None and not bool(alive.all()):
@@ -781,7 +783,6 @@ def _prepare(
 ) -> Call:
     """Checks and backend of the equivalent ``fused_kd_loss``, whose logits are stand-ins."""
     options = {**(fused_kd_loss.__kwdefaults__ or {}), **options}
-    del options["return_outputs"]
     if options["gradient"] == "auto" and options["reduction"] != "none":
         options["gradient"] = "forward"  # float16, too: it is stored in float32
     if options["gradient"] == "forward" and options["reduction"] == "none":

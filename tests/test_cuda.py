@@ -74,6 +74,35 @@ def test_what_cuda_refuses_goes_on_to_triton(monkeypatch: pytest.MonkeyPatch) ->
         choose_backend(problem_of(probe, probe), "cuda")
 
 
+def test_what_triton_does_faster_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the table of CudaBackend.yields; not a backend that was named, nor where Triton cannot."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(BACKENDS[name]), "unavailable", lambda self: [])
+        monkeypatch.setattr(type(BACKENDS[name]), "why_not", lambda self, problem: [])
+    monkeypatch.setattr(type(BACKENDS["cpu"]), "why_not", lambda self, problem: ["a GPU tensor"])
+    probe = torch.zeros(2, 3)
+    for divergence in ("forward_kl", "reverse_kl"):
+        for temperature in (1.0, 1.7, 3.0):
+            problem = problem_of(probe, probe, divergence=divergence, temperature=temperature)
+            assert choose_backend(problem, None) == "cuda"
+    assert choose_backend(problem_of(probe.expand(4, 2, 3), probe.expand(4, 2, 3)), None) == "cuda"
+    slow = {
+        "not a KL": problem_of(probe, probe, divergence="tvd"),
+        "transformed": problem_of(probe, probe, student_softcap=30.0),
+        "dtypes differ": problem_of(probe, probe.half()),
+        "column stride": problem_of(torch.zeros(2, 6)[:, ::2], probe),
+    }
+    for reason, problem in slow.items():
+        faster = BACKENDS["cuda"].yields(problem, False)
+        assert faster is not None and faster[0] == "triton" and reason in faster[1]
+        assert choose_backend(problem, None) == "triton"
+        assert choose_backend(problem, "cuda") == "cuda"
+    plain = problem_of(probe, probe)
+    assert choose_backend(plain, None, extras=True) == "triton"
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda self, problem: ["no"])
+    assert choose_backend(slow["transformed"], None) == "cuda"
+
+
 def test_the_flag_for_labels_is_not_made_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay would zero it again, and its memory would be the graph's."""
     monkeypatch.setattr("kdkernels.backends.gpu._is_capturing", lambda device: True)

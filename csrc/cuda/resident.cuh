@@ -46,8 +46,9 @@ static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
 // block of the cluster as a message, whose barrier counts their bytes.
 //
 // A message overwrites the one of kTurns exchanges before, which all warps of the receiver have
-// read: they did before the barrier of their block's next exchange, behind which its sender runs
-// fence_cluster() and then arrives for the exchange after that, which this block has waited for.
+// read: they did before the barrier of their block's next exchange, behind which the sender of the
+// exchange after that runs fence_cluster(); and for its arrival there this block has waited. Two
+// warps send in turn, so that none has both the message and the fence in one window.
 template <int kWords>
 struct Exchange {
   ResidentScratch<kWords>& scratch;
@@ -55,6 +56,9 @@ struct Exchange {
   unsigned turn = 0;
 
   KD_DEVICE int buffer() const { return turn % kTurns; }
+  KD_DEVICE bool is_sender(unsigned of_turn) const {
+    return threadIdx.x / 32 == (blockDim.x > 32 ? of_turn % 2 : 0);
+  }
 
   KD_DEVICE void expect(int which) const { scratch.arrived[which].expect(cluster * 4u * kWords); }
 
@@ -80,13 +84,13 @@ struct Exchange {
   // This block's message. `claim` of thread 0 goes with it.
   template <class Record, class Reduce>
   KD_DEVICE void begin(Record mine, int claim, const Record& empty, const Reduce& reduce_lanes) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     reduce_lanes(mine, Lanes<32>{});
     auto& slots = scratch.warps[turn % 2];
-    if (lane == 0) slots.put(warp, mine);
+    if (lane == 0) slots.put(threadIdx.x / 32, mine);
     if (threadIdx.x == 0) scratch.claims[turn % 2] = claim;
     __syncthreads();
-    if (cluster == 1 || warp != 0) return;
+    if (cluster == 1 || !is_sender(turn)) return;
     const Record block = sum_of(slots, blockDim.x / 32, empty, reduce_lanes);
     if (lane < cluster) {
       scratch.blocks[buffer()].send(cluster_rank(), block, claim_here(), scratch.arrived[buffer()], lane);
@@ -95,7 +99,7 @@ struct Exchange {
 
   // In the window: what this block has read is over before its next message.
   KD_DEVICE void fence() const {
-    if (cluster > 1 && threadIdx.x < 32) fence_cluster();
+    if (cluster > 1 && is_sender(turn + 1)) fence_cluster();
   }
 
   template <class Record, class Reduce>
@@ -176,8 +180,8 @@ struct Pipeline {
                    stages.each);
   }
 
-  // The second warp's first thread, if there is one: the first warp has messages to send.
-  KD_DEVICE bool is_producer() const { return threadIdx.x == (blockDim.x > 32 ? 32 : 0); }
+  // Of the last warp, which has the fewest columns.
+  KD_DEVICE bool is_producer() const { return threadIdx.x == blockDim.x - 32; }
   // Asked for again rather than kept in a register, as much else here.
   KD_DEVICE int rank() const { return cluster_rank(); }
   KD_DEVICE bool is_claimant() const { return rank() == 0 && threadIdx.x == 0; }

@@ -48,6 +48,13 @@ class Backend(ABC):
     def why_not(self, problem: Problem) -> list[str]:
         """Why this backend, available as it is, cannot run this problem; empty: it can."""
 
+    def yields(self, problem: Problem, extras: bool) -> tuple[str, str] | None:
+        """The backend that is faster for this problem, and why; None: this one is the first choice.
+
+        Asked where the caller leaves the choice open. If that backend cannot run it, this one does.
+        """
+        return None
+
     def prepare(self, problem: Problem) -> None:  # noqa: B027
         """Called once this backend is chosen, while a call is checked (or traced)."""
 
