@@ -227,7 +227,7 @@ def _no_graph(workload: Workload) -> str | None:
 
 
 def _prepare_linear(
-    max_chunk_bytes: int = MAX_CHUNK_BYTES, backend: str | None = None
+    max_chunk_bytes: int | None = None, backend: str | None = None
 ) -> Callable[..., Step]:
     def prepare(workload: Workload, inputs: Inputs) -> Step:
         def loss(given: Inputs) -> Tensor:
