@@ -630,11 +630,11 @@ def test_bfloat16_on_a_gpu(
         for name, tensor in given.items()
     }
     options |= {"gradient": mode, "max_chunk_bytes": 12 * rows * vocab // tiles}
+    options["token_weights"] = options["token_weights"].cuda()
     first = run(given, **options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        options["token_weights"] = options["token_weights"].cuda()
         got = run(given, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
