@@ -83,7 +83,7 @@ def print_code(architecture: str) -> None:
     """Registers, spills and widths of every kernel; of register kernels the hot path per element.
 
     "sweeps" are the machine instructions of the hot loops, "row" those of a thread's whole way
-    through a row, by its 32 columns; the copies into shared memory are bulk copies besides.
+    through a row, by its columns; the copies into shared memory are bulk copies besides.
     """
     if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
         print("machine code: not counted (nvcc was not found)")
@@ -106,7 +106,7 @@ def print_code(architecture: str) -> None:
 def _short(name: str) -> str:
     words = re.findall(
         r"(\w+?_kernel|ForwardKl|ReverseKl|EvenJsd|Jsd|Tvd|Skew\w+?Kl|LogRatio|"
-        r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Nothing|Float32|bfloat162|half2|Li\d)",
+        r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Nothing|Float32|bfloat162|half2|Li\d+)",
         name.replace("_ZN2kd4cuda", "").lstrip("0123456789"),
     )
     return " ".join(words).replace("Li", "")

@@ -7,8 +7,8 @@ a loop over the vocabulary.
 The CUDA register kernels unroll their loops over a thread's columns: their only loop is over rows,
 and counting that would count all code that rarely runs. :func:`hot_path` finds the hot path of a
 row instead, as the shortest way through the control flow that passes the sweeps of a warp that has
-nothing special among its columns: the block that finds the largest logits, the one that evaluates
-exponentials, and the one with the gradient's 16-byte stores. Whatever else lies on that way
+nothing special among its columns: the block that evaluates exponentials, the one that finds the next
+row's largest logits, and the one with the gradient's 16-byte stores. Whatever else lies on that way
 (barriers, the exchange, factors) is counted apart.
 """
 
@@ -158,7 +158,24 @@ def resident(registers: int, threads: int, shared: int = 0, architecture: int = 
     return min(65536 // per_warp // warps, most_warps // warps, shared_memory // (shared + 1024))
 
 
-COLUMNS_PER_THREAD = 32  # kColumnsPerThread in csrc/cuda/policy.h
+@dataclass(frozen=True)
+class RegisterKernel:
+    """What the name of a register kernel says: kColumns and kPower of csrc/cuda/register.cuh."""
+
+    columns: int
+    power: int  # 0: e^z is evaluated for itself, in the gradient again
+    width: int  # columns of 16 bytes
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> RegisterKernel:
+        found = re.search(r"Li(\d+)ELi(\d+)E", kernel.name)
+        if found is None:
+            raise ValueError(f"{kernel.name} is no register kernel")
+        return cls(int(found[1]), int(found[2]), 4 if "Float32" in kernel.name else 8)
+
+    @property
+    def vectors(self) -> int:
+        return self.columns // self.width
 
 
 @dataclass
@@ -233,8 +250,9 @@ _POWER, _LOAD, _STORE = r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128"
 
 @dataclass
 class HotPath:
-    """Instructions of one thread for one row of 32 columns."""
+    """Instructions of one thread for one row."""
 
+    of: RegisterKernel
     sweeps: int  # blocks of the loops over columns
     between: int
     special: int  # MUFU on the whole path
@@ -244,32 +262,55 @@ class HotPath:
     stores: int  # 16 bytes
 
     def is_complete(self) -> bool:
-        """Two exponentials a column, each vector of both models read twice, one gradient stored."""
-        n = COLUMNS_PER_THREAD
-        read_twice = self.loads == 4 * self.stores
-        return self.exponentials == 2 * n and read_twice and self.stores in (n // 8, n // 4)
+        """Two exponentials a column, each vector of both models read twice, one gradient stored.
+
+        Where e^z is evaluated for itself, twice one more, and the student's vectors once more.
+        """
+        separate = self.of.power == 0
+        exponentials = (4 if separate else 2) * self.of.columns
+        loads = (5 if separate else 4) * self.of.vectors
+        return (self.exponentials, self.loads, self.stores) == (
+            exponentials,
+            loads,
+            self.of.vectors,
+        )
 
     def per_element(self) -> tuple[float, float, float]:
-        n = COLUMNS_PER_THREAD
+        n = self.of.columns
         return self.sweeps / n, (self.sweeps + self.between) / n, self.special / n
 
 
 def hot_path(kernel: Kernel) -> HotPath:
     """Of a register kernel."""
+    shape = RegisterKernel.of(kernel)
     blocks = blocks_of(kernel.text)
     order = sorted(blocks)
-    vectors = COLUMNS_PER_THREAD // (4 if "Float32" in kernel.name else 8)
-    # The rare second sums have their own copies: the first of each kind is the hot one.
-    observed = next(a for a in order if blocks[a].count(_POWER) >= 2 * COLUMNS_PER_THREAD)
+    power = (3 if shape.power == 0 else 2) * shape.columns
+    # Blocks of the rare second sums, and of warps whose columns are not all there, are none of a
+    # full warp's way, or a longer one.
+    observed = [a for a in order if blocks[a].count(_POWER) == power]
     maxima = [
-        a for a in order
-        if a < observed and blocks[a].count("HMNMX|FMNMX") and blocks[a].count(_LOAD) == 2 * vectors
-    ]  # fmt: skip
-    stored = next(a for a in order if a > observed and blocks[a].count(_STORE) == vectors)
-    sweeps = [min(maxima, key=lambda a: len(blocks[a].code)), observed, stored]
-    way = sweeps[:1]
-    for goal in (*sweeps[1:], sweeps[0]):
-        way += _shortest(blocks, way[-1], goal)
+        a
+        for a in order
+        if blocks[a].count("HMNMX|FMNMX")
+        and blocks[a].count(_LOAD) == 2 * shape.vectors
+        and not blocks[a].count(_POWER)
+    ]
+    stored = [
+        a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors
+    ]
+    ways = []
+    for sweeps in itertools.product(observed, maxima, stored):
+        try:
+            way = list(sweeps[:1])
+            for goal in (*sweeps[1:], sweeps[0]):
+                way += _shortest(blocks, way[-1], goal)
+        except ValueError:
+            continue
+        ways.append((sum(len(blocks[a].code) for a in way[:-1]), way, sweeps))
+    if not ways:
+        raise ValueError(f"no way through the sweeps of {kernel.name}")
+    _, way, sweeps = min(ways)
     row = [blocks[a] for a in way[:-1]]
     inside = [blocks[a] for a in sweeps]
     exponentials, loads, stores = (
@@ -277,6 +318,7 @@ def hot_path(kernel: Kernel) -> HotPath:
     )
     length = sum(len(block.code) for block in inside)
     return HotPath(
+        shape,
         length,
         sum(len(block.code) for block in row) - length,
         sum(block.count("MUFU") for block in row),

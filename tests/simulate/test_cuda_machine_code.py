@@ -25,7 +25,7 @@ ARCHITECTURES = cuda_counts.ARCHITECTURES if simulator.WANTS_ALL else ("90",)
 SOURCES = [
     source
     for source in cuda_counts.SOURCES
-    if simulator.WANTS_ALL or source.stem == "register_bfloat16"
+    if simulator.WANTS_ALL or source.stem == "register_bfloat16_forward"
 ]
 
 
@@ -41,14 +41,15 @@ def test_nothing_is_spilled_and_hot_loops_are_short(source: Path, arch: str) -> 
 
 
 def hot_loops_are_short(cubin: bytes) -> None:
-    """At T = 1 and 2 at most 28 machine instructions and 3 special functions an element."""
+    """At most 28 machine instructions an element, and 3 special functions where e^z is a power."""
     if sass.tool("cuobjdump") is None:
         pytest.skip("cuobjdump was not found (the CUDA toolkit or Triton's wheel has it)")
     kernels = sass.read(cubin)
-    assert len(kernels) == 6
+    # By columns of a thread and power: float32 has no wide ones.
+    assert len(kernels) == (5 if "Float32" in kernels[0].name else 8)
     for kernel in kernels:
         path = sass.hot_path(kernel)
         assert path.is_complete(), (kernel.name, path)
         sweeps, _, special = path.per_element()
-        assert special <= 3.0, (kernel.name, path)
-        assert sweeps <= 28.0 or "Li4E" in kernel.name, (kernel.name, path)
+        assert special <= (3.0 if path.of.power else 4.5), (kernel.name, path)
+        assert sweeps <= 28.0, (kernel.name, path)
