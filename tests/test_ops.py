@@ -57,7 +57,6 @@ def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -
     weights = torch.rand(rows, device=device) if given.pop("weights", False) else None
     given.pop("extras", None)
     defaults = dict(fused_kd_loss.__kwdefaults__ or {})
-    del defaults["return_outputs"]
     call = prepare(
         student.requires_grad_(grad),
         teacher,

@@ -147,7 +147,7 @@ struct Sweep {
 template <class Row>
 KD_DEVICE float label_logit(const Task& task, const RowPlan& plan, const Span& span,
                             const Row& student) {
-  if (plan.label < span.first || plan.label >= span.past) return -INFINITY;
+  if (plan.label < 0 || plan.label < span.first || plan.label >= span.past) return -INFINITY;
   if (task.is_single()) return 0.0f;
   const float x = student.load_one_at(plan.label);
   return is_plain(task.student) ? x : transform(task.student, x);
