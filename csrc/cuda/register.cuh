@@ -383,6 +383,10 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
 #if __CUDA_ARCH__ >= 900
   constexpr int kWidth = Format::kWidth, kWords = kPower == kSeparate ? 12 : 8;
   constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
+  // Where two of these make it easy: the others would spill.
+  constexpr bool kLooksAhead = (kColumns == kColumnsPerThread) + is_forward_kl<Functor> +
+                                   (kPower != kSeparate) >=
+                               2;
   using Message = Brief<kPower>;
   using Slice = KeptSlice<Format, kColumns>;
   extern __shared__ __align__(128) char memory[];
@@ -392,7 +396,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   Exchange<kWords> exchange{scratch, stages.cluster};
   pipeline.start(exchange);
   dismiss_rows<kWidth>(task, scratch.counted);
-  int claim = pipeline.claim();
+  pipeline.keep_claim(0, pipeline.claim());
   const auto reduce = [](Message& b, auto lanes) { b.template reduce<Functor>(lanes); };
   // Of one block, another one for every row.
   const auto writes_outcome = [&](unsigned number) {
@@ -410,10 +414,10 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   bool looked = false;
   for (;;) {
     if (!looked) pipeline.wait();
-    const RowPlan plan = pipeline.plan();
-    if (plan.row < 0) break;
-    const Span span = pipeline.span(plan.row);
-    const Slice slice{task, span, plan.row, pipeline.student_slice(), pipeline.teacher_slice()};
+    const RowPlan before = pipeline.plan();
+    if (before.row < 0) break;
+    const Span span = pipeline.span(before.row);
+    const Slice slice{task, span, before.row, pipeline.student_slice(), pipeline.teacher_slice()};
     References r;
     if (looked) {
       r = ahead[threadIdx.x];
@@ -423,13 +427,14 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     }
     Kept<Format, kColumns> kept;
     Sums mine = observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
-    mine.label_logit = slice.label_logit(plan.label);
-    exchange.begin(Message::of(mine), claim, Message::of(nothing()), reduce);
-    claim = pipeline.claim();
+    mine.label_logit = slice.label_logit(before.label);
+    const int parity = pipeline.taken % 2;
+    exchange.begin(Message::of(mine), parity, Message::of(nothing()), reduce);
+    const int answer = pipeline.claim();
     if (pipeline.is_producer()) pipeline.prepare();
     write_last_outcome();
     looked = false;
-    if (stages.count > 1) {
+    if (kLooksAhead && stages.count > 1) {
       Pipeline<kWords> next = pipeline;
       next.advance();
       if (next.has_arrived()) {
@@ -445,7 +450,9 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     }
     exchange.fence();
     const Message brief = exchange.end(Message::of(nothing()), reduce);
-    const int next_position = pipeline.is_producer() ? exchange.last_claim() : 0;
+    const int next_position = pipeline.is_producer() ? exchange.received(parity) : 0;
+    pipeline.keep_claim(1 - parity, answer);
+    const RowPlan plan = pipeline.plan();  // again, instead of registers
     const Sums sums = with_label_sum(task, brief.sums());
     const Soundness soundness(sums);
     const bool spoiled = soundness.spoils_row(task);

@@ -36,7 +36,7 @@ struct ResidentScratch {
   RowPlan plans[kPlans];
   RowPlan fetched;  // the producer's: the row after those in the stages
   CopyPlan copy;    // the producer's
-  int claims[2];    // the claim that goes with an exchange
+  int claims[2];    // that goes with a row's exchange
   int counted;      // rows that count
 };
 
@@ -81,19 +81,19 @@ struct Exchange {
     return r;
   }
 
-  // This block's message. `claim` of thread 0 goes with it.
+  // This block's message; scratch.claims[claim] goes with it.
   template <class Record, class Reduce>
   KD_DEVICE void begin(Record mine, int claim, const Record& empty, const Reduce& reduce_lanes) {
     const int lane = threadIdx.x % 32;
     reduce_lanes(mine, Lanes<32>{});
     auto& slots = scratch.warps[turn % 2];
     if (lane == 0) slots.put(threadIdx.x / 32, mine);
-    if (threadIdx.x == 0) scratch.claims[turn % 2] = claim;
     __syncthreads();
     if (cluster == 1 || !is_sender(turn)) return;
     const Record block = sum_of(slots, blockDim.x / 32, empty, reduce_lanes);
     if (lane < cluster) {
-      scratch.blocks[buffer()].send(cluster_rank(), block, claim_here(), scratch.arrived[buffer()], lane);
+      scratch.blocks[buffer()].send(cluster_rank(), block, scratch.claims[claim],
+                                    scratch.arrived[buffer()], lane);
     }
   }
 
@@ -116,12 +116,9 @@ struct Exchange {
     return sum;
   }
 
-  KD_DEVICE int claim_here() const { return scratch.claims[turn % 2]; }
-
-  // What the first block's claim was in the exchange before.
-  KD_DEVICE int last_claim() const {
-    const unsigned last = turn - 1;
-    return cluster == 1 ? scratch.claims[last % 2] : scratch.blocks[last % kTurns].extra(0);
+  // What the first block's claim was in the exchange before, which was this row's.
+  KD_DEVICE int received(int claim) const {
+    return cluster == 1 ? scratch.claims[claim] : scratch.blocks[(turn - 1) % kTurns].extra(0);
   }
 
   KD_DEVICE Evaluated sum(const Evaluated& mine) {
@@ -186,9 +183,11 @@ struct Pipeline {
   KD_DEVICE int rank() const { return cluster_rank(); }
   KD_DEVICE bool is_claimant() const { return rank() == 0 && threadIdx.x == 0; }
 
-  KD_DEVICE int claim() const {
-    if (!is_claimant()) return 0;
-    return (stages.count + 1) * stages.clusters + atomicAdd(&task.plan->next, 1);
+  // The counter's answer, which is not waited for.
+  KD_DEVICE int claim() const { return is_claimant() ? atomicAdd(&task.plan->next, 1) : 0; }
+  // In two places in turn: one is read while the next row's is written.
+  KD_DEVICE void keep_claim(int slot, int answer) const {
+    if (is_claimant()) scratch.claims[slot] = (stages.count + 1) * stages.clusters + answer;
   }
 
   // By the producer: reads the plan of the row at this position among those that count.
@@ -353,7 +352,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   Exchange<kWords> exchange{scratch, stages.cluster};
   pipeline.start(exchange);
   dismiss_rows<kWidth>(task, scratch.counted);
-  int claim = pipeline.claim();
+  pipeline.keep_claim(0, pipeline.claim());
   const auto reduce = [&](Sums& s, auto lanes) { warp_reduce<Functor>(task, s, lanes); };
   for (;; pipeline.advance()) {
     pipeline.wait();
@@ -370,12 +369,14 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
     Sums sums = sweep.observe();
     sums.label_logit = label_logit(task, plan, span, student);
-    exchange.begin(sums, claim, nothing(), reduce);
-    claim = pipeline.claim();
+    const int parity = pipeline.taken % 2;
+    exchange.begin(sums, parity, nothing(), reduce);
+    const int answer = pipeline.claim();
     if (pipeline.is_producer()) pipeline.prepare();
     exchange.fence();
     Totals totals(task, exchange.end(nothing(), reduce));
-    const int next = pipeline.is_producer() ? exchange.last_claim() : 0;
+    const int next = pipeline.is_producer() ? exchange.received(parity) : 0;
+    pipeline.keep_claim(1 - parity, answer);
     const bool spoiled = totals.spoils_row(task);
     const bool closed = totals.close<Functor>();
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
