@@ -7,9 +7,9 @@ a loop over the vocabulary.
 The CUDA register kernels unroll their loops over a thread's columns: their only loop is over rows,
 and counting that would count all code that rarely runs. :func:`hot_path` finds the hot path of a
 row instead, as the shortest way through the control flow that passes the sweeps of a warp that has
-nothing special among its columns: the block that evaluates exponentials, the one that finds the next
-row's largest logits, and the one with the gradient's 16-byte stores. Whatever else lies on that way
-(barriers, the exchange, factors) is counted apart.
+nothing special among its columns: the block that evaluates exponentials, the one that finds the
+next row's largest logits, and the one with the gradient's 16-byte stores. Whatever else lies on
+that way (barriers, the exchange, factors) is counted apart.
 """
 
 from __future__ import annotations
@@ -296,9 +296,7 @@ def hot_path(kernel: Kernel) -> HotPath:
         and blocks[a].count(_LOAD) == 2 * shape.vectors
         and not blocks[a].count(_POWER)
     ]
-    stored = [
-        a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors
-    ]
+    stored = [a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors]
     ways = []
     for sweeps in itertools.product(observed, maxima, stored):
         try:
