@@ -298,7 +298,9 @@ def hot_path(kernel: Kernel) -> HotPath:
     ]
     stored = [a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors]
     ways = []
-    for sweeps in itertools.product(observed, maxima, stored):
+    # The largest logits are the next row's, before the gradient, or the row's own, before its rest.
+    found = list(itertools.product(observed, maxima, stored))
+    for sweeps in found + [(m, o, g) for o, m, g in found]:
         try:
             way = list(sweeps[:1])
             for goal in (*sweeps[1:], sweeps[0]):
