@@ -297,18 +297,23 @@ def hot_path(kernel: Kernel) -> HotPath:
         and not blocks[a].count(_POWER)
     ]
     stored = [a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors]
-    ways = []
-    # The largest logits are the next row's, before the gradient, or the row's own, before its rest.
+    # The largest logits are the next row's, looked for before this one's gradient; or, in kernels
+    # that do not look ahead, the row's own, before its exponentials.
     found = list(itertools.product(observed, maxima, stored))
-    for sweeps in found + [(m, o, g) for o, m, g in found]:
-        try:
+    for orders in (found, [(m, o, g) for o, m, g in found]):
+        ways = []
+        for sweeps in orders:
             way = list(sweeps[:1])
-            for goal in (*sweeps[1:], sweeps[0]):
-                way += _shortest(blocks, way[-1], goal)
-        except ValueError:
-            continue
-        ways.append((sum(len(blocks[a].code) for a in way[:-1]), way, sweeps))
-    if not ways:
+            try:
+                for goal in (*sweeps[1:], sweeps[0]):
+                    way += _shortest(blocks, way[-1], goal)
+            except ValueError:
+                continue
+            if len(set(way)) == len(way) - 1:  # one time around
+                ways.append((sum(len(blocks[a].code) for a in way[:-1]), way, sweeps))
+        if ways:
+            break
+    else:
         raise ValueError(f"no way through the sweeps of {kernel.name}")
     _, way, sweeps = min(ways)
     row = [blocks[a] for a in way[:-1]]
