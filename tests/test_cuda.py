@@ -91,6 +91,8 @@ def test_what_triton_does_faster_goes_to_triton(monkeypatch: pytest.MonkeyPatch)
         "transformed": problem_of(probe, probe, student_softcap=30.0),
         "dtypes differ": problem_of(probe, probe.half()),
         "column stride": problem_of(torch.zeros(2, 6)[:, ::2], probe),
+        "aligned differently": problem_of(torch.zeros(2, 4)[:, :3], probe),
+        "does not fit": problem_of(*[torch.zeros(1, 1).expand(2, 270000)] * 2),
     }
     for reason, problem in slow.items():
         faster = BACKENDS["cuda"].yields(problem, False)

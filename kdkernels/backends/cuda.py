@@ -9,6 +9,7 @@ it makes that row's loss and gradient NaN, and sets :func:`kdkernels.label_error
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,8 +39,23 @@ def _device_refusal(index: int) -> str:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _has_clusters(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+#: What 16 blocks of the register kernel hold, by the logits' bytes: csrc/cuda/policy.h.
+_MOST_COLUMNS = {4: 16 * 512 * 32, 2: 16 * 384 * 56, 8: 0}
+
+
+def _rows_differ(student: Tensor, teacher: Tensor) -> bool:
+    """Whether the two rows of some pair start at different places in 16 bytes, by their strides."""
+    return any(
+        size > 1 and (s * student.itemsize - t * teacher.itemsize) % 16 != 0
+        for size, s, t in zip(
+            student.shape[:-1], student.stride()[:-1], teacher.stride()[:-1], strict=True
+        )
+    )
 
 
 def _are_transformed(options: Options) -> bool:
@@ -73,6 +89,8 @@ class CudaBackend(NativeBackend):
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
         if problem.vocab > 1 << 30:
             reasons.append(f"its columns are 32-bit numbers: {problem.vocab} > 2^30")
+        if problem.rows >= 1 << 31:
+            reasons.append(f"its rows are 32-bit numbers: {problem.rows} > 2^31 - 1")
         return reasons
 
     def yields(self, problem: Problem, extras: bool) -> tuple[str, str] | None:
@@ -96,8 +114,8 @@ class CudaBackend(NativeBackend):
         alpha_beta                           4096    7.77   4.78
         ==================================  =====  ======  =====
 
-        What is not in it (label smoothing, extra outputs, two dtypes, other strides, no clusters)
-        runs in the two kernels that are slower there.
+        What is not in it (label smoothing, extra outputs, two dtypes, other strides and alignments,
+        longer rows, no clusters) runs in the two kernels that are slower there.
         """
         options, student, teacher = problem.options, problem.student, problem.teacher
         reasons = {
@@ -108,6 +126,8 @@ class CudaBackend(NativeBackend):
             "entropies and hits are wanted": extras,
             # 0 is a stand-in's, whose logits will be contiguous.
             "a column stride is not 1": max(student.stride(-1), teacher.stride(-1)) > 1,
+            "student and teacher rows are aligned differently": _rows_differ(student, teacher),
+            "the row does not fit on the chip": problem.vocab > _MOST_COLUMNS[student.itemsize],
             "the device has no clusters": student.is_cuda and not _has_clusters(student.device),
         }
         slow = next((reason for reason, holds in reasons.items() if holds), None)
