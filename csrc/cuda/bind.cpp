@@ -103,8 +103,8 @@ void bind_cuda(py::module_& m) {
         py::arg("rows"), py::arg("numbers"), py::arg("divergence"), py::arg("results"),
         py::arg("launch"), "Enqueues the loss on a stream; see csrc/cuda/bind.cpp for the tuples.");
   m.def("cuda_scale_gradient", &scale_gradient, py::arg("source"), py::arg("target"),
-        py::arg("dtype"), py::arg("rows"), py::arg("columns"),
-        py::arg("row_stride"), py::arg("factor"), py::arg("factor_stride"), py::arg("launch"));
+        py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"),
+        py::arg("factor"), py::arg("factor_stride"), py::arg("launch"));
   m.def("cuda_workspace_bytes", &cuda::workspace_bytes, py::arg("rows"));
   m.def("cuda_why_not", &cuda::why_not, py::arg("device"));
   m.def("cuda_description", &cuda::description);

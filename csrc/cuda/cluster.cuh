@@ -124,8 +124,7 @@ struct Mailbox {
   // To the same slot of another block, whose barrier counts the bytes and this arrival; `extra`
   // takes the last word. The arrival is relaxed: fence_cluster() before it makes it release.
   template <class Record>
-  KD_DEVICE void send(int slot, const Record& record, int extra, Barrier& barrier,
-                      int rank) const {
+  KD_DEVICE void send(int slot, const Record& record, int extra, Barrier& barrier, int rank) const {
     auto m = Message<kWords>::of(record);
     m.at[kWords - 1] = static_cast<unsigned>(extra);
     const unsigned on = remote_address(&barrier.state, rank);
@@ -142,9 +141,7 @@ struct Mailbox {
                  : "memory");
   }
 
-  KD_DEVICE int extra(int slot) const {
-    return static_cast<int>(pieces[kWords / 4 - 1][slot].w);
-  }
+  KD_DEVICE int extra(int slot) const { return static_cast<int>(pieces[kWords / 4 - 1][slot].w); }
 };
 
 // What this block did before it, and shared by barriers with the calling thread, comes before what

@@ -195,8 +195,7 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel.address,
                                                       kStreamThreads, 0),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor", launch.device);
-  const StreamPolicy policy =
-      stream_policy(shape, limits, blocks_per_processor);
+  const StreamPolicy policy = stream_policy(shape, limits, blocks_per_processor);
   Split split;
   split.parts = policy.parts;
   split.each = static_cast<int>(slice_columns(shape, policy.parts) / 8);
@@ -417,9 +416,8 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
       reason = "the row does not fit";
     } else if (forced.allows("shared")) {
       const auto kernel = [&](int) {
-        return visit(problem.divergence, [](const auto& functor) {
-          return resident_kernel_of(general(functor));
-        });
+        return visit(problem.divergence,
+                     [](const auto& functor) { return resident_kernel_of(general(functor)); });
       };
       if (resident_rows(kernel, false, task, launch, forced.cluster)) return;
       reason = "the row does not fit";

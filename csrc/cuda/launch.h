@@ -14,7 +14,7 @@ struct Launch {
   void* stream = nullptr;
   void* workspace = nullptr;  // at least workspace_bytes(rows) bytes, aligned to 16
   unsigned long long* label_errors = nullptr;  // see Task
-  const float* num_items = nullptr;  // on the device: the denominator; null = Problem's
+  const float* num_items = nullptr;            // on the device: the denominator; null = Problem's
 };
 
 // Everything here throws std::runtime_error naming the call and the device if CUDA fails.

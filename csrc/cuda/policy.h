@@ -15,7 +15,7 @@ struct DeviceLimits {
 struct RowShape {
   int64_t rows;
   int64_t vocab;
-  int bytes;  // student and teacher, one element of each
+  int bytes;     // student and teacher, one element of each
   bool aligned;  // every row of the student starts at a multiple of 16 bytes
 };
 
@@ -120,8 +120,8 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
 // spread them over idle processors, as long as a block keeps kLeastColumns.
 //
 // Where the kernel has a wide form, 8 blocks of it come before 16: of 16 an H200 runs 7 clusters at
-// once, on 112 of its 132 processors, and of 8 15, on 120 (measured), so that V = 151936 in bfloat16
-// has twice the rows in work. It also takes rows of more than 256k.
+// once, on 112 of its 132 processors, and of 8 15, on 120 (measured), so that V = 151936 in
+// bfloat16 has twice the rows in work. It also takes rows of more than 256k.
 inline ResidentPolicy best_resident_policy(const RowShape& shape, const DeviceLimits& limits,
                                            int largest_cluster, bool has_wide, int reserved) {
   ResidentPolicy best;

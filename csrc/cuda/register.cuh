@@ -1,7 +1,7 @@
-// The row-resident kernel for what distillation mostly runs: a KL of plain logits of one format, with
-// or without labels. Its exponentials stay in registers between the sweeps: two special-function
-// operations per element where e^z is a small power of e^(z/T) or not needed, four where it is no
-// such power.
+// The row-resident kernel for what distillation mostly runs: a KL of plain logits of one format,
+// with or without labels. Its exponentials stay in registers between the sweeps: two
+// special-function operations per element where e^z is a small power of e^(z/T) or not needed, four
+// where it is no such power.
 #pragma once
 
 #include "kernel.h"
@@ -61,12 +61,13 @@ struct Kept {
   Vector<Format::kWidth> student[kVectors], second[kVectors];
 };
 
-// How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits, in
-// each sweep that needs it.
+// How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits,
+// in each sweep that needs it.
 constexpr int kSeparate = 0;
 
-// This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are constant
-// distances apart, and that most warps know at once that nothing about their columns is special.
+// This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are
+// constant distances apart, and that most warps know at once that nothing about their columns is
+// special.
 template <class Format, int kColumns>
 struct KeptSlice {
   static constexpr int kWidth = Format::kWidth, kColumnsPerWarp = 32 * kColumns;
@@ -178,32 +179,32 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>&
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
   sums.label_reference = kPower == kSeparate ? r.label : kPower * r.student;
-  slice.template each_vector<kFull>([&](int k, const Words<4>& of_student,
-                                        const Words<4>& of_teacher) {
-    Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
-    const Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
+  slice.template each_vector<kFull>(
+      [&](int k, const Words<4>& of_student, const Words<4>& of_teacher) {
+        Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
+        const Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
-      const float u_t = fmaf(t.at[i], task.teacher.factor, -r.teacher);
-      const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
-      es.at[i] = e_s;
-      sums.student += e_s;
-      sums.teacher += e_t;
-      if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
-      if constexpr (kPower == kSeparate) {
-        sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
-      }
-      if constexpr (is_forward_kl<Functor>) {
-        second.at[i] = e_t;
-        add_weighed(sums.gap, e_t, u_t - u_s);
-      } else {
-        second.at[i] = 0.0f;
-        weigh(second.at[i], e_s, u_t - u_s);
-        sums.gap += second.at[i];
-      }
-    }
-  });
+        for (int i = 0; i < kWidth; ++i) {
+          const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
+          const float u_t = fmaf(t.at[i], task.teacher.factor, -r.teacher);
+          const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
+          es.at[i] = e_s;
+          sums.student += e_s;
+          sums.teacher += e_t;
+          if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
+          if constexpr (kPower == kSeparate) {
+            sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
+          }
+          if constexpr (is_forward_kl<Functor>) {
+            second.at[i] = e_t;
+            add_weighed(sums.gap, e_t, u_t - u_s);
+          } else {
+            second.at[i] = 0.0f;
+            weigh(second.at[i], e_s, u_t - u_s);
+            sums.gap += second.at[i];
+          }
+        }
+      });
   return sums;
 }
 
@@ -384,9 +385,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   constexpr int kWidth = Format::kWidth, kWords = kPower == kSeparate ? 12 : 8;
   constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
   // Where two of these make it easy: the others would spill.
-  constexpr bool kLooksAhead = (kColumns == kColumnsPerThread) + is_forward_kl<Functor> +
-                                   (kPower != kSeparate) >=
-                               2;
+  constexpr bool kLooksAhead =
+      (kColumns == kColumnsPerThread) + is_forward_kl<Functor> + (kPower != kSeparate) >= 2;
   using Message = Brief<kPower>;
   using Slice = KeptSlice<Format, kColumns>;
   extern __shared__ __align__(128) char memory[];
@@ -401,7 +401,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   // Of one block, another one for every row.
   const auto writes_outcome = [&](unsigned number) {
     const unsigned thread = blockDim.x > 64 ? 64 : 0;
-    return threadIdx.x == thread && number % stages.cluster == static_cast<unsigned>(pipeline.rank());
+    return threadIdx.x == thread &&
+           number % stages.cluster == static_cast<unsigned>(pipeline.rank());
   };
   const auto write_last_outcome = [&] {
     const unsigned number = pipeline.taken - 1;
@@ -441,8 +442,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
         const RowPlan row = next.plan();
         if (row.row >= 0) {
           const Span columns = next.span(row.row);
-          const Slice following{task, columns, row.row, next.student_slice(),
-                                next.teacher_slice()};
+          const Slice following{task, columns, row.row, next.student_slice(), next.teacher_slice()};
           looked = following.is_inner_warp();
           if (looked) ahead[threadIdx.x] = following.references();
         }

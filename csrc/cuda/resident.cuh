@@ -302,7 +302,8 @@ struct Slice {
   }
 };
 
-// Mends what has to be of the columns [from, to), whole units, of both slices, for the calling warp.
+// Mends what has to be of the columns [from, to), whole units, of both slices, for the calling
+// warp.
 KD_DEVICE void mend(const Slice& student, const Slice& teacher, int from, int to) {
   const int vocab = student.task.vocab;
   if (from >= to || (from >= 0 && to <= vocab)) return;
@@ -315,8 +316,9 @@ KD_DEVICE void mend(const Slice& student, const Slice& teacher, int from, int to
 template <int kWidth>
 struct SharedRow : Slice {
   KD_DEVICE Vector<kWidth> load(int first) const {
-    return widen<kWidth>(
-        side.dtype, [&](auto words) { return load_words<sizeof(words) / sizeof(unsigned)>(at(first)); });
+    return widen<kWidth>(side.dtype, [&](auto words) {
+      return load_words<sizeof(words) / sizeof(unsigned)>(at(first));
+    });
   }
 };
 

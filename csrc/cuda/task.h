@@ -61,9 +61,9 @@ struct Task {
   bool extras;
   float inverse_temperature;
 
-  float* losses;                     // [rows] for reduction "none", or null
-  float* statistics;                 // [10, rows], or null; the last 3 only with `extras`
-  char* gradient;                    // [rows, gradient_columns] in the student's dtype, or null
+  float* losses;      // [rows] for reduction "none", or null
+  float* statistics;  // [10, rows], or null; the last 3 only with `extras`
+  char* gradient;     // [rows, gradient_columns] in the student's dtype, or null
   int64_t gradient_columns;
   int64_t gradient_stride;  // elements from row to row
 
