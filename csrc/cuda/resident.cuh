@@ -81,7 +81,7 @@ struct Exchange {
     return r;
   }
 
-  // This block's message; scratch.claims[claim] goes with it.
+  // This block's message; the first block's scratch.claims[claim] goes with its own.
   template <class Record, class Reduce>
   KD_DEVICE void begin(Record mine, int claim, const Record& empty, const Reduce& reduce_lanes) {
     const int lane = threadIdx.x % 32;
@@ -92,8 +92,8 @@ struct Exchange {
     if (cluster == 1 || !is_sender(turn)) return;
     const Record block = sum_of(slots, blockDim.x / 32, empty, reduce_lanes);
     if (lane < cluster) {
-      scratch.blocks[buffer()].send(cluster_rank(), block, scratch.claims[claim],
-                                    scratch.arrived[buffer()], lane);
+      const int rank = cluster_rank(), extra = rank == 0 ? scratch.claims[claim] : 0;
+      scratch.blocks[buffer()].send(rank, block, extra, scratch.arrived[buffer()], lane);
     }
   }
 
