@@ -81,7 +81,8 @@ struct Exchange {
     return r;
   }
 
-  // This block's message; the first block's scratch.claims[claim] goes with its own.
+  // This block's message; scratch.claims[claim] goes with it, of which only the first block has
+  // one.
   template <class Record, class Reduce>
   KD_DEVICE void begin(Record mine, int claim, const Record& empty, const Reduce& reduce_lanes) {
     const int lane = threadIdx.x % 32;
@@ -92,8 +93,8 @@ struct Exchange {
     if (cluster == 1 || !is_sender(turn)) return;
     const Record block = sum_of(slots, blockDim.x / 32, empty, reduce_lanes);
     if (lane < cluster) {
-      const int rank = cluster_rank(), extra = rank == 0 ? scratch.claims[claim] : 0;
-      scratch.blocks[buffer()].send(rank, block, extra, scratch.arrived[buffer()], lane);
+      scratch.blocks[buffer()].send(cluster_rank(), block, scratch.claims[claim],
+                                    scratch.arrived[buffer()], lane);
     }
   }
 
@@ -245,6 +246,7 @@ struct Pipeline {
       publish_barriers();
       const int first = blockIdx.x / stages.cluster;
       scratch.counted = task.plan->counted;
+      scratch.claims[0] = scratch.claims[1] = 0;
       fetch(first);
       taken -= stages.count;
       for (int i = 0; i < stages.count; ++i, ++taken) {
