@@ -27,7 +27,7 @@ ROWS = 4
 
 
 def print_traffic() -> None:
-    """One line per vocabulary, dtype and temperature: forward and gradient of KL + CE."""
+    """One line per logits and temperature: forward and gradient of KL + CE."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "simulate")]
     import cases
     import simulator
@@ -36,30 +36,35 @@ def print_traffic() -> None:
     if reason := simulator.why_no_nvcc() or simulator.why_no_ptxsim():
         print(f"traffic: not counted ({reason})")
         return
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    logits = [(dtype, dtype, v, v) for dtype in (bfloat16, float32) for v in VOCABULARIES]
+    logits += [(float32, bfloat16, 128256, 128256), (bfloat16, float32, 128256, 128256)]
+    logits += [(bfloat16, bfloat16, 50257, 50304)]  # padded beside packed: aligned differently
     print("KL + CE with gradient, labels, sm_90; bytes and operations per element; * is per row")
-    print("dtype     V       T  blocks*  threads  read   written  beside*  MUFU  PTX   conflicts")
-    for dtype in (torch.bfloat16, torch.float32):
-        for vocab in VOCABULARIES:
-            for temperature in (1.0, 2.0):
-                student, teacher = cases.pair((ROWS, vocab), dtype)
-                labels = cases.labels_for((ROWS,), vocab, ignored=0.0)
-                with simulator.simulated() as recorder:
-                    cases.evaluate(
-                        student, teacher, labels, backend="cuda", temperature=temperature
-                    )
-                print(_line(recorder.launches, dtype.itemsize, str(dtype)[6:], vocab, temperature))
+    print("student   teacher   V               T  blocks*  threads  read   written  beside*", end="")
+    print("  MUFU  PTX   conflicts")
+    for student_dtype, teacher_dtype, vocab, columns in logits:
+        for temperature in (1.0, 2.0):
+            student, teacher = cases.pair((ROWS, columns), student_dtype, teacher_dtype)
+            student, teacher = student[:, :vocab], teacher[:, :vocab].contiguous()
+            labels = cases.labels_for((ROWS,), vocab, ignored=0.0)
+            with simulator.simulated() as recorder:
+                cases.evaluate(student, teacher, labels, backend="cuda", temperature=temperature)
+            of = f"{vocab} of {columns}" if columns > vocab else str(vocab)
+            print(f"{str(student_dtype)[6:]:9s} {str(teacher_dtype)[6:]:9s} {of:15s}", end=" ")
+            print(f"{temperature:.0f}  {_counts(recorder.launches, student, teacher)}")
 
 
-def _line(launches: list[Any], size: int, dtype: str, vocab: int, temperature: float) -> str:
+def _counts(launches: list[Any], student: Any, teacher: Any) -> str:
     (main,) = (s for s in launches if "register_kernel" in s.kernel or "resident" in s.kernel)
-    elements = ROWS * vocab
+    elements = student.numel()
     logits = [b for k, b in main.buffers.items() if k.startswith(("student", "teacher"))]
     read = sum(b["load_bytes"] for b in logits)
     written = sum(b["store_bytes"] for b in main.buffers.values())
-    beside = (read + written) / ROWS - 3 * size * vocab
+    beside = (read + written - elements * (2 * student.itemsize + teacher.itemsize)) / ROWS
     conflicts = main.shared["bank_conflicts"] / main.shared["wavefronts"]
     return (
-        f"{dtype:9s} {vocab:<7d} {temperature:.0f}  {main.grid[0] // ROWS:<7d}  {main.block[0]:<7d}"
+        f"{main.grid[0] // ROWS:<7d}  {main.block[0]:<7d}"
         f"  {read / elements:.3f}  {written / elements:.3f}    {beside:<7.0f}"
         f"  {main.mufu / elements:.2f}  {main.d['thread_instructions'] / elements:.1f}"
         f"  {100 * conflicts:.1f} %"

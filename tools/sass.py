@@ -164,7 +164,7 @@ class RegisterKernel:
 
     columns: int
     power: int  # 0: e^z is evaluated for itself, in the gradient again
-    width: int  # columns of 16 bytes
+    width: int  # columns of a vector: 16 bytes of the wider format
 
     @classmethod
     def of(cls, kernel: Kernel) -> RegisterKernel:
@@ -245,7 +245,7 @@ def _shortest(blocks: dict[int, Block], start: int, goal: int) -> list[int]:
     raise ValueError("no way")
 
 
-_POWER, _LOAD, _STORE = r"MUFU\.EX2", r"LDS\.128", r"STG\.E\.EF\.128"
+_POWER, _LOAD, _STORE = r"MUFU\.EX2", r"LDS\.(64|128)", r"STG\.E\.EF\.(64|128)"
 
 
 @dataclass
@@ -258,8 +258,8 @@ class HotPath:
     special: int  # MUFU on the whole path
     # Within the sweeps: what every column needs, so that a block that was missed shows.
     exponentials: int
-    loads: int  # 16 bytes of shared memory
-    stores: int  # 16 bytes
+    loads: int  # vectors of shared memory
+    stores: int  # vectors
 
     def is_complete(self) -> bool:
         """Two exponentials a column, each vector of both models read twice, one gradient stored.

@@ -153,6 +153,32 @@ KD_DEVICE Words<kWords> load_words(const char* from) {
   }
 }
 
+// The same, which the compiler does not know: so it computes what follows from it again, instead of
+// keeping that in registers.
+template <class Number>
+KD_DEVICE Number opaque(Number x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// 16 bytes of shared memory that start `shift` bytes, an even number, behind an aligned address.
+KD_DEVICE Words<4> load_shifted(const char* aligned, unsigned shift) {
+  const Words<4> low = load_words<4>(aligned), high = load_words<4>(aligned + 16);
+  unsigned both[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) both[i] = low.at[i], both[4 + i] = high.at[i];
+#pragma unroll
+  for (int step = 2; step > 0; step /= 2) {
+    const bool moves = (shift / 4 & step) != 0;
+#pragma unroll
+    for (int i = 0; i + step < 8; ++i) both[i] = moves ? both[i + step] : both[i];
+  }
+  Words<4> w;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w.at[i] = __funnelshift_r(both[i], both[i + 1], 8 * (shift % 4));
+  return w;
+}
+
 // kWidth elements by a function that loads words.
 template <int kWidth, class Load>
 KD_DEVICE Vector<kWidth> widen(DType dtype, const Load& load) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "policy.h"
 #include "task.h"
 
 namespace kd::cuda {
@@ -13,7 +14,8 @@ struct Stages {
   int teacher_offset, bytes;  // of a stage
   int cluster, clusters;      // blocks of a cluster; clusters of the grid
   int each;                   // units of 8 columns that a block has at most
-  bool aligned;               // every row starts and ends at a multiple of 16 bytes
+  bool congruent;             // vectors of every student's row are aligned in the teacher's, too
+  bool aligned;               // and every row starts and ends at a multiple of 16 bytes
 };
 
 // A kernel's address, and its functor as the bytes of the argument.
@@ -70,17 +72,33 @@ Kernel resident_kernel_of(const BetaOnly<false>&);
 Kernel resident_kernel_of(const AlphaOpposite&);
 Kernel resident_kernel_of(const LogRatio&);
 
-// Of a KL between plain logits of one format, for `columns` per thread. Where those are many there
-// is neither cube nor fourth.
+// Of a KL between plain logits, for `columns` per thread.
 Kernel register_kernel_of_float32_forward(LabelSum label_sum, int columns);
 Kernel register_kernel_of_float32_reverse(LabelSum label_sum, int columns);
 Kernel register_kernel_of_bfloat16_forward(LabelSum label_sum, int columns);
 Kernel register_kernel_of_bfloat16_reverse(LabelSum label_sum, int columns);
 Kernel register_kernel_of_float16_forward(LabelSum label_sum, int columns);
 Kernel register_kernel_of_float16_reverse(LabelSum label_sum, int columns);
+// Student and teacher.
+Kernel register_kernel_of_float32_bfloat16_forward(LabelSum label_sum, int columns);
+Kernel register_kernel_of_float32_bfloat16_reverse(LabelSum label_sum, int columns);
+Kernel register_kernel_of_bfloat16_float32_forward(LabelSum label_sum, int columns);
+Kernel register_kernel_of_bfloat16_float32_reverse(LabelSum label_sum, int columns);
 
-// Where each thread may have kWideColumnsPerThread. In float32 only one stage of such a block's
+constexpr bool has_register_kernel(DType student, DType teacher) {
+  return student == teacher || (student != DType::float16 && teacher != DType::float16);
+}
+
+// Where each thread may have kWideColumnsPerThread. With float32 only one stage of such a block's
 // slice would fit.
-constexpr bool has_wide_form(DType dtype) { return dtype != DType::float32; }
+constexpr bool has_wide_form(DType student, DType teacher) {
+  return student == teacher && student != DType::float32;
+}
+
+// Where there are kernels for the cube and the fourth power, too; elsewhere those count as
+// separate.
+constexpr bool has_every_power(DType student, DType teacher, int columns) {
+  return student == teacher && columns == kColumnsPerThread;
+}
 
 }  // namespace kd::cuda

@@ -170,10 +170,23 @@ bool is_aligned(const Task& task, const Side& side) {
          (task.inner == 1 || side.inner_stride * size % 16 == 0);
 }
 
+// Whether vectors that start at 16-byte boundaries of the student's rows do so in the teacher's.
+bool is_congruent(const Task& task) {
+  const Side &s = task.student, &t = task.teacher;
+  const int64_t s_size = size_of(s.dtype), t_size = size_of(t.dtype);
+  const auto differs = [&](int64_t s_bytes, int64_t t_bytes) {
+    return s_size == t_size ? (s_bytes - t_bytes) % 16 != 0
+                            : s_bytes % 16 != 0 || t_bytes % 16 != 0;
+  };
+  if (differs(reinterpret_cast<intptr_t>(s.data), reinterpret_cast<intptr_t>(t.data))) return false;
+  if (task.outer > 1 && differs(s.outer_stride * s_size, t.outer_stride * t_size)) return false;
+  return task.inner == 1 || !differs(s.inner_stride * s_size, t.inner_stride * t_size);
+}
+
 RowShape shape_of(const Task& task) {
   return {task.rows(), task.vocab,
           static_cast<int>(size_of(task.student.dtype) + size_of(task.teacher.dtype)),
-          is_aligned(task, task.student)};
+          is_aligned(task, task.student), is_congruent(task)};
 }
 
 void launch_stream(const Kernel& kernel, dim3 grid, int threads, Task& task, Split& split,
@@ -211,33 +224,20 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   }
 }
 
-// Whether vectors that start at 16-byte boundaries of the student's rows do so in the teacher's:
-// what bulk copies of both need.
-bool is_congruent(const Task& task) {
-  const Side &s = task.student, &t = task.teacher;
-  const int64_t s_size = size_of(s.dtype), t_size = size_of(t.dtype);
-  const auto differs = [&](int64_t s_bytes, int64_t t_bytes) {
-    return s_size == t_size ? (s_bytes - t_bytes) % 16 != 0
-                            : s_bytes % 16 != 0 || t_bytes % 16 != 0;
-  };
-  if (differs(reinterpret_cast<intptr_t>(s.data), reinterpret_cast<intptr_t>(t.data))) return false;
-  if (task.outer > 1 && differs(s.outer_stride * s_size, t.outer_stride * t_size)) return false;
-  return task.inner == 1 || !differs(s.inner_stride * s_size, t.inner_stride * t_size);
-}
-
 // Why no row-resident kernel can run the problem; null: one can, if the row fits.
 const char* why_not_resident(const Task& task, const DeviceLimits& limits) {
   if (limits.architecture < 90) return "the device has no clusters (sm_90)";
   if (task.student.column_stride != 1 || task.teacher.column_stride != 1) {
     return "a column stride is not 1";
   }
-  if (!is_congruent(task)) return "student and teacher rows are aligned differently";
   return nullptr;
 }
 
 const char* why_not_registers(const Problem& problem, const Task& task) {
   if (!is_closed(problem.divergence)) return "the divergence is not a KL";
-  if (task.student.dtype != task.teacher.dtype) return "the dtypes differ";
+  if (!has_register_kernel(task.student.dtype, task.teacher.dtype)) {
+    return "float16 beside another dtype";
+  }
   if (!problem.student.is_plain() || !problem.teacher.is_plain())
     return "the logits are transformed";
   if (task.extras || task.label_smoothing != 0.0f) return "label smoothing or extra outputs";
@@ -249,7 +249,14 @@ Kernel register_kernel_of(const Problem& problem, const Task& task, int columns)
   const auto choose = [&](auto of_forward, auto of_reverse) {
     return (reverse ? of_reverse : of_forward)(task.label_sum, columns);
   };
-  switch (task.student.dtype) {
+  const DType student = task.student.dtype, teacher = task.teacher.dtype;
+  if (student != teacher) {
+    return student == DType::float32 ? choose(register_kernel_of_float32_bfloat16_forward,
+                                              register_kernel_of_float32_bfloat16_reverse)
+                                     : choose(register_kernel_of_bfloat16_float32_forward,
+                                              register_kernel_of_bfloat16_float32_reverse);
+  }
+  switch (student) {
     case DType::bfloat16:
       return choose(register_kernel_of_bfloat16_forward, register_kernel_of_bfloat16_reverse);
     case DType::float16:
@@ -259,12 +266,11 @@ Kernel register_kernel_of(const Problem& problem, const Task& task, int columns)
   }
 }
 
-// How a register kernel with these columns per thread makes the exponentials at T = 1: wide ones
-// know few powers.
+// How a register kernel with these columns per thread makes the exponentials at T = 1.
 LabelSum label_sum_in_registers(const Task& task, int columns) {
   const bool is_rare = task.label_sum == LabelSum::cube || task.label_sum == LabelSum::fourth;
-  const bool wide = columns != kColumnsPerThread;
-  return wide && is_rare ? LabelSum::separate : task.label_sum;
+  const bool has_it = has_every_power(task.student.dtype, task.teacher.dtype, columns);
+  return is_rare && !has_it ? LabelSum::separate : task.label_sum;
 }
 
 // A launch of a row-resident kernel.
@@ -351,8 +357,8 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
     if (!policy.cluster) return false;
     const Kernel kernel = kernel_of(policy.columns_per_thread);
     allow_shared_memory(kernel, limits, reserved, launch);
-    const int stage_bytes = static_cast<int>(policy.slice_columns) * shape.bytes;
-    Cluster cluster(policy, stage_bytes, launch);
+    const int bytes = static_cast<int>(stage_bytes(shape, policy.slice_columns));
+    Cluster cluster(policy, bytes, launch);
     const int64_t active = active_clusters(kernel, cluster, launch);
     if (active == 0) {
       if (forced_cluster) return false;
@@ -361,11 +367,12 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
     const int64_t clusters = active < task.rows() ? active : task.rows();
     Stages stages{policy.stages,
                   static_cast<int>(policy.slice_columns) * s_size,
-                  stage_bytes,
+                  bytes,
                   policy.cluster,
                   static_cast<int>(clusters),
                   static_cast<int>(policy.slice_columns) / 8,
-                  shape.aligned && task.vocab % 8 == 0};
+                  shape.congruent,
+                  shape.congruent && shape.aligned && task.vocab % 8 == 0};
     cluster.config.gridDim.x = static_cast<unsigned>(clusters * policy.cluster);
     void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &stages};
     check(cudaLaunchKernelExC(&cluster.config, kernel.address, arguments), "cudaLaunchKernelExC",
@@ -409,8 +416,8 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
         set_label_sum(adapted, problem, label_sum_in_registers(task, columns));
         return register_kernel_of(problem, adapted, columns);
       };
-      if (resident_rows(kernel, has_wide_form(task.student.dtype), adapted, launch,
-                        forced.cluster)) {
+      const bool has_wide = has_wide_form(task.student.dtype, task.teacher.dtype);
+      if (resident_rows(kernel, has_wide, adapted, launch, forced.cluster)) {
         return;
       }
       reason = "the row does not fit";

@@ -15,8 +15,9 @@ struct DeviceLimits {
 struct RowShape {
   int64_t rows;
   int64_t vocab;
-  int bytes;     // student and teacher, one element of each
-  bool aligned;  // every row of the student starts at a multiple of 16 bytes
+  int bytes;       // student and teacher, one element of each
+  bool aligned;    // every row of the student starts at a multiple of 16 bytes
+  bool congruent;  // and vectors that start at such places do so in the teacher's rows
 };
 
 // The Plan, and space to the next aligned slot; the rows' plans are behind it.
@@ -40,9 +41,10 @@ constexpr int kColumnsPerThread = 32;
 // scheduler has 16384 registers, so its warps have more than 128 each where it has three, not four.
 constexpr int kWideColumnsPerThread = 56;
 constexpr int kWideThreads = 384;
-// The register kernel on sm_120, whose code needs a few registers more: 170 each instead of 128. A
-// stage of theirs is 48 KB in bfloat16, of the 94 that a block can have.
+// On sm_120, whose code needs a few registers more: three warps and two of a scheduler. A stage of
+// the former is 48 KB in bfloat16, of the 94 that a block can have.
 constexpr int kResidentThreadsOfSm120 = 384;
+constexpr int kWideThreadsOfSm120 = 256;
 // What the row-resident kernels have of shared memory besides the stages; checked there.
 constexpr int kResidentScratchBytes = 12288;
 struct StreamPolicy {
@@ -85,6 +87,11 @@ inline int64_t slice_columns(const RowShape& shape, int cluster) {
   return (units + cluster - 1) / cluster * 8;
 }
 
+// A teacher's slice that does not start at 16 bytes reaches into 16 more.
+inline int64_t stage_bytes(const RowShape& shape, int64_t columns) {
+  return columns * shape.bytes + (shape.congruent ? 0 : 16);
+}
+
 // One cluster size. A thread has up to 32 columns, so small slices take small blocks, of which
 // several share a processor: hence the share of shared memory by threads. `reserved` is the
 // kernel's static shared memory.
@@ -94,14 +101,14 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
   policy.columns_per_thread = columns_per_thread;
   const int64_t columns = slice_columns(shape, cluster);
   const bool wide = columns_per_thread != kColumnsPerThread;
-  const int64_t most_threads = limits.architecture >= 120 ? kResidentThreadsOfSm120
-                               : wide                     ? kWideThreads
-                                                          : kResidentThreads;
+  const int64_t most_threads = limits.architecture >= 120
+                                   ? (wide ? kWideThreadsOfSm120 : kResidentThreadsOfSm120)
+                                   : (wide ? kWideThreads : kResidentThreads);
   const int64_t warp_columns = columns_per_thread * int64_t{32};
   const int64_t threads = (columns + warp_columns - 1) / warp_columns * 32;
   if (threads > most_threads) return policy;
   const int64_t available = limits.shared_bytes - reserved;
-  const int64_t stage = columns * shape.bytes;
+  const int64_t stage = stage_bytes(shape, columns);
   if (stage > available) return policy;
   const int64_t share = available * threads / most_threads;
   int64_t stages = share / stage;

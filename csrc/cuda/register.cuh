@@ -1,5 +1,5 @@
-// The row-resident kernel for what distillation mostly runs: a KL of plain logits of one format,
-// with or without labels. Its exponentials stay in registers between the sweeps: two
+// The row-resident kernel for what distillation mostly runs: a KL of plain logits, with or without
+// labels. Its exponentials stay in registers between the sweeps: two
 // special-function operations per element where e^z is a small power of e^(z/T) or not needed, four
 // where it is no such power.
 #pragma once
@@ -11,7 +11,8 @@ namespace kd::cuda {
 
 struct Float32 {
   static constexpr DType kDType = DType::float32;
-  static constexpr int kWidth = 4;
+  static constexpr int kColumns = 4;  // of 16 bytes
+  static constexpr unsigned kMinusInfinity = 0xff800000u;
   float top = -INFINITY;
   KD_DEVICE void see(const Words<4>& w) {
 #pragma unroll
@@ -28,9 +29,11 @@ struct Float32 {
 template <class Pair, DType kCode>
 struct Half {
   static constexpr DType kDType = kCode;
-  static constexpr int kWidth = 8;
-  unsigned top = kCode == DType::bfloat16 ? 0xff80ff80u : 0xfc00fc00u;
-  KD_DEVICE void see(const Words<4>& w) {
+  static constexpr int kColumns = 8;
+  static constexpr unsigned kMinusInfinity = kCode == DType::bfloat16 ? 0xff80ff80u : 0xfc00fc00u;
+  unsigned top = kMinusInfinity;
+  template <int kWords>
+  KD_DEVICE void see(const Words<kWords>& w) {
 #pragma unroll
     for (const unsigned word : w.at) {
       const Pair larger =
@@ -43,10 +46,11 @@ struct Half {
     unpack(kCode, top, low, high);
     return fmaxf(low, high);
   }
-  static KD_DEVICE Vector<8> widen(const Words<4>& w) {
-    Vector<8> x;
+  template <int kWords>
+  static KD_DEVICE Vector<2 * kWords> widen(const Words<kWords>& w) {
+    Vector<2 * kWords> x;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) unpack(kCode, w.at[i], x.at[2 * i], x.at[2 * i + 1]);
+    for (int i = 0; i < kWords; ++i) unpack(kCode, w.at[i], x.at[2 * i], x.at[2 * i + 1]);
     return x;
   }
 };
@@ -54,23 +58,50 @@ struct Half {
 using BFloat16 = Half<__nv_bfloat162, DType::bfloat16>;
 using Float16 = Half<__half2, DType::float16>;
 
+// Of the two models. A vector has as many columns as 16 bytes of the wider one.
+template <class S, class T>
+struct Formats {
+  using Student = S;
+  using Teacher = T;
+  static constexpr int kWidth = S::kColumns < T::kColumns ? S::kColumns : T::kColumns;
+  template <class Format>
+  static constexpr int kWords = 4 * kWidth / Format::kColumns;
+};
+
 // e_s, and for forward KL e_t, for reverse KL e_s (u_t - u_s): relative to the thread's references.
-template <class Format, int kColumns>
+template <class Formats, int kColumns>
 struct Kept {
-  static constexpr int kVectors = kColumns / Format::kWidth;
-  Vector<Format::kWidth> student[kVectors], second[kVectors];
+  static constexpr int kVectors = kColumns / Formats::kWidth;
+  Vector<Formats::kWidth> student[kVectors], second[kVectors];
 };
 
 // How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits,
 // in each sweep that needs it.
 constexpr int kSeparate = 0;
 
+// -inf in shared memory, which is read instead of columns that are not there.
+template <class Format>
+struct Beyond {
+  static KD_DEVICE char* address() {
+    __shared__ uint4 words[2];
+    return reinterpret_cast<char*>(words);
+  }
+  // By one thread, before a barrier of the block.
+  static KD_DEVICE void make() {
+    constexpr unsigned kWord = Format::kMinusInfinity;
+    auto* words = reinterpret_cast<uint4*>(address());
+    words[0] = words[1] = make_uint4(kWord, kWord, kWord, kWord);
+  }
+};
+
 // This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are
 // constant distances apart, and that most warps know at once that nothing about their columns is
 // special.
-template <class Format, int kColumns>
+template <class Formats, int kColumns>
 struct KeptSlice {
-  static constexpr int kWidth = Format::kWidth, kColumnsPerWarp = 32 * kColumns;
+  using Student = typename Formats::Student;
+  using Teacher = typename Formats::Teacher;
+  static constexpr int kWidth = Formats::kWidth, kColumnsPerWarp = 32 * kColumns;
   static constexpr int kVectors = kColumns / kWidth;
   const Task& task;
   const Span& span;
@@ -100,22 +131,13 @@ struct KeptSlice {
     kd::cuda::mend(of_student(), of_teacher(), first_of_warp(), past_of_warp());
   }
 
-  static KD_DEVICE Words<4> minus_infinity() {
-    constexpr unsigned kWord = Format::kDType == DType::float32    ? 0xff800000u
-                               : Format::kDType == DType::bfloat16 ? 0xff80ff80u
-                                                                   : 0xfc00fc00u;
-    return {{kWord, kWord, kWord, kWord}};
-  }
-
-  // Behind the slice, which only the last warps of a block reach, -inf, which adds nothing; without
-  // a branch.
-  template <bool kFull>
-  KD_DEVICE Words<4> words_at(const char* slice, int column) const {
-    const int offset = (column - span.first) * static_cast<int>(size_of(Format::kDType));
-    if constexpr (kFull) return load_words<4>(slice + offset);
-    Words<4> w = minus_infinity();
-    if (column < span.past) w = load_words<4>(slice + offset);
-    return w;
+  // A vector's words; behind the slice, which only the last warps of a block reach, -inf, which
+  // adds nothing, without a branch.
+  template <class Format, bool kFull>
+  KD_DEVICE auto words_at(const char* slice, int column) const {
+    const char* from = slice + (column - span.first) * static_cast<int>(size_of(Format::kDType));
+    if (!kFull && column >= span.past) from = Beyond<Format>::address();
+    return load_words<Formats::template kWords<Format>>(from);
   }
 
   template <bool kFull, class Step>
@@ -124,21 +146,14 @@ struct KeptSlice {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int column = begin + k * 32 * kWidth;
-      step(k, words_at<kFull>(student, column), words_at<kFull>(teacher, column));
+      step(k, words_at<Student, kFull>(student, column), words_at<Teacher, kFull>(teacher, column));
     }
   }
 
   // The largest logits first, so that a thread has one reference for all its columns.
-  template <bool kFull>
-  KD_DEVICE void see(Format& of_student, Format& of_teacher) const {
-    each_vector<kFull>([&](int, const Words<4>& s, const Words<4>& t) {
-      of_student.see(s);
-      of_teacher.see(t);
-    });
-  }
-
   KD_DEVICE References references() const {
-    Format of_student, of_teacher;
+    Student of_student;
+    Teacher of_teacher;
     if (is_full_warp()) {
       see<true>(of_student, of_teacher);
     } else {
@@ -152,6 +167,15 @@ struct KeptSlice {
 
   KD_DEVICE float label_logit(int label) const {
     return has(label) ? of_student().load_one_at(label) : -INFINITY;
+  }
+
+ private:
+  template <bool kFull>
+  KD_DEVICE void see(Student& of_student, Teacher& of_teacher) const {
+    each_vector<kFull>([&](int, const auto& s, const auto& t) {
+      of_student.see(s);
+      of_teacher.see(t);
+    });
   }
 };
 
@@ -171,49 +195,48 @@ KD_DEVICE float add_label_power(float e, float sum) {
   return fmaf(root, root, sum);
 }
 
-template <class Functor, class Format, int kColumns, int kPower, bool kFull>
-KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>& slice,
-                            const References& r, Kept<Format, kColumns>& kept) {
-  constexpr int kWidth = Format::kWidth;
+template <class Functor, int kPower, bool kFull, class Formats, int kColumns>
+KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>& slice,
+                            const References& r, Kept<Formats, kColumns>& kept) {
+  constexpr int kWidth = Formats::kWidth;
   Sums sums = nothing();
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
   sums.label_reference = kPower == kSeparate ? r.label : kPower * r.student;
-  slice.template each_vector<kFull>(
-      [&](int k, const Words<4>& of_student, const Words<4>& of_teacher) {
-        Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
-        const Vector<kWidth> s = Format::widen(of_student), t = Format::widen(of_teacher);
+  slice.template each_vector<kFull>([&](int k, const auto& of_student, const auto& of_teacher) {
+    Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
+    const Vector<kWidth> s = Formats::Student::widen(of_student);
+    const Vector<kWidth> t = Formats::Teacher::widen(of_teacher);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
-          const float u_t = fmaf(t.at[i], task.teacher.factor, -r.teacher);
-          const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
-          es.at[i] = e_s;
-          sums.student += e_s;
-          sums.teacher += e_t;
-          if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
-          if constexpr (kPower == kSeparate) {
-            sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
-          }
-          if constexpr (is_forward_kl<Functor>) {
-            second.at[i] = e_t;
-            add_weighed(sums.gap, e_t, u_t - u_s);
-          } else {
-            second.at[i] = 0.0f;
-            weigh(second.at[i], e_s, u_t - u_s);
-            sums.gap += second.at[i];
-          }
-        }
-      });
+    for (int i = 0; i < kWidth; ++i) {
+      const float u_s = fmaf(s.at[i], task.student.factor, -r.student);
+      const float u_t = fmaf(t.at[i], task.teacher.factor, -r.teacher);
+      const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
+      es.at[i] = e_s;
+      sums.student += e_s;
+      sums.teacher += e_t;
+      if constexpr (kPower > 1) sums.label = add_label_power<kPower>(e_s, sums.label);
+      if constexpr (kPower == kSeparate) {
+        sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
+      }
+      if constexpr (is_forward_kl<Functor>) {
+        second.at[i] = e_t;
+        add_weighed(sums.gap, e_t, u_t - u_s);
+      } else {
+        second.at[i] = 0.0f;
+        weigh(second.at[i], e_s, u_t - u_s);
+        sums.gap += second.at[i];
+      }
+    }
+  });
   return sums;
 }
 
-template <class Functor, class Format, int kColumns, int kPower>
-KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Format, kColumns>& slice,
-                            const References& r, Kept<Format, kColumns>& kept) {
-  return slice.is_full_warp()
-             ? observe_kept<Functor, Format, kColumns, kPower, true>(task, slice, r, kept)
-             : observe_kept<Functor, Format, kColumns, kPower, false>(task, slice, r, kept);
+template <class Functor, int kPower, class Formats, int kColumns>
+KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>& slice,
+                            const References& r, Kept<Formats, kColumns>& kept) {
+  return slice.is_full_warp() ? observe_kept<Functor, kPower, true>(task, slice, r, kept)
+                              : observe_kept<Functor, kPower, false>(task, slice, r, kept);
 }
 
 // The gradient is student e_s - second second + label e_s^T, with the thread's own references
@@ -245,13 +268,13 @@ struct KeptFactors {
 };
 
 // `z`: the vector's logits, for kSeparate.
-template <int kPower, class Format, int kColumns>
-KD_DEVICE Vector<Format::kWidth> gradient_of(const Task& task, const KeptFactors& f,
-                                             const Kept<Format, kColumns>& kept, int k,
-                                             const Vector<Format::kWidth>& z) {
-  Vector<Format::kWidth> g;
+template <int kPower, class Formats, int kColumns>
+KD_DEVICE Vector<Formats::kWidth> gradient_of(const Task& task, const KeptFactors& f,
+                                              const Kept<Formats, kColumns>& kept, int k,
+                                              const Vector<Formats::kWidth>& z) {
+  Vector<Formats::kWidth> g;
 #pragma unroll
-  for (int i = 0; i < Format::kWidth; ++i) {
+  for (int i = 0; i < Formats::kWidth; ++i) {
     const float e = kept.student[k].at[i];
     // Two rounded products: equal operands must cancel to exactly 0.
     g.at[i] = f.student * e - f.second * kept.second[k].at[i];
@@ -264,11 +287,12 @@ KD_DEVICE Vector<Format::kWidth> gradient_of(const Task& task, const KeptFactors
   return g;
 }
 
-template <class Functor, class Format, int kColumns, int kPower>
+template <class Functor, int kPower, class Formats, int kColumns>
 KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
-                                  const KeptSlice<Format, kColumns>& slice, const Sums& sums,
-                                  const References& mine, const Kept<Format, kColumns>& kept) {
-  constexpr int kWidth = Format::kWidth, kVectors = KeptSlice<Format, kColumns>::kVectors;
+                                  const KeptSlice<Formats, kColumns>& slice, const Sums& sums,
+                                  const References& mine, const Kept<Formats, kColumns>& kept) {
+  using Format = typename Formats::Student;
+  constexpr int kWidth = Formats::kWidth, kVectors = KeptSlice<Formats, kColumns>::kVectors;
   const Factors factors(task, plan, sums);
   const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
   const GradientRow<kWidth> gradient(task, plan.row, slice.span);
@@ -276,7 +300,7 @@ KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
   const auto vector_of = [&](int k, int column) {
     Vector<kWidth> z{};
     if constexpr (kPower == kSeparate) {
-      z = Format::widen(slice.template words_at<true>(slice.student, column));
+      z = Format::widen(slice.template words_at<Format, true>(slice.student, column));
     }
     return gradient_of<kPower>(task, f, kept, k, z);
   };
@@ -371,29 +395,34 @@ struct Outcome {
 
 template <int kColumns>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-inline constexpr int kRegisterThreads = kResidentThreadsOfSm120;
+inline constexpr int kRegisterThreads =
+    kColumns == kColumnsPerThread ? kResidentThreadsOfSm120 : kWideThreadsOfSm120;
 #else
 inline constexpr int kRegisterThreads =
     kColumns == kColumnsPerThread ? kResidentThreads : kWideThreads;
 #endif
 
-template <class Functor, class Format, int kColumns, int kPower>
+template <class Functor, class Formats, int kColumns, int kPower>
 __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = Format::kWidth, kWords = kPower == kSeparate ? 12 : 8;
+  constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
   constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
   // Where two of these make it easy: the others would spill.
   constexpr bool kLooksAhead =
       (kColumns == kColumnsPerThread) + is_forward_kl<Functor> + (kPower != kSeparate) >= 2;
   using Message = Brief<kPower>;
-  using Slice = KeptSlice<Format, kColumns>;
+  using Slice = KeptSlice<Formats, kColumns>;
   extern __shared__ __align__(128) char memory[];
   __shared__ ResidentScratch<kWords> scratch;
   __shared__ Outcome<kPower> outcome;
   Pipeline<kWords> pipeline{task, stages, scratch, memory};
   Exchange<kWords> exchange{scratch, stages.cluster};
+  if (threadIdx.x == 0) {
+    Beyond<typename Formats::Student>::make();
+    Beyond<typename Formats::Teacher>::make();
+  }
   pipeline.start(exchange);
   dismiss_rows<kWidth>(task, scratch.counted);
   pipeline.keep_claim(0, pipeline.claim());
@@ -405,54 +434,60 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
            number % stages.cluster == static_cast<unsigned>(pipeline.rank());
   };
   const auto write_last_outcome = [&] {
-    const unsigned number = pipeline.taken - 1;
-    if (pipeline.taken == 0 || !writes_outcome(number)) return;
+    const unsigned number = pipeline.taken + 15u;
+    if (!pipeline.begun || !writes_outcome(number)) return;
     outcome.template write<Functor>(task, load_plan(&scratch.plans[number % kPlans]));
+  };
+  const auto slice_of = [&](const auto& from, int row, const Span& columns) {
+    return Slice{task, columns, row, from.student_slice(), from.teacher_slice()};
   };
   // The next row's largest logits are looked for in the window, if it has arrived by then, and if
   // nothing has to be mended.
   __shared__ References ahead[kRegisterThreads<kColumns>];
-  bool looked = false;
   for (;;) {
-    if (!looked) pipeline.wait();
+    if (!kLooksAhead || !pipeline.looked) pipeline.wait();
+    if (!stages.congruent) align(pipeline);
     const RowPlan before = pipeline.plan();
     if (before.row < 0) break;
-    const Span span = pipeline.span(before.row);
-    const Slice slice{task, span, before.row, pipeline.student_slice(), pipeline.teacher_slice()};
+    const Span span = pipeline.span();
+    const Slice slice = slice_of(pipeline, before.row, span);
     References r;
-    if (looked) {
+    if (kLooksAhead && pipeline.looked) {
       r = ahead[threadIdx.x];
     } else {
-      slice.mend();
+      if (stages.congruent) slice.mend();
       r = slice.references();
     }
-    Kept<Format, kColumns> kept;
-    Sums mine = observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
+    Kept<Formats, kColumns> kept;
+    Sums mine = observe_kept<Functor, kPower>(task, slice, r, kept);
     mine.label_logit = slice.label_logit(before.label);
     const int parity = pipeline.taken % 2;
     exchange.begin(Message::of(mine), parity, Message::of(nothing()), reduce);
     const int answer = pipeline.claim();
     if (pipeline.is_producer()) pipeline.prepare();
     write_last_outcome();
-    looked = false;
-    if (kLooksAhead && stages.count > 1) {
+    pipeline.looked = 0;
+    if (kLooksAhead && stages.count > 1 && stages.congruent) {
       Pipeline<kWords> next = pipeline;
       next.advance();
       if (next.has_arrived()) {
         const RowPlan row = next.plan();
         if (row.row >= 0) {
-          const Span columns = next.span(row.row);
-          const Slice following{task, columns, row.row, next.student_slice(), next.teacher_slice()};
-          looked = following.is_inner_warp();
-          if (looked) ahead[threadIdx.x] = following.references();
+          const Span columns = next.span();
+          const Slice following = slice_of(next, row.row, columns);
+          pipeline.looked = following.is_inner_warp();
+          if (pipeline.looked) ahead[threadIdx.x] = following.references();
         }
       }
     }
     exchange.fence();
     const Message brief = exchange.end(Message::of(nothing()), reduce);
-    const int next_position = pipeline.is_producer() ? exchange.received(parity) : 0;
+    if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
     pipeline.keep_claim(1 - parity, answer);
-    const RowPlan plan = pipeline.plan();  // again, instead of registers
+    // Again, instead of registers.
+    const RowPlan plan = pipeline.plan();
+    const Span same = pipeline.span();
+    const Slice again = slice_of(pipeline, plan.row, same);
     const Sums sums = with_label_sum(task, brief.sums());
     const Soundness soundness(sums);
     const bool spoiled = soundness.spoils_row(task);
@@ -460,27 +495,27 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
     if (cancelled) {
       using Row = SharedRow<kWidth>;
-      const Row of_student{slice.of_student()}, of_teacher{slice.of_teacher()};
-      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, span, of_student, of_teacher};
+      const Row of_student{again.of_student()}, of_teacher{again.of_teacher()};
+      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, same, of_student, of_teacher};
       anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
       // The rare sweep has the registers to itself, and the kept ones are filled again.
-      observe_kept<Functor, Format, kColumns, kPower>(task, slice, r, kept);
+      observe_kept<Functor, kPower>(task, again, r, kept);
       __syncthreads();
     }
     // All threads have passed a barrier since they read the stage: it is free.
-    if (!kReadsTwice && pipeline.is_producer()) pipeline.request(pipeline.stage, next_position);
+    if (!kReadsTwice && pipeline.is_producer()) pipeline.request();
     if (writes_outcome(pipeline.taken)) outcome = {brief, anew, cancelled};
     if (task.gradient) {
       if (spoiled) {
-        fill_gradient<kWidth>(task, plan.row, span, NAN);
+        fill_gradient<kWidth>(task, plan.row, same, NAN);
       } else {
-        differentiate_kept<Functor, Format, kColumns, kPower>(task, plan, slice, sums, r, kept);
+        differentiate_kept<Functor, kPower>(task, plan, again, sums, r, kept);
       }
       if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
     }
     if (kReadsTwice) {
       __syncthreads();
-      if (pipeline.is_producer()) pipeline.request(pipeline.stage, next_position);
+      if (pipeline.is_producer()) pipeline.request();
     }
     pipeline.advance();
   }
@@ -488,33 +523,28 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
 #endif
 }
 
-template <class Functor, class Format>
+template <class Functor, class Student, class Teacher = Student>
 Kernel choose_register_kernel(LabelSum label_sum, int columns) {
   constexpr int kFew = kColumnsPerThread, kMany = kWideColumnsPerThread;
+  constexpr DType kStudent = Student::kDType, kTeacher = Teacher::kDType;
+  using Both = Formats<Student, Teacher>;
   const auto kernel = [](auto function) { return make_kernel((const void*)function, Functor{}); };
-  if constexpr (has_wide_form(Format::kDType)) {
-    if (columns == kMany) {
-      if (label_sum == LabelSum::square) {
-        return kernel(register_kernel<Functor, Format, kMany, 2>);
-      }
-      if (label_sum == LabelSum::separate) {
-        return kernel(register_kernel<Functor, Format, kMany, kSeparate>);
-      }
-      return kernel(register_kernel<Functor, Format, kMany, 1>);
+  const auto of_every_shape = [&](auto few_or_many) {
+    constexpr int kColumns = few_or_many;
+    if (label_sum == LabelSum::square) return kernel(register_kernel<Functor, Both, kColumns, 2>);
+    if (label_sum == LabelSum::separate) {
+      return kernel(register_kernel<Functor, Both, kColumns, kSeparate>);
     }
+    return kernel(register_kernel<Functor, Both, kColumns, 1>);
+  };
+  if constexpr (has_wide_form(kStudent, kTeacher)) {
+    if (columns == kMany) return of_every_shape(std::integral_constant<int, kMany>{});
   }
-  switch (label_sum) {
-    case LabelSum::square:
-      return kernel(register_kernel<Functor, Format, kFew, 2>);
-    case LabelSum::cube:
-      return kernel(register_kernel<Functor, Format, kFew, 3>);
-    case LabelSum::fourth:
-      return kernel(register_kernel<Functor, Format, kFew, 4>);
-    case LabelSum::separate:
-      return kernel(register_kernel<Functor, Format, kFew, kSeparate>);
-    default:
-      return kernel(register_kernel<Functor, Format, kFew, 1>);
+  if constexpr (has_every_power(kStudent, kTeacher, kFew)) {
+    if (label_sum == LabelSum::cube) return kernel(register_kernel<Functor, Both, kFew, 3>);
+    if (label_sum == LabelSum::fourth) return kernel(register_kernel<Functor, Both, kFew, 4>);
   }
+  return of_every_shape(std::integral_constant<int, kFew>{});
 }
 
 }  // namespace kd::cuda

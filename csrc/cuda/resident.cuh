@@ -19,11 +19,13 @@ constexpr int kResidentWarps = kResidentThreads / 32;
 // before its place is taken, and barriers between make it so.
 constexpr int kTurns = 4, kPlans = 8;
 
-// Where the next bulk copies come from.
+// Where the next bulk copies come from, and where they go.
 struct CopyPlan {
   const char *student, *teacher;
   unsigned student_bytes, teacher_bytes;
   int student_offset, teacher_offset;  // in a stage
+  int stage;
+  int next;  // the position of the row after it among those that count
 };
 
 template <int kWords>
@@ -34,10 +36,11 @@ struct ResidentScratch {
   Barrier arrived[kTurns];
   Barrier full[kMostStages];
   RowPlan plans[kPlans];
-  RowPlan fetched;  // the producer's: the row after those in the stages
-  CopyPlan copy;    // the producer's
-  int claims[2];    // that goes with a row's exchange
-  int counted;      // rows that count
+  int4 spans[kPlans];  // of this block's part of the row; a Span in 16 bytes
+  RowPlan fetched;     // the producer's: the row after those in the stages
+  CopyPlan copy;       // the producer's
+  int claims[2];       // that goes with a row's exchange
+  int counted;         // rows that count
 };
 
 static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
@@ -57,7 +60,7 @@ struct Exchange {
 
   KD_DEVICE int buffer() const { return turn % kTurns; }
   KD_DEVICE bool is_sender(unsigned of_turn) const {
-    return threadIdx.x / 32 == (blockDim.x > 32 ? of_turn % 2 : 0);
+    return opaque(threadIdx.x) / 32 == (blockDim.x > 32 ? opaque(of_turn) % 2 : 0);
   }
 
   KD_DEVICE void expect(int which) const { scratch.arrived[which].expect(cluster * 4u * kWords); }
@@ -133,7 +136,9 @@ struct Exchange {
 // The bytes of a slice that a bulk copy fetches: the pieces of 16 bytes that hold some of the row
 // and lie inside the tensor.
 struct Clip {
-  const char *slice, *from, *to;
+  const char* slice;
+  const char* past;  // of the slice's last piece
+  const char *from, *to;
 
   KD_DEVICE Clip(const Task& task, const Side& side, int row, const Span& span) {
     const int64_t size = size_of(side.dtype);
@@ -144,13 +149,18 @@ struct Clip {
     if (lowest < side.begin) lowest += 16;
     if (highest > side.end) highest -= 16;
     slice = start + span.first * size;
-    const char* past = start + span.past * size;
-    from = slice < lowest ? lowest : slice;
+    past = start + span.past * size;
+    past += -reinterpret_cast<uintptr_t>(past) & 15;
+    from = slice - skew();
+    if (from < lowest) from = lowest;
     to = past > highest ? highest : past;
     if (to < from) to = from;
   }
 
+  // How far into 16 bytes the slice starts, there as in shared memory: 0 if rows are congruent.
+  KD_DEVICE int skew() const { return static_cast<int>(reinterpret_cast<uintptr_t>(slice) & 15); }
   KD_DEVICE unsigned bytes() const { return static_cast<unsigned>(to - from); }
+  KD_DEVICE int offset() const { return static_cast<int>(from - slice) + skew(); }
 };
 
 // Rows on their way to shared memory. One thread of each block, the producer, asks for them.
@@ -166,20 +176,18 @@ struct Pipeline {
   const Stages& stages;
   ResidentScratch<kWords>& scratch;
   char* memory;
-  int stage = 0;
-  unsigned parity = 0;
-  unsigned taken = 0;  // rows so far
+  // In one register: the kernels have none to spare.
+  unsigned stage : 8;
+  unsigned parity : 1;
+  unsigned looked : 1;  // whether the row's largest logits are known: see register_kernel
+  unsigned taken : 4;   // rows so far, modulo 16: more than plans, and what blocks take turns in
+  unsigned begun : 1;   // whether there was one
 
   KD_DEVICE char* student_slice() const { return memory + stage * stages.bytes; }
   KD_DEVICE char* teacher_slice() const { return student_slice() + stages.teacher_offset; }
 
-  KD_DEVICE Span span(int row) const {
-    return span_of(task.row_of(task.student, row), task.student.dtype, task.vocab, rank(),
-                   stages.each);
-  }
-
   // Of the last warp, which has the fewest columns.
-  KD_DEVICE bool is_producer() const { return threadIdx.x == blockDim.x - 32; }
+  KD_DEVICE bool is_producer() const { return opaque(threadIdx.x) == blockDim.x - 32; }
   // Asked for again rather than kept in a register, as much else here.
   KD_DEVICE int rank() const { return cluster_rank(); }
   KD_DEVICE bool is_claimant() const { return rank() == 0 && threadIdx.x == 0; }
@@ -204,29 +212,29 @@ struct Pipeline {
   KD_DEVICE void prepare() {
     wait_for_copies();
     const RowPlan plan = load_plan(&scratch.fetched);
-    scratch.plans[(taken + stages.count) % kPlans] = plan;
+    const int place = (taken + stages.count) % kPlans;
+    scratch.plans[place] = plan;
     CopyPlan copy{};
     if (plan.row >= 0) {
-      const Span columns = span(plan.row);
+      const char* row = task.row_of(task.student, plan.row);
+      const Span columns = span_of(row, task.student.dtype, task.vocab, rank(), stages.each);
+      scratch.spans[place] = make_int4(columns.origin, columns.first, columns.past, 0);
       const Clip student(task, task.student, plan.row, columns);
       const Clip teacher(task, task.teacher, plan.row, columns);
-      copy = {student.from,
-              teacher.from,
-              student.bytes(),
-              teacher.bytes(),
-              static_cast<int>(student.from - student.slice),
-              stages.teacher_offset + static_cast<int>(teacher.from - teacher.slice)};
+      copy = {student.from,    teacher.from,     student.bytes(),
+              teacher.bytes(), student.offset(), stages.teacher_offset + teacher.offset()};
     }
+    copy.stage = stage;
     scratch.copy = copy;
   }
 
   // By the producer: the prepared copies, into a stage that is free; then the next row's plan.
-  KD_DEVICE void request(int free, int next_position) {
+  KD_DEVICE void request() {
     const CopyPlan copy = scratch.copy;
     // What was mended of the row before, behind a barrier of the block, comes before the copies.
     if (!stages.aligned) fence_bulk_copies();
-    char* to = memory + free * stages.bytes;
-    Barrier& full = scratch.full[free];
+    char* to = memory + copy.stage * stages.bytes;
+    Barrier& full = scratch.full[copy.stage];
     const uint64_t policy = cache_policy(Keep::no);
     full.expect(copy.student_bytes + copy.teacher_bytes);
     if (copy.student_bytes) {
@@ -235,7 +243,7 @@ struct Pipeline {
     if (copy.teacher_bytes) {
       bulk_copy(to + copy.teacher_offset, copy.teacher, copy.teacher_bytes, full, policy);
     }
-    fetch(next_position);
+    fetch(copy.next);
   }
 
   // Before everything: sets the barriers up and requests the first rows.
@@ -250,9 +258,12 @@ struct Pipeline {
       fetch(first);
       taken -= stages.count;
       for (int i = 0; i < stages.count; ++i, ++taken) {
+        stage = i;
         prepare();
-        request(i, first + (i + 1) * stages.clusters);
+        scratch.copy.next = first + (i + 1) * stages.clusters;
+        request();
       }
+      stage = 0;
     }
     __syncthreads();
     // Everybody's barriers exist before anybody sends.
@@ -260,6 +271,10 @@ struct Pipeline {
   }
 
   KD_DEVICE RowPlan plan() const { return load_plan(&scratch.plans[taken % kPlans]); }
+  KD_DEVICE Span span() const {
+    const int4 w = scratch.spans[taken % kPlans];
+    return {w.x, w.y, w.z};
+  }
 
   KD_DEVICE void wait() { scratch.full[stage].wait(parity); }
   // Whether the row has arrived, for all threads of the warp alike.
@@ -269,6 +284,7 @@ struct Pipeline {
 
   KD_DEVICE void advance() {
     ++taken;
+    begun = 1;
     if (++stage < stages.count) return;
     stage = 0;
     parity ^= 1;
@@ -288,30 +304,75 @@ struct Slice {
   }
   KD_DEVICE float load_one_at(int column) const { return load_one(at(column), side.dtype); }
 
-  // Columns of a unit of 8 that lie outside the row become -inf; those inside that no bulk copy may
-  // fetch, at the tensor's two ends, are fetched here. Lanes [0, 8) of a warp do it.
-  KD_DEVICE void mend(int unit) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), column = unit + lane;
-    if (lane >= 8) return;
-    if (column < 0 || column >= task.vocab) {
-      store_one(at(column), side.dtype, -INFINITY);
-      return;
-    }
+  // Of 32 columns from here on, a lane each, those that lie outside the row or the slice become
+  // -inf, as far as the slice's pieces of 16 bytes reach; those of the row that no bulk copy may
+  // fetch, at the tensor's two ends, are fetched here.
+  KD_DEVICE void mend(int first) const {
+    const int column = first + static_cast<int>(threadIdx.x % 32);
     const Clip clip(task, side, row, span);
-    const char* in_tensor = clip.slice + (at(column) - memory);
-    if (in_tensor >= clip.from && in_tensor < clip.to) return;
-    store_one(at(column), side.dtype, load_one(in_tensor, side.dtype));
+    const int place = (column - span.first) * static_cast<int>(size_of(side.dtype));
+    const char* in_tensor = clip.slice + place;
+    if (place < -clip.skew() || in_tensor >= clip.past) return;
+    if (column < max(span.first, 0) || column >= min(span.past, task.vocab)) {
+      store_one(memory + place, side.dtype, -INFINITY);
+    } else if (in_tensor < clip.from || in_tensor >= clip.to) {
+      store_one(memory + place, side.dtype, load_one(in_tensor, side.dtype));
+    }
   }
 };
 
-// Mends what has to be of the columns [from, to), whole units, of both slices, for the calling
-// warp.
+// Mends what has to be of the columns [from, to), whole units, of both slices of congruent rows,
+// for the calling warp.
 KD_DEVICE void mend(const Slice& student, const Slice& teacher, int from, int to) {
   const int vocab = student.task.vocab;
   if (from >= to || (from >= 0 && to <= vocab)) return;
   if (from < 0) student.mend(from), teacher.mend(from);
-  if (to > vocab) student.mend(to - 8), teacher.mend(to - 8);
+  if (to > vocab) student.mend(to - 32), teacher.mend(to - 32);
   __syncwarp();
+}
+
+// For the block, of rows that are not congruent: mends the row that has arrived, and moves the
+// teacher's slice from where it lies, `skew` bytes further, to where its vectors are aligned like
+// the student's.
+template <int kWords>
+KD_DEVICE void align(const Pipeline<kWords>& pipeline) {
+  const Task& task = pipeline.task;
+  const int row = pipeline.plan().row;
+  if (row < 0) return;
+  const Span span = pipeline.span();
+  const int skew = Clip(task, task.teacher, row, span).skew();
+  const Slice teacher{task, task.teacher, pipeline.teacher_slice(), row, span};
+  if (threadIdx.x < 32) {
+    const Slice student{task, task.student, pipeline.student_slice(), row, span};
+    const Slice arrived{task, task.teacher, teacher.memory + skew, row, span};
+    student.mend(span.first - 8), arrived.mend(span.first - 8);
+    __syncwarp();
+    student.mend(span.past - 24), arrived.mend(span.past - 24);
+  }
+  __syncthreads();
+  if (skew == 0) return;
+  constexpr int kPieces = 4;  // of 16 bytes, of a thread at once
+  char* const end = teacher.at(span.past);
+  const int step = 16 * static_cast<int>(blockDim.x);
+#pragma unroll 1
+  for (char* begin = teacher.memory; begin < end; begin += kPieces * step) {
+    char* const mine = begin + 16 * threadIdx.x;
+    Words<4> pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (mine + i * step < end) pieces[i] = load_shifted(mine + i * step, skew);
+    }
+    // Those who read what is written here have, and of what is written nobody reads later.
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (mine + i * step < end) {
+        *reinterpret_cast<uint4*>(mine + i * step) =
+            make_uint4(pieces[i].at[0], pieces[i].at[1], pieces[i].at[2], pieces[i].at[3]);
+      }
+    }
+  }
+  __syncthreads();
 }
 
 // As Sweep reads it.
@@ -360,13 +421,14 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const auto reduce = [&](Sums& s, auto lanes) { warp_reduce<Functor>(task, s, lanes); };
   for (;; pipeline.advance()) {
     pipeline.wait();
+    if (!stages.congruent) align(pipeline);
     const RowPlan plan = pipeline.plan();
     if (plan.row < 0) break;
     using Row = SharedRow<kWidth>;
-    const Span span = pipeline.span(plan.row);
+    const Span span = pipeline.span();
     const Row student{{task, task.student, pipeline.student_slice(), plan.row, span}};
     const Row teacher{{task, task.teacher, pipeline.teacher_slice(), plan.row, span}};
-    if (!stages.aligned) {
+    if (stages.congruent && !stages.aligned) {
       if (threadIdx.x < 32) mend(student, teacher, span.first, span.past);
       __syncthreads();
     }
@@ -379,7 +441,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (pipeline.is_producer()) pipeline.prepare();
     exchange.fence();
     Totals totals(task, exchange.end(nothing(), reduce));
-    const int next = pipeline.is_producer() ? exchange.received(parity) : 0;
+    if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
     pipeline.keep_claim(1 - parity, answer);
     const bool spoiled = totals.spoils_row(task);
     const bool closed = totals.close<Functor>();
@@ -396,7 +458,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
       if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
     }
     __syncthreads();
-    if (pipeline.is_producer()) pipeline.request(pipeline.stage, next);
+    if (pipeline.is_producer()) pipeline.request();
   }
 #endif
 }

@@ -39,9 +39,9 @@ constexpr int kIgnored = -1, kSpoiled = -2;
 
 // What plan_kernel leaves in the workspace.
 struct Plan {
-  float denominator;  // of "mean"
-  int counted;        // rows that count
   int next;           // of the rows that count, those that clusters have taken beyond their first
+  int counted;        // rows that count
+  float denominator;  // of "mean"
 };
 
 struct Task {

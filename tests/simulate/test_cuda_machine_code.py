@@ -45,8 +45,9 @@ def hot_loops_are_short(cubin: bytes) -> None:
     if sass.tool("cuobjdump") is None:
         pytest.skip("cuobjdump was not found (the CUDA toolkit or Triton's wheel has it)")
     kernels = sass.read(cubin)
-    # By columns of a thread and power: float32 has no wide ones.
-    assert len(kernels) == (5 if "Float32" in kernels[0].name else 8)
+    # By columns of a thread and power: float32 has no wide ones, two formats have few powers.
+    mixed = kernels[0].name.count("Float32") == 1 and "bfloat16" in kernels[0].name
+    assert len(kernels) == (3 if mixed else 5 if "Float32" in kernels[0].name else 8)
     for kernel in kernels:
         path = sass.hot_path(kernel)
         assert path.is_complete(), (kernel.name, path)
