@@ -23,6 +23,19 @@ KD_DEVICE float power_of_two(float x) {
   return y;
 }
 
+// Of normal numbers, each by one operation of the special function unit. Subnormal ones are 0.
+KD_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+KD_DEVICE float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // sum += weight * x where there is weight: elsewhere x may be inf or NaN.
 KD_DEVICE void add_weighed(float& sum, float weight, float x) {
   asm("{.reg .pred p; setp.gt.f32 p, %1, 0f00000000; @p fma.rn.f32 %0, %1, %2, %0;}"
@@ -46,6 +59,25 @@ KD_DEVICE float warp_sum(float x, Lanes<kCount>) {
 #pragma unroll
   for (int step = kCount / 2; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
   return x;
+}
+
+// Four sums over each group of kCount lanes at once: half of the lanes go on with two of them, a
+// quarter with one. Ten messages between lanes instead of twenty.
+template <int kCount>
+KD_DEVICE void warp_sums(float (&x)[4], Lanes<kCount>) {
+  constexpr int kHalf = kCount / 2, kQuarter = kCount / 4;
+  const bool upper = (threadIdx.x & kHalf) != 0, odd = (threadIdx.x & kQuarter) != 0;
+  float first = upper ? x[2] : x[0], second = upper ? x[3] : x[1];
+  first += __shfl_xor_sync(kWholeWarp, upper ? x[0] : x[2], kHalf);
+  second += __shfl_xor_sync(kWholeWarp, upper ? x[1] : x[3], kHalf);
+  float sum = odd ? second : first;
+  sum += __shfl_xor_sync(kWholeWarp, odd ? first : second, kQuarter);
+#pragma unroll
+  for (int step = kCount / 8; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __shfl_sync(kWholeWarp, sum, i / 2 * kHalf + i % 2 * kQuarter);
+  }
 }
 
 // Floats in the order of signed integers.

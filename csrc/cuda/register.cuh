@@ -257,7 +257,7 @@ struct KeptFactors {
     } else {
       // q (log q/p - KL), in which the two log-sum-exps cancel.
       k.second = kLn2f * f.student * student_scale;
-      k.student = k.second * (__fdividef(s.gap, s.student) - (teacher_move - student_move));
+      k.student = k.second * (s.gap * reciprocal(s.student) - (teacher_move - student_move));
     }
     k.label = f.label;
     k.label_reference = s.label_reference;
@@ -295,7 +295,7 @@ KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
   constexpr int kWidth = Formats::kWidth, kVectors = KeptSlice<Formats, kColumns>::kVectors;
   const Factors factors(task, plan, sums);
   const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
-  const GradientRow<kWidth> gradient(task, plan.row, slice.span);
+  const GradientRow<kWidth> gradient(task, plan.row, slice.span, Format::kDType);
   const int begin = slice.first_of_warp(), past = slice.past_of_warp();
   const auto vector_of = [&](int k, int column) {
     Vector<kWidth> z{};
@@ -368,10 +368,9 @@ struct Brief {
     top.label = kPower * top.student;
     if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
     rebase<Functor, false>(s, top);
-    s.student = warp_sum(s.student, lanes);
-    s.teacher = warp_sum(s.teacher, lanes);
-    if constexpr (kPower != 1) s.label = warp_sum(s.label, lanes);
-    s.gap = warp_sum(s.gap, lanes);
+    float four[4] = {s.student, s.teacher, s.gap, s.label};
+    warp_sums(four, lanes);
+    s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
     s.label_logit = warp_max(s.label_logit);
     *this = of(s);
   }

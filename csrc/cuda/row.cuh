@@ -74,8 +74,9 @@ struct GradientRow {
   int first_whole,
       whole;  // vectors that begin in [first_whole, first_whole + whole) are stored whole
 
-  KD_DEVICE GradientRow(const Task& task, int index, const Span& span)
-      : row(task.gradient_row(index)), dtype(task.student.dtype) {
+  // `of`: the student's format, where the compiler may know it.
+  KD_DEVICE GradientRow(const Task& task, int index, const Span& span, DType of)
+      : row(task.gradient + index * task.gradient_stride * size_of(of)), dtype(of) {
     const int size = static_cast<int>(size_of(dtype));
     const bool aligned = is_aligned(row + span.first * size, kWidth * size);
     first_whole = max(span.first, 0);
@@ -115,7 +116,7 @@ struct GradientRow {
 // All of this part's columns, and with the last part those beyond the vocabulary.
 template <int kWidth>
 KD_DEVICE void fill_gradient(const Task& task, int row, const Span& span, float value) {
-  const GradientRow<kWidth> gradient(task, row, span);
+  const GradientRow<kWidth> gradient(task, row, span, task.student.dtype);
   Vector<kWidth> x;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) x.at[i] = value;
@@ -152,8 +153,9 @@ KD_DEVICE bool is_cancelled(float bits, float gap) {
 // The same decision from approximate logarithms, which all threads of a cluster take alike.
 template <class Functor>
 KD_DEVICE bool seems_cancelled(const Sums& s) {
-  const float gap = __fdividef(s.gap, weigher<Functor>(s));
-  return is_cancelled(closed_bits<Functor>(gap, __log2f(s.student) - __log2f(s.teacher)), gap);
+  const float gap = s.gap * reciprocal(weigher<Functor>(s));
+  const float excess = fast_log2(s.student) - fast_log2(s.teacher);
+  return is_cancelled(closed_bits<Functor>(gap, excess), gap);
 }
 
 struct Soundness {
@@ -300,10 +302,10 @@ struct Factors {
     }
     const float kd = plan.share * task.kd_slope;
     slope = kd * task.slope_unit;
-    // Sums lie between 1/2 and 2^31, where this division by a reciprocal errs by 2 ulp.
-    student = __fdividef(kd, s.student);
-    teacher = __fdividef(kd, s.teacher);
-    label = pull == 0.0f ? 0.0f : __fdividef(pull, s.label);
+    // Sums lie between 1/16 and 2^31, and such a quotient errs by 2 ulp.
+    student = kd * reciprocal(s.student);
+    teacher = kd * reciprocal(s.teacher);
+    label = pull == 0.0f ? 0.0f : pull * reciprocal(s.label);
     constant = -ce * task.label_smoothing / static_cast<float>(task.vocab);
     label_pull = ce * (1.0f - task.label_smoothing);
   }

@@ -122,7 +122,7 @@ struct Sweep {
 
   KD_DEVICE void differentiate(const RowPlan& plan, const Totals& totals) const {
     const Factors factors(task, plan, totals.sums);
-    const GradientRow<kWidth> gradient(task, plan.row, span);
+    const GradientRow<kWidth> gradient(task, plan.row, span, task.student.dtype);
     each_vector([&](int first) {
       Vector<kWidth> s = student.load(first);
       Vector<kWidth> t = transformed(teacher, task.teacher, first);
