@@ -20,6 +20,7 @@ from torch import Tensor
 import kdkernels
 from kdkernels import divergences, fused_kd_loss, fused_linear_kd_loss
 from kdkernels.backends import BACKENDS
+from kdkernels.backends.base import empty_gradient
 from kdkernels.dispatch import choose_backend
 from kdkernels.linear import MAX_CHUNK_BYTES
 
@@ -161,7 +162,7 @@ def _kernel(name: str | None = None) -> Callable[..., Step]:
         problem = workload.problem(inputs)
         backend = BACKENDS[choose_backend(problem, name)]
         backend.prepare(problem)
-        buffer = torch.empty_like(inputs.student) if workload.backward else None
+        buffer = empty_gradient(inputs.student) if workload.backward else None
 
         def step() -> Answer:
             result = backend.forward(

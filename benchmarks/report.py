@@ -164,6 +164,7 @@ _GPU_SECTIONS = (
     ("kd_ce", "Speed"),
     ("peer", "Beside the others"),
     ("divergence", "Divergences"),
+    ("mixed", "Student and teacher in two formats, or aligned differently"),
     ("variant", "Kernels and cluster sizes, forced"),
 )
 

@@ -59,6 +59,13 @@ GPU_SHAPES = (
     (8192, 32000, "fp32", 2.0),
 )
 GPU_VARIANT_SHAPES = GPU_SHAPES[:4]
+#: The same kernels on two formats, and on rows of two alignments: what the table of
+#: ``CudaBackend.yields`` could only count.
+GPU_MIXED = (
+    ((8192, 50257, "bf16", 2.0), {"columns": 50304}),
+    ((4096, 128256, "fp32", 2.0), {"teacher_dtype": "bf16"}),
+    ((4096, 128256, "bf16", 2.0), {"teacher_dtype": "fp32"}),
+)
 GPU_PEER_SHAPES = (GPU_SHAPES[0], GPU_SHAPES[3], (4096, 151936, "bf16", 1.0))
 GPU_SMALL_ROWS = {128256: (1, 8, 16, 64, 256, 1024), 151936: (64, 256, 1024), 32000: (64, 1024)}
 GPU_SMOKE_VOCABULARIES = (9, 1000, 32000, 50257, 128256, 151936, 262144)
@@ -122,6 +129,8 @@ class Workload:
     """``alpha T^2 D(teacher, student) + (1 - alpha) CE``, mean over rows.
 
     ``hidden`` is the size of the hidden states that the logits are made from; 0: logits are given.
+    ``teacher_dtype`` is the student's if it is empty. ``columns`` is the length of the student's
+    rows, of which the vocabulary is the beginning; 0: all. The teacher's rows are packed.
     ``allocator`` is ``"default"``, or ``"retain"`` for a process in which glibc keeps freed blocks
     (so that no contender pays for fresh pages).
     """
@@ -136,6 +145,8 @@ class Workload:
     backward: bool = True
     allocator: str = "default"
     hidden: int = 0
+    teacher_dtype: str = ""
+    columns: int = 0
 
     @property
     def group(self) -> str:
@@ -151,7 +162,7 @@ class Workload:
         """The provider that all others are compared with."""
         if self.group == "linear_chunk":
             return chunk_provider(MAX_CHUNK_BYTES)
-        if self.group in ("smoke", "variant"):
+        if self.group in ("smoke", "variant", "mixed"):
             return "kernel"
         return "fused_linear" if self.hidden else "fused"
 
@@ -164,7 +175,7 @@ class Workload:
             asked = asked and (self.timed or name not in ONLY_TIMED)
         elif self.group == "divergence":
             asked = family in ("fused", "kernel", "eager")
-        elif self.group in ("smoke", "variant"):
+        elif self.group in ("smoke", "variant", "mixed"):
             asked = family in ("kernel", "variant") and name != "kernel_forward_kl"
         elif self.group == "small":
             asked = family in ("fused", "kernel", "graph", "eager", "compile")
@@ -183,7 +194,9 @@ class Workload:
     @property
     def bytes_moved(self) -> int:
         """The least traffic with memory: student and teacher read once, the gradient written."""
-        return (3 if self.backward else 2) * self.itemsize * (self.learnt_elements or self.logits)
+        of_teacher = DTYPES[self.teacher_dtype or self.dtype].itemsize
+        bytes_each = (2 if self.backward else 1) * self.itemsize + of_teacher
+        return bytes_each * (self.learnt_elements or self.logits)
 
     @property
     def learnt_elements(self) -> int:
@@ -208,13 +221,16 @@ class Workload:
             teacher = torch.randn(shape, generator=generator, device=device).mul_(3 * size)
             student = torch.randn(shape, generator=generator, device=device).mul_(2 * size)
             student.add_(teacher, alpha=0.7)
-            return student.to(dtype), teacher.to(dtype)
+            return student.to(dtype), teacher.to(DTYPES[self.teacher_dtype or self.dtype])
 
         def choose_labels() -> Tensor:
             return torch.randint(self.vocab, (self.rows,), generator=generator, device=device)
 
         if not self.hidden:
-            return Inputs(*pair(self.rows, self.vocab), choose_labels())
+            student, teacher = pair(self.rows, self.vocab)
+            if self.columns:
+                student = F.pad(student, (0, self.columns - self.vocab))[:, : self.vocab]
+            return Inputs(student, teacher, choose_labels())
         labels = choose_labels()
         # The same hidden states for both, so that the logits are as above.
         shape = (self.rows, self.hidden)
@@ -350,6 +366,7 @@ def _of_shape(
     kind: str, rows: int, vocab: int, dtype: str, temperature: float, **more: Any
 ) -> Workload:
     name = f"{kind}/{dtype}/{rows}x{vocab}/T{temperature:g}"
+    name += "".join(f"/{option}={value}" for option, value in more.items() if option != "hidden")
     return Workload(name, rows, vocab, dtype, temperature, **more)
 
 
@@ -370,6 +387,7 @@ def gpu_suite() -> list[Workload]:
         ),
         *(_of_shape("kd_ce", *shape) for shape in GPU_SHAPES),
         *(_of_shape("variant", *shape) for shape in GPU_VARIANT_SHAPES),
+        *(_of_shape("mixed", *shape, **options) for shape, options in GPU_MIXED),
         *(
             _of_shape("small", rows, vocab, "bf16", 2.0)
             for vocab, all_rows in GPU_SMALL_ROWS.items()
@@ -390,11 +408,13 @@ def gpu_suite() -> list[Workload]:
 def tiny(workload: Workload) -> Workload:
     """The same on a few hundred rows' worth less, for a rehearsal on a CPU; its name stays."""
     few = max(2, workload.rows // 512)
+    vocab = min(workload.vocab, max(9, workload.vocab // 64))
     return replace(
         workload,
         rows=min(workload.rows, few if workload.group != "smoke" else 5),
-        vocab=min(workload.vocab, max(9, workload.vocab // 64)),
+        vocab=vocab,
         hidden=workload.hidden // 64,
+        columns=workload.columns and vocab + workload.columns - workload.vocab,
     )
 
 

@@ -41,8 +41,8 @@ def print_traffic() -> None:
     logits += [(float32, bfloat16, 128256, 128256), (bfloat16, float32, 128256, 128256)]
     logits += [(bfloat16, bfloat16, 50257, 50304)]  # padded beside packed: aligned differently
     print("KL + CE with gradient, labels, sm_90; bytes and operations per element; * is per row")
-    print("student   teacher   V               T  blocks*  threads  read   written  beside*", end="")
-    print("  MUFU  PTX   conflicts")
+    print("student   teacher   V               T  blocks*  threads  read   written  ", end="")
+    print("beside*  MUFU  PTX   conflicts")
     for student_dtype, teacher_dtype, vocab, columns in logits:
         for temperature in (1.0, 2.0):
             student, teacher = cases.pair((ROWS, columns), student_dtype, teacher_dtype)

@@ -91,7 +91,7 @@ HALVES: dict[str, tuple[Step, ...]] = {
         *(Step(f"smoke:{kernel}", 40) for kernel in ("registers", "shared", "stream", "default")),
         Step("ceilings", 30, alone=True, tail=8),
         Step("own", 80, alone=True),
-        Step("variants", 50, alone=True),
+        Step("variants", 65, alone=True),
         Step("small", 50, alone=True),
         Step(
             "counted",

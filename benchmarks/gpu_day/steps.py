@@ -298,7 +298,9 @@ def own(place: Place) -> None:
 
 
 def variants(place: Place) -> None:
+    """Both backends on formats and alignments that differ; kernels and cluster sizes, forced."""
     names = {"kernel", "kernel_cuda", "kernel_triton", "kernel_stream"}
+    _contests(place, _workloads(place, "mixed"), names)
     names |= {variant_provider(*v) for v in VARIANTS if v[1] in (0, 4, 8, 16)}
     _contests(place, _workloads(place, "variant"), names)
 

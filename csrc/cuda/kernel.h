@@ -14,8 +14,9 @@ struct Stages {
   int teacher_offset, bytes;  // of a stage
   int cluster, clusters;      // blocks of a cluster; clusters of the grid
   int each;                   // units of 8 columns that a block has at most
-  bool congruent;             // vectors of every student's row are aligned in the teacher's, too
-  bool aligned;               // and every row starts and ends at a multiple of 16 bytes
+  // Of type int, which the kernels test without a register.
+  int congruent;  // whether vectors of every student's row are aligned in the teacher's, too
+  int aligned;    // and whether every row starts and ends at a multiple of 16 bytes
 };
 
 // A kernel's address, and its functor as the bytes of the argument.

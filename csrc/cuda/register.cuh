@@ -79,18 +79,17 @@ struct Kept {
 // in each sweep that needs it.
 constexpr int kSeparate = 0;
 
-// -inf in shared memory, which is read instead of columns that are not there.
+// A vector of -inf in shared memory, which is read instead of columns that are not there.
 template <class Format>
 struct Beyond {
-  static KD_DEVICE char* address() {
-    __shared__ uint4 words[2];
-    return reinterpret_cast<char*>(words);
+  static KD_DEVICE uint4* vector() {
+    __shared__ uint4 words;
+    return &words;
   }
   // By one thread, before a barrier of the block.
   static KD_DEVICE void make() {
     constexpr unsigned kWord = Format::kMinusInfinity;
-    auto* words = reinterpret_cast<uint4*>(address());
-    words[0] = words[1] = make_uint4(kWord, kWord, kWord, kWord);
+    *vector() = make_uint4(kWord, kWord, kWord, kWord);
   }
 };
 
@@ -136,7 +135,7 @@ struct KeptSlice {
   template <class Format, bool kFull>
   KD_DEVICE auto words_at(const char* slice, int column) const {
     const char* from = slice + (column - span.first) * static_cast<int>(size_of(Format::kDType));
-    if (!kFull && column >= span.past) from = Beyond<Format>::address();
+    if (!kFull && column >= span.past) from = reinterpret_cast<char*>(Beyond<Format>::vector());
     return load_words<Formats::template kWords<Format>>(from);
   }
 
@@ -430,7 +429,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   const auto writes_outcome = [&](unsigned number) {
     const unsigned thread = blockDim.x > 64 ? 64 : 0;
     return threadIdx.x == thread &&
-           number % stages.cluster == static_cast<unsigned>(pipeline.rank());
+           (number & (stages.cluster - 1)) == static_cast<unsigned>(pipeline.rank());
   };
   const auto write_last_outcome = [&] {
     const unsigned number = pipeline.taken + 15u;
@@ -490,20 +489,20 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const Sums sums = with_label_sum(task, brief.sums());
     const Soundness soundness(sums);
     const bool spoiled = soundness.spoils_row(task);
-    Evaluated anew{};
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
+    if (writes_outcome(pipeline.taken)) outcome.brief = brief, outcome.cancelled = cancelled;
     if (cancelled) {
       using Row = SharedRow<kWidth>;
       const Row of_student{again.of_student()}, of_teacher{again.of_teacher()};
       const Sweep<Functor, kWidth, Row, true> sweep{task, functor, same, of_student, of_teacher};
-      anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
+      const Evaluated anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
+      if (writes_outcome(pipeline.taken)) outcome.anew = anew;
       // The rare sweep has the registers to itself, and the kept ones are filled again.
       observe_kept<Functor, kPower>(task, again, r, kept);
       __syncthreads();
     }
     // All threads have passed a barrier since they read the stage: it is free.
     if (!kReadsTwice && pipeline.is_producer()) pipeline.request();
-    if (writes_outcome(pipeline.taken)) outcome = {brief, anew, cancelled};
     if (task.gradient) {
       if (spoiled) {
         fill_gradient<kWidth>(task, plan.row, same, NAN);

@@ -291,7 +291,8 @@ def test_distributions_that_almost_agree_keep_their_digits(
     force(monkeypatch, kernel)
     student, noise = cases.pair((3, 1501))
     for divergence in ("forward_kl", "reverse_kl"):
-        options = {"divergence": divergence, "temperature": 3.0 if kernel in ("shared", "stream") else 2.0}
+        temperature = 3.0 if kernel in ("shared", "stream") else 2.0
+        options = {"divergence": divergence, "temperature": temperature}
         teacher = placed(student + 1e-3 * noise, kernel)
         with simulator.simulated():
             loss, _ = cases.evaluate(student, teacher, None, backend="cuda", **options)
