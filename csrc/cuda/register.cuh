@@ -490,7 +490,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const Soundness soundness(sums);
     const bool spoiled = soundness.spoils_row(task);
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
-    if (writes_outcome(pipeline.taken)) outcome.brief = brief, outcome.cancelled = cancelled;
+    if (writes_outcome(pipeline.taken)) outcome = {brief, Evaluated{}, cancelled};
     if (cancelled) {
       using Row = SharedRow<kWidth>;
       const Row of_student{again.of_student()}, of_teacher{again.of_teacher()};
