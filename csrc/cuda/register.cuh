@@ -407,6 +407,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
 #if __CUDA_ARCH__ >= 900
   constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
   constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
+  // The others would spill.
+  constexpr bool kLooksAhead = kColumns == kColumnsPerThread || is_forward_kl<Functor>;
   using Message = Brief<kPower>;
   using Slice = KeptSlice<Formats, kColumns>;
   extern __shared__ __align__(128) char memory[];
@@ -440,14 +442,14 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   // nothing has to be mended.
   __shared__ References ahead[kRegisterThreads<kColumns>];
   for (;;) {
-    if (!pipeline.looked) pipeline.wait();
+    if (!kLooksAhead || !pipeline.looked) pipeline.wait();
     if (!stages.congruent) align(pipeline);
     const RowPlan before = pipeline.plan();
     if (before.row < 0) break;
     const Span span = pipeline.span();
     const Slice slice = slice_of(pipeline, before.row, span);
     References r;
-    if (pipeline.looked) {
+    if (kLooksAhead && pipeline.looked) {
       r = ahead[threadIdx.x];
     } else {
       if (stages.congruent) slice.mend();
@@ -462,7 +464,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     if (pipeline.is_producer()) pipeline.prepare();
     write_last_outcome();
     pipeline.looked = 0;
-    if (stages.count > 1 && stages.congruent) {
+    if (kLooksAhead && stages.count > 1 && stages.congruent) {
       Pipeline<kWords> next = pipeline;
       next.advance();
       if (next.has_arrived()) {
