@@ -66,6 +66,8 @@ GPU_MIXED = (
     ((4096, 128256, "fp32", 2.0), {"teacher_dtype": "bf16"}),
     ((4096, 128256, "bf16", 2.0), {"teacher_dtype": "fp32"}),
 )
+#: Groups in which backends compete without the call around them.
+_KERNELS_ALONE = ("smoke", "variant", "mixed")
 GPU_PEER_SHAPES = (GPU_SHAPES[0], GPU_SHAPES[3], (4096, 151936, "bf16", 1.0))
 GPU_SMALL_ROWS = {128256: (1, 8, 16, 64, 256, 1024), 151936: (64, 256, 1024), 32000: (64, 1024)}
 GPU_SMOKE_VOCABULARIES = (9, 1000, 32000, 50257, 128256, 151936, 262144)
@@ -162,7 +164,7 @@ class Workload:
         """The provider that all others are compared with."""
         if self.group == "linear_chunk":
             return chunk_provider(MAX_CHUNK_BYTES)
-        if self.group in ("smoke", "variant", "mixed"):
+        if self.group in _KERNELS_ALONE:
             return "kernel"
         return "fused_linear" if self.hidden else "fused"
 
@@ -175,7 +177,7 @@ class Workload:
             asked = asked and (self.timed or name not in ONLY_TIMED)
         elif self.group == "divergence":
             asked = family in ("fused", "kernel", "eager")
-        elif self.group in ("smoke", "variant", "mixed"):
+        elif self.group in _KERNELS_ALONE:
             asked = family in ("kernel", "variant") and name != "kernel_forward_kl"
         elif self.group == "small":
             asked = family in ("fused", "kernel", "graph", "eager", "compile")
@@ -192,10 +194,13 @@ class Workload:
         return DTYPES[self.dtype].itemsize
 
     @property
+    def of_teacher(self) -> torch.dtype:
+        return DTYPES[self.teacher_dtype or self.dtype]
+
+    @property
     def bytes_moved(self) -> int:
         """The least traffic with memory: student and teacher read once, the gradient written."""
-        of_teacher = DTYPES[self.teacher_dtype or self.dtype].itemsize
-        bytes_each = (2 if self.backward else 1) * self.itemsize + of_teacher
+        bytes_each = (2 if self.backward else 1) * self.itemsize + self.of_teacher.itemsize
         return bytes_each * (self.learnt_elements or self.logits)
 
     @property
@@ -221,7 +226,7 @@ class Workload:
             teacher = torch.randn(shape, generator=generator, device=device).mul_(3 * size)
             student = torch.randn(shape, generator=generator, device=device).mul_(2 * size)
             student.add_(teacher, alpha=0.7)
-            return student.to(dtype), teacher.to(DTYPES[self.teacher_dtype or self.dtype])
+            return student.to(dtype), teacher.to(self.of_teacher)
 
         def choose_labels() -> Tensor:
             return torch.randint(self.vocab, (self.rows,), generator=generator, device=device)

@@ -185,8 +185,8 @@ KD_DEVICE Words<kWords> load_words(const char* from) {
   }
 }
 
-// The same, which the compiler does not know: so it computes what follows from it again, instead of
-// keeping that in registers.
+// x, which the compiler does not see: what follows from it is computed again where it is needed,
+// instead of being kept in registers.
 template <class Number>
 KD_DEVICE Number opaque(Number x) {
   asm volatile("" : "+r"(x));

@@ -441,6 +441,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   // The next row's largest logits are looked for in the window, if it has arrived by then, and if
   // nothing has to be mended.
   __shared__ References ahead[kRegisterThreads<kColumns>];
+  static_assert(sizeof(scratch) + sizeof(outcome) + sizeof(ahead) + 2 * sizeof(uint4) <=
+                kResidentScratchBytes);
   for (;;) {
     if (!kLooksAhead || !pipeline.looked) pipeline.wait();
     if (!stages.congruent) align(pipeline);
