@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdkernels.data import TokenBlocks
-from kdkernels.trainer import DistillationArguments, DistillationTrainer
+from kdkernels.commands.data import TokenBlocks
+from kdkernels.training.trainer import DistillationArguments, DistillationTrainer
 
 VOCAB = 17
 WORDS = [f"w{i}" for i in range(VOCAB - 2)]

@@ -120,8 +120,8 @@ HALVES: dict[str, tuple[Step, ...]] = {
         Step(
             "matrix",
             50,
-            tests=(*_PYTEST, "tests/test_matrix.py", "-k", "cuda or triton"),
-            rehearsed=("tests/test_matrix.py", "-k", "accurate and cpu-forward and sum"),
+            tests=(*_PYTEST, "tests/loss/test_matrix.py", "-k", "cuda or triton"),
+            rehearsed=("tests/loss/test_matrix.py", "-k", "accurate and cpu-forward and sum"),
             tail=4,
         ),
         *(_sanitized(tool) for tool in ("memcheck", "synccheck", "racecheck")),

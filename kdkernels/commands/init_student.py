@@ -1,0 +1,66 @@
+"""``kdkernels init-student``: a student that starts from some of its teacher's layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..losses.features import layer_map
+from ..training.folders import check_new
+from ..training.models import ModelSource, keep_layers, parse_layers
+from ..training.tasks import TASKS, check_config
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_CARD = """# Untrained student of {teacher}
+
+Layers {layers} (of {available}) of {teacher}, made with `kdkernels init-student`. It has not been
+trained. The teacher's licence binds it.
+"""
+
+
+def choose(text: str, available: int) -> list[int]:
+    """``"0,2,5-7"``, or ``"uniform:3"``: the layers that a uniform layer map would compare with."""
+    kind, _, number = text.partition(":")
+    if kind != "uniform":
+        return parse_layers(text, available)
+    if not number.isdigit() or not 1 <= int(number) <= available:
+        raise ValueError(f"layers: {text!r} is not uniform:N with N in 1..{available}")
+    return [theirs - 1 for _, theirs in layer_map("uniform", int(number), available)]
+
+
+def make_student(
+    teacher: str, layers: str, output: Path, *, task: str = "causal-lm", dtype: str = "float32"
+) -> PreTrainedModel:
+    """Write the student, its tokenizer and a card into ``output``; ValueError on bad input.
+
+    Args:
+        teacher: a folder, a hub name, or a .gguf file.
+        layers: which to keep, from 0, as :func:`choose` reads them.
+        output: a folder that does not exist or is empty.
+        dtype: of the weights; "auto": as the teacher's are stored.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: {task!r} is not one of {', '.join(TASKS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_new("output_dir", output)
+    source = ModelSource("teacher", teacher)
+    source.check()
+    config = source.config()
+    check_config(TASKS[task], config, "teacher")
+    kept = choose(layers, config.num_hidden_layers)
+    tokenizer, model = source.tokenizer(), source.model(dtype, TASKS[task])
+    student = keep_layers(model, kept)
+    if dtype != "auto":
+        module: torch.nn.Module = student
+        module.to(getattr(torch, dtype))
+    student.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    card = _CARD.format(
+        teacher=teacher, layers=", ".join(map(str, kept)), available=config.num_hidden_layers
+    )
+    (output / "README.md").write_text(card, encoding="utf-8")
+    return student

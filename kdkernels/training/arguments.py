@@ -1,0 +1,210 @@
+"""The options of :class:`kdkernels.training.DistillationTrainer`, checked at construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from .. import divergences
+from ..dispatch import available_backends
+from ..functional import DIVISOR, divides
+from . import schedules
+from .terms import TermArguments
+
+VOCAB_POLICIES = ("error", "truncate")
+FUSED_LINEAR = ("auto", "true", "false")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Options of ``TrainingArguments`` -> the least value with which training can start.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
+
+
+@dataclass
+class DistillationArguments(TermArguments, TrainingArguments):
+    """``transformers.TrainingArguments`` plus the options of the distillation loss and its terms.
+
+    ``label_smoothing_factor`` of the base class is the smoothing of the label term. A bad value
+    raises ValueError that names the option, the value and what is allowed.
+    """
+
+    output_dir: str | None = field(
+        default="distilled", metadata={"help": "Folder for all results."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Softens both distributions; > 0. Usual: 1 for language models, 2 to 4."},
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the distillation term in [0, 1]; the labels get 1 - alpha. 0 trains "
+            "on labels only (the teacher is not run), 1 on the teacher only."
+        },
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "Distance of student and teacher: " + ", ".join(divergences.names()) + "."
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher in the mixture of jsd and the skewed divergences."
+        },
+    )
+    divergence_parameters: list[float] | None = field(
+        default=None,
+        metadata={"help": "All parameters of the divergence, e.g. 0.2 0.7 for alpha_beta."},
+    )
+    temperature_squared: bool = field(
+        default=True,
+        metadata={"help": "Multiply the distillation term by temperature squared (Hinton 2015)."},
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log-normaliser of the student; >= 0."}
+    )
+    vocab_policy: str = field(
+        default="error",
+        metadata={
+            "help": "Vocabularies of different size: error, or truncate (use the common prefix)."
+        },
+    )
+    loss_backend: str | None = field(
+        default=None,
+        metadata={"help": "Backend of the loss by name; default: the best that can run."},
+    )
+    fused_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the loss from hidden states, so that logits exist only in tiles: auto "
+            "(where the output layer of a language model can be found), true (or refuse) or false."
+        },
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Teacher weights: auto (as they are), float32, bfloat16, float16."},
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "Device of the teacher; default: the student's."}
+    )
+    # The base class replaces a NaN loss in the log by the running mean, at the price of one host
+    # synchronisation per micro-batch. A loss library shows NaN and does not synchronise.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and inf losses in the log."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_inherited()
+        self.check_terms()
+        # Evaluations are comparable along a run: they use what the schedules end with.
+        if self.alpha_schedule is not None:
+            ends = self.alpha_over_time()
+            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
+            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
+            self.alpha = ends.end
+        if self.temperature_schedule is not None:
+            ends = self.temperature_over_time()
+            for end in (ends.lowest, ends.highest):
+                self._check_number("temperature_schedule", end, divides(end), DIVISOR)
+            self.temperature = ends.end
+        self._check_number("temperature", self.temperature, divides(self.temperature), DIVISOR)
+        self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
+        self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
+        smoothing = self.label_smoothing_factor
+        self._check_number("label_smoothing_factor", smoothing, 0 <= smoothing < 1, "in [0, 1)")
+        self._check_choice("divergence", self.divergence, divergences.names())
+        self.fused_linear = str(self.fused_linear).lower()  # True and False, too
+        self._check_choice("fused_linear", self.fused_linear, FUSED_LINEAR)
+        self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
+        self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        self.resolved_divergence()
+        if self.teacher_device is not None:
+            self._check_device("teacher_device", self.teacher_device)
+        if self.loss_backend is not None:
+            self._check_backend(self.loss_backend)
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
+                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
+            )
+
+    def _check_inherited(self) -> None:
+        """Numbers of the base class that would only fail, or do nothing, once training starts."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}: {value} is not at least {least}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: {self.seed} is not less than 2^32")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            self._check_number(name, value, value >= 0, ">= 0")
+
+    @staticmethod
+    def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:
+        if not (allowed and math.isfinite(value)):
+            raise ValueError(f"{name}: {value!r} is not allowed; it must be finite and {interval}")
+
+    @staticmethod
+    def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+    @staticmethod
+    def _check_device(name: str, value: str) -> None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = {"cpu": 1}
+        if accelerator is not None:
+            here[accelerator.type] = torch.accelerator.device_count()
+        try:
+            device = torch.device(value)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or (device.index or 0) >= here.get(device.type, 0):
+            devices = ", ".join(f"{count} {kind}" for kind, count in here.items())
+            raise ValueError(f"{name}: {value!r} is no device of this machine; it has {devices}")
+
+    @staticmethod
+    def _check_backend(name: str) -> None:
+        backends = available_backends()
+        if name not in backends:
+            raise ValueError(f"loss_backend: {name!r} is not one of {', '.join(backends)}")
+        if backends[name]:
+            raise ValueError(f"loss_backend: {name!r} cannot run: {'; '.join(backends[name])}")
+
+    def alpha_over_time(self) -> schedules.Schedule:
+        """``alpha_schedule``, or the constant ``alpha``."""
+        given = self.alpha if self.alpha_schedule is None else self.alpha_schedule
+        return schedules.parse("alpha_schedule", given)
+
+    def temperature_over_time(self) -> schedules.Schedule:
+        """``temperature_schedule``, or the constant ``temperature``."""
+        given = self.temperature if self.temperature_schedule is None else self.temperature_schedule
+        return schedules.parse("temperature_schedule", given)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether anything is learnt from the teacher at all."""
+        return self.alpha_over_time().highest > 0 or len(self.resolved_terms()) > 1
+
+    def resolved_divergence(self) -> divergences.Divergence:
+        """The object that ``divergence``, ``beta`` and ``divergence_parameters`` name."""
+        if self.divergence_parameters is None:
+            return divergences.resolve(self.divergence, self.beta)
+        try:
+            return divergences.build(self.divergence, self.divergence_parameters).canonical()
+        except TypeError as error:
+            raise ValueError(
+                f"divergence_parameters: {self.divergence_parameters!r} do not fit "
+                f"{self.divergence!r} ({error})"
+            ) from error

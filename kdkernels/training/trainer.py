@@ -1,0 +1,728 @@
+"""Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer`.
+
+No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, or
+:func:`kdkernels.fused_linear_kd_loss` where output layers can be left out of the models' forward;
+one of them is called once per micro-batch. Every other term is in :mod:`kdkernels.training.terms`.
+What this file owns is bookkeeping that has to be exact: which denominator a term has under gradient
+accumulation and several processes, which numbers are logged, and that the teacher stays out of the
+optimizer and of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..functional import KDLossOutput, fused_kd_loss
+from ..linear import fused_linear_kd_loss
+from .arguments import DistillationArguments
+from .models import (
+    describe,
+    output_width,
+    tokenizer_difference,
+    vocab_size,
+    without_cache,
+)
+from .output_layer import Head, Hidden, NoHead
+from .recorder import Features, Needs, Recorder
+from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
+from .teacher_cache import TeacherCache
+from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
+
+logger = logging.getLogger(__name__)
+
+#: In a checkpoint: what the terms have learnt (projections, log variances, factors).
+TERMS_FILE = "distillation_terms.safetensors"
+_TERMS_NAME = "kdkernels_terms"
+
+
+class Sums:
+    """Named sums kept on the device: adding never synchronises, reading does once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            # float64, so that a long evaluation does not lose digits; MPS has none.
+            wide = value.float() if value.device.type == "mps" else value.double()
+            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+    @property
+    def empty(self) -> bool:
+        return not self._sums
+
+    def take(self, trainer: Trainer, reduction: str) -> dict[str, float]:
+        """Every sum, reduced ("mean" or "sum") over processes; the sums are empty afterwards."""
+        names, stacked = list(self._sums), list(self._sums.values())
+        self._sums = {}
+        if not stacked:
+            return {}
+        reduced = trainer.accelerator.reduce(torch.stack(stacked), reduction=reduction)
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+
+class DistillationTrainer(Trainer):
+    """``transformers.Trainer`` with a teacher: ``alpha * T^2 * D + (1 - alpha) * CE`` and more.
+
+    The student is a causal or masked language model, a sequence or token classifier, or an encoder
+    without a head; the teacher is of the same kind. The loss is a weighted sum of terms
+    (``args.terms``, :data:`kdkernels.training.terms.TERMS`): the response, which is the default,
+    features of chosen layers, and relations. An encoder has no response and needs other terms.
+
+    The response's denominator is the number of predicted tokens (or labelled examples) of the whole
+    update (all micro-batches, and all processes unless ``average_tokens_across_devices=False``), so
+    the update does not depend on how a batch is cut. Batches hold ``labels`` in the Hugging Face
+    convention: not shifted, -100 where nothing is to be learnt. A batch without any label has loss
+    0 and gradient 0. Terms of tokens divide by the update's tokens that are no padding, terms of
+    examples by its examples; a relation between examples exists within one micro-batch only.
+
+    The teacher is switched to ``eval()``, its parameters to ``requires_grad=False``; it is moved
+    (in place, as ``nn.Module.to`` does) to ``args.teacher_dtype`` and ``args.teacher_device``.
+    It never enters the optimizer, a wrapper or a checkpoint, and is not run when ``alpha`` is 0 and
+    there is no other term. What terms learn (projections) is trained with the student, saved beside
+    it in checkpoints (``distillation_terms.safetensors``) and not a part of it.
+
+    Where the output layer of a language model can be found, it is left out of the forward and the
+    loss is computed from what goes into it, so that logits exist only in tiles
+    (``args.fused_linear``, :mod:`kdkernels.training.output_layer`); not where outputs are asked for
+    (``compute_metrics``, ``predict``).
+
+    Logged next to ``loss``: ``kd_loss`` (with T^2, without alpha), ``ce_loss`` (nats per token),
+    ``agreement`` (share of tokens with the same argmax as the teacher), ``accuracy``. Evaluation
+    logs them with the prefix ``eval_``, averaged over tokens, and ``eval_perplexity =
+    exp(ce_loss)`` of language models; there, labels are never smoothed. Every other term is logged
+    as ``<term>_loss``, without its weight.
+
+    Args:
+        model: the student; or leave it out and give ``model_init``.
+        args: :class:`DistillationArguments`.
+        teacher: a model for the student's task; required unless only labels are learnt.
+        teacher_processing_class: the teacher's tokenizer; given together with ``processing_class``,
+            the two must map the same tokens to the same ids.
+        teacher_cache: instead of ``teacher``, for the response term only; it must hold every
+            example of both data sets.
+        trainer_kwargs: everything else that ``transformers.Trainer`` takes.
+
+    Raises:
+        TypeError: ``args`` is not a :class:`DistillationArguments`.
+        ValueError: no teacher, another task, different vocabularies, labels or tokenizers, a
+            teacher that shares parameters with the student, layers that do not exist, or
+            ``compute_loss_func``.
+    """
+
+    args: DistillationArguments
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DistillationArguments | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        if not isinstance(args, DistillationArguments):
+            raise TypeError(f"args: {type(args).__name__} is not a DistillationArguments")
+        if trainer_kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: not used here; the loss is fused_kd_loss")
+        super().__init__(model=model, args=args, **trainer_kwargs)
+        # Both make the base class count the predicted tokens of an update, for any architecture:
+        # the labels are shifted inside the loss, whatever the model's own loss would do.
+        self.task = task_of(self.model)
+        check_config(self.task, self.model.config, "model")
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = self.task.shift
+        self.teacher = teacher
+        self._weights = args.resolved_terms(self.task.labels is not None)
+        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
+        self.teacher_cache = teacher_cache
+        self._check_presence(teacher, teacher_cache)
+        self._divergence = args.resolved_divergence()
+        self._logged = Sums()
+        self._log_first_step = 0
+        self._evaluated = Sums()
+        self._update: Counts | None = None
+        self._starts_update = True
+        self.terms: DistillationTerms | None = None
+        if teacher is not None:
+            self._check_teacher(teacher, teacher_processing_class)
+            self._place_teacher(teacher)
+            if self._beside_response:
+                self.terms = DistillationTerms(args, self.model, teacher, self._weights)
+        self._student_head, self._teacher_head = self._find_heads()
+
+    def _check_presence(self, teacher: PreTrainedModel | None, cache: TeacherCache | None) -> None:
+        self._beside_response = [name for name in self._weights if name != "response"]
+        if teacher is not None and cache is not None:
+            raise ValueError("teacher_cache: give a teacher or its cache, not both")
+        if cache is not None:
+            self._check_cache(cache)
+        if teacher is not None or cache is not None:
+            return
+        if self._beside_response:
+            raise ValueError(
+                f"teacher: None, but terms: {', '.join(self._beside_response)} need one"
+            )
+        if self.args.alpha_over_time().highest > 0:
+            raise ValueError(
+                f"teacher: None, but alpha = {self.args.alpha} needs one (alpha=0 does not)"
+            )
+
+    def _check_cache(self, cache: TeacherCache) -> None:
+        temperatures = {self._temperature.lowest, self._temperature.highest}
+        cache.check(self.task, self._beside_response, temperatures)
+        self._compare_widths(cache.info.vocab)
+
+    def _check_teacher(
+        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        if task_of(teacher) is not self.task:
+            raise ValueError(
+                f"teacher: {describe(teacher)} is for {task_of(teacher).name}, model: "
+                f"{describe(self.model)} for {self.task.name}; both must be for one task"
+            )
+        check_config(self.task, teacher.config, "teacher")
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in own for parameter in teacher.parameters()):
+            raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
+        common = self._check_outputs(teacher)
+        if tokenizer is not None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            difference = tokenizer_difference(self.processing_class, tokenizer, common)
+            if difference is not None:
+                raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
+
+    def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
+        """The length of the vocabularies' common prefix if they may differ; None: they do not."""
+        if self.task.labels is None:
+            return None
+        return self._compare_widths(output_width(teacher, self.task))
+
+    def _compare_widths(self, theirs: int) -> int | None:
+        if self.task in (SEQUENCE, TOKEN):
+            if self.model.config.num_labels != theirs:
+                raise ValueError(
+                    f"teacher: {theirs} labels, the student has {self.model.config.num_labels}"
+                )
+            return None
+        ours = vocab_size(self.model)
+        if ours == theirs:
+            return None
+        if self.args.vocab_policy == "error":
+            raise ValueError(
+                f"teacher: vocabulary of {theirs}, the student's has {ours}; they must be equal, "
+                "or vocab_policy='truncate'"
+            )
+        return min(ours, theirs)
+
+    def _place_teacher(self, teacher: PreTrainedModel) -> None:
+        teacher.requires_grad_(False).eval()
+        module: nn.Module = teacher  # transformers hides the signature of `to`
+        if self.args.teacher_dtype != "auto":
+            module.to(getattr(torch, self.args.teacher_dtype))
+        if self.args.teacher_device is not None:
+            module.to(self.args.teacher_device)
+        elif getattr(teacher, "hf_device_map", None) is None:
+            module.to(self.args.device)
+        self._no_recorder = Recorder(teacher, Needs(), "teacher")
+        self._teacher_kwargs = without_cache(teacher)
+
+    # ---- output layers that are left out -------------------------------------------------------
+
+    def _find_heads(self) -> tuple[Head | None, Head | None]:
+        """The student's and the teacher's output layers; None for one whose logits are needed."""
+        wanted = self.args.fused_linear
+        self._heads_found: tuple[int, str] | None = None
+        if wanted == "false":
+            return None, None
+        general = self._no_fused_linear()
+        if general is None and wanted == "auto":
+            general = self._slow_fused_linear()
+        models = {"student": self.model} | ({"teacher": self.teacher} if self.teacher else {})
+        heads: dict[str, Head] = {}
+        reasons = {} if general is None else dict.fromkeys(models, general)
+        for role, model in models.items() if general is None else ():
+            try:
+                if role == "teacher" and next(model.parameters()).device != self.args.device:
+                    raise NoHead("it is on another device")
+                heads[role] = Head(model)
+            except NoHead as error:
+                reasons[role] = f"{describe(model)}: {error}"
+        if reasons and wanted == "true":
+            raise ValueError(
+                "fused_linear: " + "; ".join(f"{r}: {why}" for r, why in reasons.items())
+            )
+        self._heads_found = _in_words(heads, reasons)
+        return heads.get("student"), heads.get("teacher")
+
+    def _no_fused_linear(self) -> str | None:
+        """Why no output layer can be left out here."""
+        if self.task not in (CAUSAL_LM, MASKED_LM):
+            return f"a model for {self.task.name} has no logits over a vocabulary"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return (
+                "FSDP and DeepSpeed manage the weights; fused_linear_kd_loss itself takes DTensors"
+            )
+        if self.args.torch_compile:
+            return "torch_compile compiles the whole forward"
+        return None
+
+    def _slow_fused_linear(self) -> str | None:
+        """Why leaving it out can cost more than it saves."""
+        if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
+            return "autocast multiplies in half precision, fused_linear_kd_loss as the weight is"
+        return None
+
+    def _say_heads(self) -> None:
+        """One log line of what was found, when training starts."""
+        language = self.task in (CAUSAL_LM, MASKED_LM)
+        if self._heads_found is not None and language and self.is_world_process_zero():
+            level, found = self._heads_found
+            logger.log(level, "fused_linear: logits %s", found)
+
+    @staticmethod
+    def _without(
+        head: Head | None, model: PreTrainedModel, run: Callable[[], Features]
+    ) -> Features:
+        """``run()``, a forward of ``model`` that makes no logits if there is a head."""
+        if head is None:
+            return run()
+        with head.left_out(model) as entered:
+            features = run()
+        return features._replace(entered=entered())
+
+    # ---- the loss ------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """0 at the first update of the run, 1 at the last; what schedules are a function of."""
+        return self.state.global_step / max(1, self.state.max_steps - 1)
+
+    @property
+    def _response_has_teacher(self) -> bool:
+        taught = self.teacher is not None or self.teacher_cache is not None
+        return self.task.labels is not None and taught and self._alpha.highest > 0
+
+    def student_features(
+        self, model: nn.Module, inputs: dict[str, Any], with_logits: bool = False
+    ) -> Features:
+        """One forward of the student, with what the terms compare; its logits if asked for."""
+        recorder = None if self.terms is None else self.terms.student
+
+        def run() -> Features:
+            return Features(model(**inputs)) if recorder is None else recorder.run(model, inputs)
+
+        return self._without(None if with_logits else self._student_head, self.model, run)
+
+    def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
+        """What the teacher gives, on the student's device; None when it is not needed."""
+        if self.teacher_cache is not None and self._response_has_teacher:
+            logits = self.teacher_cache.logits(inputs).to(self.args.device)
+            return Features(SimpleNamespace(logits=logits))
+        if self.teacher is None or not (self._response_has_teacher or self.terms):
+            return None
+        device = next(self.teacher.parameters()).device
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        recorder = self._no_recorder if self.terms is None else self.terms.teacher
+        teacher = self.teacher
+
+        def run() -> Features:
+            return recorder.run(teacher, moved, **self._teacher_kwargs)
+
+        with torch.no_grad():
+            features = self._without(self._teacher_head, teacher, run)
+        return features.to(self.args.device)
+
+    def distillation_loss(
+        self,
+        student: Tensor | Hidden,
+        teacher: Tensor | Hidden | None,
+        labels: Tensor,
+        **options: Any,
+    ) -> KDLossOutput:
+        """The one call of the loss, on logits or hidden states; ``options`` override arguments."""
+        args = self.args
+        settings: dict[str, Any] = {
+            "temperature": args.temperature,
+            "alpha": args.alpha,
+            "divergence": self._divergence,
+            "temperature_squared": args.temperature_squared,
+            "label_smoothing": args.label_smoothing_factor,
+            "z_loss": args.z_loss,
+            "vocab_policy": args.vocab_policy,
+            "backend": args.loss_backend,
+        } | options
+        # With alpha = 0 the teacher term is multiplied by 0: any logits will do.
+        if teacher is None:
+            teacher = student.no_teacher() if isinstance(student, Hidden) else student.detach()
+            settings["alpha"] = 0.0
+        loss: Callable[..., Any] = fused_kd_loss
+        if isinstance(student, Hidden) or isinstance(teacher, Hidden):
+            loss = fused_linear_kd_loss
+            for name in ("softcap", "scale"):
+                settings[f"logit_{name}"] = tuple(
+                    getattr(x, name, None) for x in (student, teacher)
+                )
+        output = loss(
+            labels=labels,
+            shift=self.task.shift,
+            return_outputs=True,
+            **_source("student", student),
+            **_source("teacher", teacher),
+            **settings,
+        )
+        assert isinstance(output, KDLossOutput)
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Loss of one micro-batch over ``num_items_in_batch`` tokens (None: its own tokens)."""
+        labels, inputs = self._take_labels(inputs)
+        student = self.student_features(model, inputs, with_logits=return_outputs)
+        teacher = self.teacher_features(inputs)
+        num_items, progress = num_items_in_batch, self.progress
+        parts = self._response(
+            student,
+            teacher,
+            labels,
+            num_items=num_items,
+            alpha=self._alpha.at(progress),
+            temperature=self._temperature.at(progress),
+        )
+        # DistributedDataParallel averages gradients over processes; the denominator already counts
+        # the tokens of all of them.
+        scale = 1
+        if self.args.average_tokens_across_devices and num_items is not None:
+            scale = self.accelerator.num_processes // self.get_tp_size()
+        if self.terms is None or teacher is None:
+            assert parts is not None
+            values: dict[str, Tensor] = {}
+            loss = parts.loss * self._weights["response"].at(progress)
+        else:
+            mask = _token_mask(inputs)
+            own = Counts.of(mask)
+            counts = own if num_items is None or self._update is None else self._update
+            values = self.terms(student, teacher, mask, counts)
+            response = {} if parts is None else {"response": parts.loss}
+            loss = self._combined(model, response | values, own.examples / counts.examples)
+        if model.training:
+            self._observe_step(parts, labels, num_items, scale, values)
+        loss = loss * scale
+        return (loss, student.outputs) if return_outputs else loss
+
+    def _response(
+        self, student: Features, teacher: Features | None, labels: Tensor | None, **options: Any
+    ) -> KDLossOutput | None:
+        """The response term; None for a model without a head."""
+        if labels is None:
+            return None
+        own = student.response
+        assert own is not None
+        taught = teacher.response if teacher is not None and self._response_has_teacher else None
+        return self.distillation_loss(own, taught, labels, **options)
+
+    def _combined(self, model: nn.Module, values: dict[str, Tensor], share: Tensor) -> Tensor:
+        """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
+        assert self.terms is not None
+        due = self._starts_update and self.state.global_step % self.args.balance_steps == 0
+        if self.args.balance == "gradient_norm" and model.training and due:
+            trained = [p for p in self._student_parameters() if p.requires_grad]
+            norms = self.terms.gradient_norms(values, trained)
+            self.terms.rebalance(self.accelerator.reduce(norms, reduction="mean"))
+        self._starts_update = False
+        return self.terms.total(values, self.progress, share)
+
+    def _student_parameters(self) -> list[nn.Parameter]:
+        own = {id(parameter) for parameter in self.terms.parameters()} if self.terms else set()
+        return [p for p in self.model.parameters() if id(p) not in own]
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> Tensor | int | None:
+        """The base class's number of predicted tokens; also counts what the terms divide by."""
+        self._starts_update = True
+        if self.terms is not None:
+            counts = [Counts.of(_token_mask(batch)) for batch in batch_samples]
+            total = torch.stack([torch.stack(c) for c in counts]).sum(0).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._update = Counts(*total.unbind())
+        if self.task.labels is None and self._update is not None:
+            return self._update.positions
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _take_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """The labels, None for a model without a head, and everything else."""
+        others = {k: v for k, v in inputs.items() if k != "labels"}
+        if self.task.labels is None:
+            return None, others
+        if inputs.get("labels") is None:
+            raise ValueError(
+                f"labels: missing in the batch (it has {', '.join(inputs)}); distillation needs "
+                "them to know which tokens count, -100 marks those that do not"
+            )
+        return inputs["labels"], others
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """How many labels are predicted."""
+        return (labels[..., 1:] if self.task.shift else labels).ne(-100).sum()
+
+    # ---- what is logged ------------------------------------------------------------------------
+
+    def _parts(self, parts: KDLossOutput, labels: Tensor) -> dict[str, Tensor]:
+        """The logged parts, each as a sum over tokens divided by the denominator of ``parts``.
+
+        ``agreement`` and ``accuracy`` come as shares of this batch's tokens and are turned into
+        numbers of tokens.
+        """
+        tokens = self._counted(labels)
+        assert parts.ce_loss is not None and parts.accuracy is not None  # there are labels
+        named = {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
+        if self._response_has_teacher:
+            named |= {"kd_loss": parts.kd_loss, "agreement": parts.agreement * tokens}
+        return named
+
+    def _observe_step(
+        self,
+        parts: KDLossOutput | None,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        scale: int,
+        values: dict[str, Tensor],
+    ) -> None:
+        named = {f"{name}_loss": value.detach() for name, value in values.items()}
+        if parts is not None and labels is not None:
+            named |= self._parts(parts, labels)
+            denominator = torch.as_tensor(
+                self._counted(labels) if num_items is None else num_items
+            ).clamp(min=1)
+            for share in ("accuracy", "agreement"):
+                if share in named:
+                    named[share] = named[share] / denominator
+        if self._logged.empty:
+            self._log_first_step = self.state.global_step
+        self._logged.add(**{name: value * scale for name, value in named.items()})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss to the training log: means over the same steps as ``loss``."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._log_first_step)
+            parts = self._logged.take(self, "mean")
+            logs |= {name: value / steps for name, value in parts.items()}
+            logs |= self._scheduled()
+        super().log(logs, start_time)
+
+    def _scheduled(self) -> dict[str, float]:
+        """What changes during training: its values at the update just made."""
+        progress = max(0, self.state.global_step - 1) / max(1, self.state.max_steps - 1)
+        settings = {"alpha": self._alpha, "temperature": self._temperature}
+        changing = {n: s.at(progress) for n, s in settings.items() if s.kind != "constant"}
+        return changing if self.terms is None else changing | self.terms.state_to_log(progress)
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        """Adds one batch to the token-weighted sums, from which the losses are computed."""
+        labels, inputs = self._take_labels(self._prepare_inputs(inputs))
+        mask = _token_mask(inputs)
+        real = self._real_examples(len(mask), mask.device)
+        counted = None
+        if labels is not None:
+            counted = labels.masked_fill(~real.view(-1, *[1] * (labels.ndim - 1)), -100)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            student = self.student_features(model, inputs, with_logits=not prediction_loss_only)
+            teacher = self.teacher_features(inputs)
+            sums = self._response(student, teacher, counted, num_items=1, label_smoothing=0.0)
+            if self.terms is not None and teacher is not None:
+                self._evaluate_terms(student, teacher, mask & real[:, None])
+        if sums is not None and counted is not None:
+            tokens = self._counted(counted)
+            parts = self._parts(sums, counted)
+            self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **parts)
+        if prediction_loss_only:
+            return (None, None, None)
+        first = student.outputs[0] if student.logits is None else student.logits
+        return (None, first, labels)
+
+    def _evaluate_terms(self, student: Features, teacher: Features, mask: Tensor) -> None:
+        assert self.terms is not None
+        one = torch.ones((), device=mask.device)
+        values = self.terms(student, teacher, mask, Counts(one, one))
+        counts = Counts.of(mask)._asdict()
+        self._evaluated.add(**counts, **{f"{name}_loss": value for name, value in values.items()})
+
+    def _real_examples(self, count: int, device: torch.device) -> Tensor:
+        """Bool [count]: False for examples that only fill up the last batch of all processes."""
+        state = self.accelerator.gradient_state
+        if (
+            self.accelerator.num_processes == 1
+            or not state.end_of_dataloader
+            or state.remainder < 1
+        ):
+            return torch.ones(count, dtype=torch.bool, device=device)
+        first = self.accelerator.process_index * count
+        return torch.arange(first, first + count, device=device) < state.remainder
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The base class's loop; losses and shares are means over all predicted tokens."""
+        self._evaluated = Sums()
+        mark = "_is_accelerate_prepared"
+        marked = hasattr(self.model, mark)
+        output = super().evaluation_loop(*args, **kwargs)
+        if not marked:
+            # An evaluation before any training marks the model as prepared, and training would
+            # then leave it without DistributedDataParallel: every process would train alone.
+            vars(self.model).pop(mark, None)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._means(self._evaluated.take(self, "sum"))
+        assert output.metrics is not None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Every sum over its own denominator; ``loss`` is of all terms, at end weights."""
+        counts = {name: sums.pop(name, 0.0) for name in ("tokens", "positions", "examples")}
+        denominators = {name: max(count, 1.0) for name, count in counts.items()}
+        weights = self._weights
+        kinds = {f"{n}_loss": "examples" if n in EXAMPLE_TERMS else "positions" for n in weights}
+        means = {n: value / denominators[kinds.get(n, "tokens")] for n, value in sums.items()}
+        if means:
+            response = weights["response"].end * means["loss"] if "loss" in means else 0.0
+            beside = [name for name in weights if f"{name}_loss" in means]
+            means["loss"] = response + sum(weights[n].end * means[f"{n}_loss"] for n in beside)
+        if "ce_loss" in means and self.task not in (SEQUENCE, TOKEN):
+            means["perplexity"] = _exp(means["ce_loss"])
+        return means
+
+    # ---- what the terms learn ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _attached_terms(self, attached: bool) -> Iterator[None]:
+        """The terms' parameters as a part of the student, for the optimizer and DDP, or not.
+
+        They are attached while training only, and taken off to save or load the student.
+        """
+        modules = self.model._modules
+        before = modules.get(_TERMS_NAME)
+        if self.terms is not None and attached:
+            modules[_TERMS_NAME] = self.terms
+        else:
+            modules.pop(_TERMS_NAME, None)
+        try:
+            yield
+        finally:
+            modules.pop(_TERMS_NAME, None)
+            if before is not None:
+                modules[_TERMS_NAME] = before
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._say_heads()
+        if self.terms is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        # DistributedDataParallel takes parameters that its own forward does not use for unused.
+        # Their gradients are averaged in training_step; they start equal in every process, since
+        # the base class's constructor seeds right before they are made.
+        names = [f"{_TERMS_NAME}.{name}" for name in self.terms.state_dict()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.model, names
+        )
+        with self._attached_terms(True):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        several = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients
+        if self.terms is not None and several:
+            for parameter in self.terms.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The student alone, and what the terms have learnt in a file of its own."""
+        if state_dict is not None:
+            prefix = f"{_TERMS_NAME}."
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        with self._attached_terms(False):
+            super()._save(output_dir, state_dict)
+        if self.terms is not None and self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            save_file(self.terms.state_dict(), folder / TERMS_FILE)
+
+    def _load_terms(self, folder: str) -> None:
+        if self.terms is not None and (Path(folder) / TERMS_FILE).exists():
+            self.terms.load_state_dict(load_file(Path(folder) / TERMS_FILE))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with self._attached_terms(False):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_terms(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._attached_terms(False):
+            super()._load_best_model()
+        self._load_terms(str(self.state.best_model_checkpoint))
+
+
+def _in_words(heads: dict[str, Head], reasons: dict[str, str]) -> tuple[int, str]:
+    """Log level and text: whose logits exist in tiles only, and why the others' do not."""
+    tiles = [f"{role} ({head})" for role, head in heads.items()]
+    whole = [f"{role} ({reason})" for role, reason in reasons.items()]
+    parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
+    parts += ["as a whole: " + ", ".join(whole)] if whole else []
+    return logging.WARNING if whole else logging.INFO, "; ".join(parts)
+
+
+def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:
+    """The arguments of a loss that say what a model gave."""
+    if isinstance(given, Hidden):
+        names = ("hidden", "weight", "bias")
+        return {f"{role}_{name}": getattr(given, name) for name in names}
+    return {f"{role}_logits": given}
+
+
+def _token_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Bool [B, S]: the tokens of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()
+    tokens = inputs["input_ids"]
+    return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+
+
+def _exp(value: float) -> float:
+    """exp without OverflowError."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,417 @@
+"""The Triton backend's own tests; the matrix and the contract cover it like every other backend.
+
+What interprets kernels needs ``TRITON_INTERPRET=1`` in the environment before the first import
+(``make test`` has a second run with it); what only reads policies needs nothing; ``gpu`` needs a
+GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import fused_kd_loss, label_errors, reference
+from kdkernels.backends import BACKENDS
+from kdkernels.backends.triton import policy
+from kdkernels.problem import Options, Problem
+
+BACKEND = BACKENDS["triton"]
+
+
+@pytest.fixture
+def launch() -> Any:
+    """The launching module under Triton's interpreter."""
+    module = pytest.importorskip("triton") and __import__(
+        "kdkernels.backends.triton.launch", fromlist=["launch"]
+    )
+    if not module.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is not set")
+    return module
+
+
+def problem_of(rows: int, vocab: int, **options: Any) -> Problem:
+    student, teacher = cases.pair((rows, vocab), seed=rows + vocab)
+    labels = cases.labels_for((rows,), vocab, ignored=0.2, seed=vocab)
+    return Problem(
+        student,
+        teacher,
+        labels,
+        None,
+        None,
+        Options(**{"alpha": 0.5, "reduction": "sum"} | options),
+    )
+
+
+def assert_equals_the_oracle(problem: Problem, loss: Tensor, gradient: Tensor) -> None:
+    exact_loss, _, exact = reference.forward(problem, want_gradient=True, extras=False)
+    assert exact is not None
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- without any kernel
+
+
+def test_the_package_imports_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import kdkernels\n"
+        "from kdkernels.backends import BACKENDS\n"
+        "print(BACKENDS['triton'].unavailable())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Triton cannot be imported" in run.stdout
+
+
+def test_importing_the_package_does_not_import_the_kernels() -> None:
+    """(Parts of torch import Triton by themselves where it is installed.)"""
+    code = (
+        "import sys, kdkernels, kdkernels.commands.main\n"
+        "assert 'kdkernels.backends.triton.launch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("rows", (1, 16, 64, 65, 500, 8192, 10**6))
+@pytest.mark.parametrize("vocab", (1, 1000, 32000, 128256, 262208))
+@pytest.mark.parametrize("heaviness", (0, 1, 2, 5))
+@pytest.mark.parametrize("kind", ("cuda", "hip"))
+def test_waiting_programs_are_all_resident(
+    rows: int, vocab: int, heaviness: int, kind: str
+) -> None:
+    """A program that waits for one that is not resident would wait for ever."""
+    device = policy.H100._replace(kind=kind)
+    chosen = policy.choose(device, rows, vocab, 4 * vocab, 8, 2, heaviness)
+    assert chosen.programs % chosen.split == 0 and chosen.programs >= 1
+    if chosen.exchange == "spin":
+        assert kind == "cuda" and chosen.registers is not None
+        used = -(-chosen.registers // 8) * 8 * 32 * chosen.num_warps * chosen.residents
+        assert used <= 65536
+        assert chosen.programs <= device.processors * chosen.residents
+    for one in _candidates(chosen, device, rows):
+        if one.exchange == "spin":
+            assert one.registers is not None
+            assert one.registers * 32 * one.num_warps * one.residents <= 65536
+            assert one.programs <= device.processors * one.residents
+
+
+def _candidates(
+    chosen: policy.LaunchPolicy, device: policy.Device, rows: int
+) -> list[policy.LaunchPolicy]:
+    from kdkernels.commands import tune
+
+    found = tune.candidates(chosen, device, rows)
+    assert found[0] == chosen
+    return found
+
+
+def test_rows_in_flight_fit_into_the_cache() -> None:
+    device, row = policy.H100, 4 * 128256
+    chosen = policy.choose(device, 8192, 128256, row, 8, 2, 0)
+    in_flight = chosen.programs // chosen.split
+    assert chosen.exchange == "spin"
+    assert in_flight * row <= policy.CACHE_SHARE * device.cache_bytes
+    # One sweep reads a row once: nothing has to stay.
+    assert policy.choose(device, 8192, 128256, row, 8, 1, 0).split == 1
+
+
+def test_a_measured_launch_is_used_and_a_broken_file_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tune.json"
+    monkeypatch.setenv("KDKERNELS_TUNE", str(file))
+    facts = (100, 32000, 128000, 8, 2, 0)
+    name = policy.key(policy.H100, *facts)
+    assert name == policy.key(policy.H100, 128, *facts[1:])
+    measured = dataclasses.replace(policy.choose(policy.H100, *facts), num_warps=4, residents=8)
+    try:
+        for text, found in (
+            (json.dumps({name: {"policy": dataclasses.asdict(measured)}}), measured.num_warps),
+            ("{", None),
+        ):
+            file.write_text(text)
+            policy.all_tuned.cache_clear()
+            one = policy.tuned(policy.H100, 100, name)
+            assert (one and one.num_warps) == found
+            assert policy.tuned(policy.H100, 100, name + "?") is None
+    finally:
+        policy.all_tuned.cache_clear()
+
+
+def test_a_compiled_kernel_is_reused_only_for_arguments_it_was_compiled_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dtype, alignment, the width of an integer, constants and options; not values or addresses."""
+    pytest.importorskip("triton")
+    from kdkernels.backends.triton import launch
+
+    launched: list[tuple[str, Any]] = []
+
+    def triton_launches(function: Any, grid: Any) -> Any:
+        def start(*arguments: Any, enable_fp_fusion: bool, **options: Any) -> Any:
+            launched.append(("compiled", (grid, arguments)))
+            return Kernel()
+
+        return start
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments: launched.append(("reused", (grid, arguments)))
+
+    class OnGpu(SimpleNamespace):
+        is_cuda, device, dtype, address = True, SimpleNamespace(index=0), torch.float32, 512
+
+        def data_ptr(self) -> int:
+            return self.address
+
+    function = type("Function", (), {"__name__": "kd", "__getitem__": triton_launches})()
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_REUSES", True)
+
+    def start(
+        tensor: Any = None, number: int = 5, constant: int = 1, warps: int = 8, other: Any = None,
+    ) -> str:  # fmt: skip
+        tensors = (tensor or OnGpu(), other)
+        launch._start(function, (3,), tensors, (number,), (0.5,), (constant,), num_warps=warps)
+        kind, (grid, arguments) = launched[-1]
+        assert grid == ((3,) if kind == "compiled" else (3, 1, 1))
+        assert arguments == (*tensors, number, 0.5, constant)
+        return kind
+
+    assert start() == "compiled"
+    assert start() == start(OnGpu(address=1024)) == start(number=2**31 - 1) == "reused"
+    for change in (
+        {"tensor": OnGpu(address=520)}, {"tensor": OnGpu(dtype=torch.float16)},
+        {"tensor": OnGpu(device=SimpleNamespace(index=1))}, {"number": 2**31}, {"constant": 2},
+        {"warps": 4}, {"other": OnGpu()},
+    ):  # fmt: skip
+        assert start(**change) == "compiled", change
+        assert start(**change) == "reused", change
+    assert start(OnGpu(is_cuda=False)) == start(OnGpu(is_cuda=False)) == "compiled"
+
+
+def test_tune_says_why_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    from kdkernels.commands.main import main
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["tune"]) == 1
+    assert "nothing to measure" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- interpreted
+
+
+def test_what_it_refuses_is_named(launch: Any) -> None:
+    z = torch.zeros(2, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="student's logits are float64"):
+        fused_kd_loss(z, z, backend="triton")
+
+
+def test_reasons_on_the_cpu_without_the_interpreter() -> None:
+    code = (
+        "import torch\nfrom kdkernels.backends import BACKENDS\n"
+        "print(torch.cuda.is_available(), BACKENDS['triton'].unavailable())\n"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert run.stdout.startswith("True") or "TRITON_INTERPRET=1" in run.stdout, run.stdout
+
+
+@cases.each_spec
+def test_functors_equal_the_formulas_entry_by_entry(launch: Any, spec: cases.Spec) -> None:
+    """Also where one or both probabilities are 0."""
+    from triton_entries import entries
+
+    from kdkernels.backends.triton import functors
+
+    divergence = spec.object
+    if divergence.name == "forward_kl":
+        pytest.skip("forward KL is in closed form in the kernels")
+    log_p = -4 * torch.rand(256, dtype=torch.float64) ** 2 * 5
+    log_q = torch.where(torch.rand(256) < 0.2, log_p, -4 * torch.rand(256, dtype=torch.float64) * 3)
+    log_q[200:230] = log_p[200:230] + 1e-3
+    log_p[:8] = -torch.inf
+    log_q[4:12] = -torch.inf
+    log_p, log_q = log_p.float().double(), log_q.float().double()
+    case = "none"
+    if divergence.name == "alpha_beta":
+        case = functors.alpha_beta_case(*divergence.parameters)
+    constants = SimpleNamespace(
+        divergence=divergence.name, case=case, nvidia=False,
+        with_value=divergence.name != "reverse_kl",
+    )  # fmt: skip
+    value, slope = torch.zeros(256), torch.zeros(256)
+    ln2 = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    base2 = [(x / ln2).float() for x in (log_p, log_q)]
+    first, second = (*divergence.parameters, 0.0, 0.0)[:2]
+    entries[(1,)](*base2, value, slope, first, second, P=constants)
+    rounded = [x.double() * ln2 for x in base2]
+    for ours, exact in (
+        (value, divergence.value(*rounded)), (slope, divergence.slope(*rounded))
+    ):  # fmt: skip
+        if ours is value and not constants.with_value:
+            continue
+        finite = exact.isfinite()
+        torch.testing.assert_close(ours.double()[finite], exact[finite], rtol=2e-5, atol=5e-7)
+        assert (ours[~finite] == exact[~finite].float()).all() or exact[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd"))
+@pytest.mark.parametrize("split", (2, 3, 7))
+def test_a_row_split_over_launches_is_the_same_row(
+    launch: Any, split: int, divergence: str
+) -> None:
+    parameters = (0.3,) if divergence == "jsd" else ()
+    problem = problem_of(3, 1501, divergence=divergence, parameters=parameters, temperature=1.7)
+    chosen = policy.LaunchPolicy(1, 1, None, 1, split, "launch", 3 * split)
+    result = launch.forward(problem, want_gradient=True, extras=True, launch_policy=chosen)
+    assert_equals_the_oracle(problem, result.loss, result.gradient)
+    again = launch.backward(problem, result.statistics, torch.ones(()), launch_policy=chosen)
+    assert torch.equal(again, result.gradient)
+    loss = launch.forward(problem, want_gradient=False, extras=False, launch_policy=chosen).loss
+    assert torch.equal(loss, result.loss)
+
+
+@pytest.mark.parametrize("offset", range(9))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_every_alignment_of_a_row(launch: Any, offset: int, dtype: torch.dtype) -> None:
+    """Neither side of a row's columns is touched: the neighbours hold NaN."""
+    student, teacher = (torch.full((2, 160), float("nan")) for _ in range(2))
+    student[:, offset : offset + 130], teacher[:, 3:133] = cases.pair((2, 130), seed=offset)
+    student, teacher = student.to(dtype)[:, offset : offset + 130], teacher.to(dtype)[:, 3:133]
+    problem = Problem(student, teacher, None, None, None, Options(reduction="sum"))
+    result = launch.forward(problem, want_gradient=True, extras=False)
+    exact_loss, _, exact = reference.forward(problem, want_gradient=True, extras=False)
+    torch.testing.assert_close(result.loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.gradient.double(), exact, rtol=ulp, atol=1e-6)
+
+
+def test_a_label_outside_the_vocabulary_is_flagged_and_never_read(launch: Any) -> None:
+    """What a GPU does, where looking at the labels would synchronise."""
+    problem = problem_of(6, 130, reduction="none")
+    assert problem.labels is not None
+    problem.labels[:] = torch.tensor([3, -5, 129, 2**40, 130, -100])
+    label_errors(problem.student.device).zero_()
+    result = launch.forward(problem, want_gradient=True, extras=True)
+    bad = torch.tensor([False, True, False, True, True, False])
+    assert torch.equal(result.loss.isnan(), bad)
+    assert torch.equal(result.gradient.isnan().all(-1), bad)
+    assert (result.gradient[5] == 0).all()
+    assert int(label_errors(problem.student.device)) == 1 + 4
+    problem.labels[bad] = -100
+    good = launch.forward(problem, want_gradient=True, extras=True)
+    assert torch.equal(good.loss[~bad], result.loss[~bad])
+    assert torch.equal(good.gradient[~bad], result.gradient[~bad])
+    label_errors(problem.student.device).zero_()
+
+
+@pytest.mark.parametrize("split", (1, 3))
+def test_the_gradient_may_overwrite_the_student(launch: Any, split: int) -> None:
+    problem = problem_of(4, 777, divergence="jsd", parameters=(0.5,))
+    exchange = "launch" if split > 1 else "none"
+    chosen = policy.LaunchPolicy(1, 1, None, 1, split, exchange, 4 * split if split > 1 else 2)
+    want = launch.forward(problem, want_gradient=True, extras=False, launch_policy=chosen)
+    own = dataclasses.replace(problem, student=problem.student.clone())
+    result = launch.forward(
+        own, want_gradient=True, extras=False, gradient_out=own.student, launch_policy=chosen
+    )
+    assert result.gradient is own.student
+    assert torch.equal(result.gradient, want.gradient) and torch.equal(result.loss, want.loss)
+
+
+@pytest.mark.parametrize("overwrite", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_scaling(launch: Any, dtype: torch.dtype, overwrite: bool) -> None:
+    gradient = torch.randn(5, 3000).to(dtype)
+    for factor in (
+        torch.tensor(2.5), torch.tensor(1.0), torch.rand(10)[::2], torch.tensor(3.0).expand(5),
+        torch.tensor([1.0, 0.0, float("nan"), -2.0, 1.0]),
+    ):  # fmt: skip
+        want = (gradient.float() * factor.reshape(-1, 1)).to(dtype)
+        given = gradient.clone()
+        out = BACKEND.scale_gradient(given, factor, overwrite=overwrite)
+        torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+        assert (out is given) == overwrite
+        assert overwrite or torch.equal(given, gradient)
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", (3, 100, 4096))
+@pytest.mark.parametrize("vocab", (50257, 128256))
+@pytest.mark.parametrize("divergence", ("forward_kl", "jsd"))
+def test_every_exchange_at_real_sizes(rows: int, vocab: int, divergence: str) -> None:
+    """Against the portable backend on the same GPU; the same bits twice."""
+    student, teacher = (
+        (3 * torch.randn(rows, vocab, device="cuda")).to(torch.bfloat16) for _ in range(2)
+    )
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    runs = [
+        cases.evaluate(student, teacher, labels, backend=name, divergence=divergence)
+        for name in ("triton", "triton", "torch")
+    ]
+    assert torch.equal(runs[0].loss, runs[1].loss)
+    assert torch.equal(runs[0].gradient, runs[1].gradient)
+    torch.testing.assert_close(runs[0].loss, runs[2].loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runs[0].gradient, runs[2].gradient, rtol=0.02, atol=1e-8)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_2_to_the_31_on_a_gpu() -> None:
+    rows, vocab = 17000, 131072  # 2.2e9 logits, 4.5 GB
+    base = torch.randn(1, vocab, device="cuda").to(torch.bfloat16)
+    student = base.repeat(rows, 1)
+    teacher = (base + 1).expand(rows, vocab)
+    gradient = cases.evaluate(student, teacher, backend="triton", reduction="sum").gradient
+    assert torch.equal(gradient[-1], gradient[0])
+
+
+@pytest.mark.gpu
+def test_graph_capture_and_another_stream() -> None:
+    student, teacher = (torch.randn(256, 32000, device="cuda") for _ in range(2))
+    labels = torch.randint(32000, (256,), device="cuda")
+    leaf = student.requires_grad_()
+    want = cases.evaluate(student, teacher, labels, backend="triton")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            fused_kd_loss(leaf, teacher, labels, backend="triton").backward()
+    torch.cuda.current_stream().wait_stream(side)
+    leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = fused_kd_loss(leaf, teacher, labels, backend="triton")
+        loss.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss, want.loss) and torch.equal(leaf.grad, want.gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_the_other_device() -> None:
+    student, teacher = (torch.randn(70, 5000, device="cuda:1") for _ in range(2))
+    with torch.cuda.device(0):
+        measured = cases.evaluate(student, teacher, backend="triton")
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(
+        measured.gradient, cases.evaluate(student, teacher, backend="torch").gradient
+    )

@@ -1,0 +1,223 @@
+"""Every kind of model: one training step, its denominators, its data, its refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import tiny_berts
+import tiny_models
+import torch
+from command_line import refused
+from tiny_berts import CLASSES, Batches, bert, masking_tokenizer, trainer
+from torch.nn import functional
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    T5Config,
+)
+
+from kdkernels.commands import data, geometry
+from kdkernels.commands import main as cli
+from kdkernels.training import tasks
+from kdkernels.training.arguments import DistillationArguments
+from kdkernels.training.trainer import DistillationTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+one_thread = tiny_models.one_thread
+assets = tiny_berts.assets
+
+
+every_kind = pytest.mark.parametrize("kind", CLASSES)
+
+
+@every_kind
+def test_the_task_of_a_model(kind: str) -> None:
+    assert tasks.task_of(bert(kind, 1, seed=1)).name == kind
+    assert tasks.task_of(tiny_models.llama(1, seed=1)).name == "causal-lm"
+
+
+@every_kind
+def test_the_update_does_not_depend_on_how_a_batch_is_cut(kind: str, tmp_path: Path) -> None:
+    whole = trainer(kind, tmp_path)
+    cut = trainer(kind, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    before = [p.detach().clone() for p in whole.model.parameters()]
+    whole.train()
+    cut.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=True))
+    for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-6)
+    names = ("loss", "kd_loss", "ce_loss", "agreement", "hidden_loss", "sentence_loss")
+    logs = [[e for e in t.state.log_history if "loss" in e] for t in (whole, cut)]
+    for ours, theirs in zip(*logs, strict=True):
+        for name in set(names) & set(ours):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind != "encoder"])
+def test_evaluation_is_the_formula_without_a_shift(kind: str, tmp_path: Path) -> None:
+    trained = trainer(kind, tmp_path)
+    batch = Batches(kind, 7)
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    counted = batch.labels != -100
+    with torch.no_grad():
+        z_s, z_t = (
+            m.eval()(**inputs).logits[counted].double() for m in (trained.model, trained.teacher)
+        )
+    labels = batch.labels[counted]
+    log_p, log_q = (functional.log_softmax(z / 2, -1) for z in (z_t, z_s))
+    kd = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    ce = functional.cross_entropy(z_s, labels)
+    want = {"kd_loss": kd, "ce_loss": ce, "loss": 0.7 * kd + 0.3 * ce}
+    want["agreement"] = (z_s.argmax(-1) == z_t.argmax(-1)).double().mean()
+    want["accuracy"] = (z_s.argmax(-1) == labels).double().mean()
+    metrics = trained.evaluate()
+    for name, value in want.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(float(value), rel=1e-5), name
+    assert ("eval_perplexity" in metrics) == (kind == "masked-lm")
+
+
+def test_an_encoder_without_a_head(tmp_path: Path) -> None:
+    trained = trainer("encoder", tmp_path)
+    metrics = trained.evaluate()
+    names = ("hidden", "embedding", "attention", "minilm", "sentence")
+    assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_{n}_loss"] for n in names))
+    assert "eval_ce_loss" not in metrics and "eval_kd_loss" not in metrics
+    with pytest.raises(ValueError, match="a model without a head needs at least one of hidden"):
+        trainer("encoder", tmp_path, terms=None)
+    with pytest.raises(ValueError, match="terms: response needs logits"):
+        trainer("encoder", tmp_path, terms="hidden=1,response=1")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    student = bert("sequence-classification", 1, seed=1)
+    with pytest.raises(ValueError, match=r"is for token-classification, model: .* for sequence"):
+        DistillationTrainer(student, args, teacher=bert("token-classification", 2, seed=2))
+    with pytest.raises(ValueError, match="teacher: 4 labels, the student has 3"):
+        teacher = bert("sequence-classification", 2, seed=2, num_labels=4)
+        DistillationTrainer(student, args, teacher=teacher)
+    regression = bert("sequence-classification", 1, seed=1, num_labels=1)
+    with pytest.raises(ValueError, match=r"model: 'bert' .* has 1 label"):
+        DistillationTrainer(regression, args, teacher=student)
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        tasks.check_config(tasks.MASKED_LM, T5Config(), "teacher")
+    with pytest.raises(ValueError, match=r"'llama' .* has no model for the task masked-lm"):
+        tasks.check_config(tasks.MASKED_LM, tiny_models.llama(1, seed=1).config, "teacher")
+
+
+def test_masked_blocks() -> None:
+    tokenizer = masking_tokenizer()
+    blocks = torch.randint(0, len(tokenizer), (50, 40), generator=torch.Generator().manual_seed(0))
+    masked = data.MaskedBlocks(blocks, tokenizer, seed=1)
+    chosen = masked.labels != -100
+    special = torch.isin(blocks, torch.tensor(tokenizer.all_special_ids))
+    assert not chosen[special].any() and torch.equal(masked.labels[chosen], blocks[chosen])
+    assert 0.1 < chosen[~special].double().mean() < 0.2
+    share = (masked.inputs[chosen] == tokenizer.mask_token_id).double().mean()
+    assert 0.7 < share < 0.9 and torch.equal(masked.inputs[~chosen], blocks[~chosen])
+    assert torch.equal(masked.inputs, data.MaskedBlocks(blocks, tokenizer, seed=1).inputs)
+
+
+def test_a_student_that_diverges_is_reported_as_such(assets: Path, tmp_path: Path) -> None:
+    changes = {"terms": "hidden=1", "learning_rate": 1e30, "baseline": "false"}
+    assert cli.main(command(assets, "encoder", tmp_path / "out", **changes)) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][-1]
+    for name in ("spearman", "pearson", "cosine", "neighbours"):
+        assert math.isnan(row[name])
+    assert (tmp_path / "out" / "geometry.png").exists()
+
+
+def test_geometry() -> None:
+    teacher = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    same = geometry.compare(3 * teacher, teacher)
+    assert list(same.values()) == pytest.approx([1, 1, 1, 1])
+    other = geometry.compare(torch.randn(20, 4), teacher)
+    assert other["cosine"] is None and abs(other["spearman"]) < 0.6 and other["neighbours"] < 0.7
+    cosines = [geometry.pairwise_cosines(v).numpy() for v in (teacher[:7, :4], teacher[:7])]
+    assert len(cosines[0]) == 21
+    want = numpy.corrcoef(*cosines)[0, 1]
+    assert geometry.pearson(teacher[:7, :4], teacher[:7]) == pytest.approx(want)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def command(assets: Path, kind: str, output: Path, **changes: Any) -> list[str]:
+    text = "labelled.jsonl" if kind == "sequence-classification" else "lines.txt"
+    chosen: dict[str, Any] = {
+        "task": kind,
+        "teacher": assets / kind,
+        "student_layers": "1,3",
+        "train_text": assets / text,
+        "validation_fraction": 0.2,
+        "sequence_length": 8,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "output_dir": output,
+    } | changes
+    return ["distill", *(f"--{k}={v}" for k, v in chosen.items() if v is not None)]
+
+
+@pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification", "encoder"])
+def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
+    terms = {"encoder": "hidden=1,rkd_distance=5", "masked-lm": "minilm=1"}.get(kind)
+    assert cli.main(command(assets, kind, tmp_path / "out", terms=terms)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    baseline = "output only" if kind == "encoder" else "labels only"
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows)[2:] == [f"student, {baseline}", "student, distilled"]
+    key = "spearman" if kind == "encoder" else "loss"
+    assert math.isfinite(rows["student, distilled"][key])
+    assert rows["student, distilled"][key] != rows[f"student, {baseline}"][key]
+    loader = {"encoder": AutoModel, "sequence-classification": AutoModelForSequenceClassification}
+    picture = tmp_path / "out" / "geometry.png"
+    assert picture.exists() == (kind == "encoder")
+    if kind == "encoder":
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert 'src="geometry.png"' in (tmp_path / "out" / "report.html").read_text()
+        seen = rows["student, distilled"]["tokens_seen"]  # examples differ in length
+        assert 0 < seen < 2 * 4 * 8 and seen == rows[f"student, {baseline}"]["tokens_seen"]
+    model = loader.get(kind, BertForMaskedLM).from_pretrained(tmp_path / "out" / "student")
+    assert model.config.num_hidden_layers == 2
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    assert tasks.TASKS[kind].auto_class.__name__ in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("encoder", {"terms": None}, "terms: a model without a head needs at least one of"),
+        ("encoder", {"task": "ner"}, "task: 'ner' is not one of causal-lm, masked-lm"),
+        ("encoder", {"task": "causal-lm"}, "is not a decoder-only causal language model"),
+        ("encoder", {"terms": "hidden=1", "layer_map": "1:9"}, "teacher layer 9 of pair 1:9"),
+        ("masked-lm", {"teacher": "no-mask"}, "its tokenizer has no mask_token"),
+        ("sequence-classification", {"train_text": "bad.jsonl"}, "label 7 is not one of the"),
+        ("sequence-classification", {"train_text": "lines.txt"}, "has no column 'label'"),
+        ("sequence-classification", {"teacher": "masked-lm"}, "lacks 2 weights of a BertForSeq"),
+        ("sequence-classification", {"teacher": "one-label"}, "has 1 label(s)"),
+        ("sequence-classification", {"label_column": "x"}, "label_column: 'x' is not a column"),
+    ],
+)
+def test_bad_input_is_one_line(
+    kind: str,
+    changes: dict[str, Any],
+    message: str,
+    assets: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for option in ("teacher", "train_text"):
+        if option in changes:
+            changes = changes | {option: assets / changes[option]}
+    refused(command(assets, kind, tmp_path / "out", **changes), message, capfd)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,266 @@
+"""The teacher's cache: the same loss, the stated bound, fingerprints; and ``init-student``."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import command_line
+import pytest
+import tiny_berts
+import tiny_models
+import torch
+from command_line import options, refused
+from safetensors import safe_open
+from safetensors.torch import save
+from tiny_berts import bert, masking_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+
+from kdkernels.commands import init_student as student
+from kdkernels.commands import main as cli
+from kdkernels.training import teacher_cache as caching
+from kdkernels.training.teacher_cache import TeacherCache, cache_teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+one_thread = tiny_models.one_thread
+llama_assets = command_line.llama_assets
+assets = tiny_berts.assets  # BERT-like teachers and their texts
+
+
+def write(folder: Path, teacher: Any, datasets: list[Any], **options: Any) -> TeacherCache:
+    items = [data[i] for data in datasets for i in range(len(data))]
+    info = cache_teacher(
+        teacher, tiny_models.tokenizer(), items, default_data_collator, folder, **options
+    )
+    assert info == TeacherCache(folder).info
+    return TeacherCache(folder, tiny_models.tokenizer())
+
+
+def logs(trained: Any) -> list[dict[str, float]]:
+    names = ("loss", "kd_loss", "ce_loss", "agreement")
+    return [{n: e[n] for n in names} for e in trained.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_full_cache_gives_the_loss_of_the_teacher_exactly(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "_SHARD_BYTES", 4000)  # several shards
+    # A cache holds the logits that the model gives; without them a bfloat16 teacher rounds less.
+    online = tiny_models.trainer(
+        tmp_path, teacher=tiny_models.llama(2, seed=2).to(dtype), fused_linear="false"
+    )
+    datasets = [online.train_dataset, online.eval_dataset]
+    cache = write(tmp_path / "cache", online.teacher, datasets, batch_size=4)
+    assert len(list((tmp_path / "cache").iterdir())) >= 3
+    cached = tiny_models.trainer(tmp_path, teacher=None, teacher_cache=cache)
+    # Batches of the same size, since a matrix product's rounding may depend on it.
+    online.train()
+    cached.train()
+    assert logs(online) == logs(cached)
+    for a, b in zip(online.model.parameters(), cached.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    metrics = [t.evaluate() for t in (online, cached)]
+    for name in ("eval_loss", "eval_kd_loss", "eval_agreement"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-6)
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (4, 2.0), (12, 1.0), (16, 3.0)])
+def test_a_top_k_cache_is_within_its_bound(top_k: int, temperature: float, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"temperature": temperature, "alpha": 1.0, "max_steps": 1}
+    online = tiny_models.trainer(tmp_path, **options)
+    datasets = [online.train_dataset, online.eval_dataset]
+    cache = write(
+        tmp_path / "cache", online.teacher, datasets, top_k=top_k, temperature=temperature
+    )
+    cached = tiny_models.trainer(tmp_path, teacher=None, teacher_cache=cache, **options)
+    losses = [t.evaluate()["eval_kd_loss"] for t in (online, cached)]
+    data = online.eval_dataset
+    ids, labels = (
+        torch.stack([data[i][key] for i in range(len(data))]) for key in ("input_ids", "labels")
+    )
+    with torch.no_grad():
+        log_p, log_q = (
+            (m.eval()(input_ids=ids).logits.double() / temperature).log_softmax(-1)
+            for m in (online.teacher, online.model)
+        )
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    counted[:, :-1] = labels[:, 1:] != -100
+    top = log_p.topk(top_k)
+    tail = log_p.scatter(-1, top.indices, -math.inf).exp().sum(-1)
+    parts = (top.values, top.indices, tail)
+    bound = caching.forward_kl_bound(*(part[counted] for part in parts), log_q[counted])
+    near = caching.spread(*(part[counted] for part in parts), vocab=tiny_models.VOCAB)
+    true, seen = ((p.exp() * (p - log_q[counted])).sum(-1) for p in (log_p[counted], near))
+    assert ((true - seen).abs() <= bound + 1e-9).all()  # in every row
+    gap = abs(losses[0] - losses[1])
+    assert gap <= temperature**2 * bound.mean().item() + 1e-5
+    assert losses[1] == pytest.approx(temperature**2 * seen.mean().item(), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification", "token-classification"])
+def test_padded_batches_of_every_task(kind: str, tmp_path: Path) -> None:
+    online = tiny_berts.trainer(kind, tmp_path)
+    items = [online.train_dataset[i] for i in range(8)]
+    cache_teacher(
+        online.teacher, masking_tokenizer(), items, default_data_collator, tmp_path / "cache"
+    )
+    cache = TeacherCache(tmp_path / "cache")
+    batch = default_data_collator([items[i] for i in (5, 2, 7)])
+    batch.pop("labels")
+    with torch.no_grad():
+        want = online.teacher(**batch).logits
+    got = cache.logits(batch)
+    if kind != "sequence-classification":
+        want = want * batch["attention_mask"][..., None]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(3)
+    write(tmp_path / "cache", teacher, [data])
+    swapped = tiny_models.tokenizer([*tiny_models.WORDS[1:], tiny_models.WORDS[0]])
+    with pytest.raises(ValueError, match="was made with another tokenizer"):
+        TeacherCache(tmp_path / "cache", swapped)
+    other = caching.model_fingerprint(tiny_models.llama(2, seed=3))
+    with pytest.raises(ValueError, match=r"was made with another model \(of 'teacher', finger"):
+        TeacherCache(tmp_path / "cache", fingerprint=other)
+    TeacherCache(tmp_path / "cache", fingerprint=caching.model_fingerprint(teacher))
+    used = tiny_models.tokenizer()
+    used(["w1 w2"], truncation=True, max_length=1)  # leaves a setting behind
+    TeacherCache(tmp_path / "cache", used)
+
+
+def test_what_a_cache_refuses(tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(12)
+    cache = write(tmp_path / "cache", teacher, [data], top_k=3, temperature=2.0)
+    make = lambda **o: tiny_models.trainer(  # noqa: E731
+        tmp_path, **{"teacher": None, "teacher_cache": cache} | o
+    )
+    with pytest.raises(ValueError, match=r"top 3 at temperature 2\.0 cannot be used at 1\.0"):
+        make(temperature=1.0)
+    with pytest.raises(ValueError, match=r"cannot be used at 1\.0, 2\.0"):
+        make(temperature_schedule="linear:2:1")
+    with pytest.raises(ValueError, match="terms: hidden need the teacher itself"):
+        make(terms="hidden=1")
+    with pytest.raises(ValueError, match="not both"):
+        make(teacher=teacher)
+    with pytest.raises(ValueError, match="vocabulary of 17, the student's has 20"):
+        make(student=tiny_models.llama(1, seed=1, vocab=20))
+    trained = make()
+    with pytest.raises(ValueError, match="does not hold example 0 of this batch"):
+        trained.evaluate()
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        write(tmp_path / "cache", teacher, [data])
+    with pytest.raises(ValueError, match=r"cache_top_k: 17 is not in 1\.\.16"):
+        write(tmp_path / "other", teacher, [data], top_k=17)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="holds no finished cache"):
+        TeacherCache(tmp_path / "other")
+    with pytest.raises(ValueError, match="a model without a head"):
+        write(tmp_path / "encoder", bert("encoder", 1, seed=1), [data])
+
+
+def test_a_damaged_cache_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    write(tmp_path / "whole", tiny_models.llama(2, seed=2), [tiny_models.dataset(3)])
+    shard, meta = "rows-00000.safetensors", caching.META_FILE
+    content = (tmp_path / "whole" / shard).read_bytes()
+    info = json.loads((tmp_path / "whole" / meta).read_text())
+    with safe_open(tmp_path / "whole" / shard, "pt") as opened:
+        header, logits = opened.metadata(), opened.get_tensor("logits")
+    damages: list[tuple[str, bytes, str]] = [
+        (shard, content[:-1], "is damaged, or no part of a cache"),
+        (shard, b"", "is damaged, or no part of a cache"),
+        (shard, save({"logits": logits}), "is damaged, or no part of a cache"),  # no header
+        (shard, save({"x": logits}, header), "holds {'x': "),
+        (
+            shard,
+            save({"logits": logits[:-1]}, header),
+            r"holds {'logits': \[35, 17\]}, .* \[36, 17",
+        ),
+        (meta, json.dumps(info | {"vocab": 18}).encode(), r"\[36, 17\]}, .* \[36, 18"),
+        (meta, json.dumps(info | {"top_k": 3}).encode(), "say {'log_probs'"),
+        (meta, json.dumps(info | {"examples": 4}).encode(), "3 examples of 4"),
+        (meta, b"[1]", "cache.json cannot be read"),
+        (meta, b"\xff", "cache.json cannot be read"),
+    ]
+    for number, (file, damage, message) in enumerate(damages):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / file).write_bytes(damage)
+        with pytest.raises(ValueError, match=message) as refusal:
+            TeacherCache(folder)
+        assert str(folder) in str(refusal.value)
+    with pytest.raises(ValueError, match="holds no finished cache"):
+        TeacherCache(tmp_path / "whole" / shard)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def test_a_run_without_the_teacher(
+    llama_assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = ["init-student", f"--teacher={llama_assets / 'teacher'}", "--layers=0,3"]
+    assert cli.main([*made, f"--output_dir={tmp_path / 'student'}"]) == 0
+    changes: dict[str, Any] = {"student": tmp_path / "student", "student_layers": None}
+    assert cli.main(options(llama_assets, tmp_path / "online", **changes)) == 0
+    changes["teacher_cache"] = tmp_path / "cache"
+    command = options(llama_assets, tmp_path / "cached", **changes)
+    assert cli.main(["cache-teacher", *command[1:]]) == 0
+    assert not (tmp_path / "cached").exists() and "all logits of 17" in capfd.readouterr().out
+    assert cli.main(command) == 0
+    rows = [
+        json.loads((tmp_path / run / "results.json").read_text())["rows"]
+        for run in ("online", "cached")
+    ]
+    for ours, theirs in zip(rows[0][1:], rows[1][1:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4)
+    assert rows[1][0] == {"name": "teacher", "parameters": rows[0][0]["parameters"]}
+    # Nothing of the teacher is timed or weighed: the report tells the parameters alone.
+    report = (tmp_path / "cached" / "report.md").read_text()
+    ratio = rows[1][-1]["parameters"] / rows[1][0]["parameters"]
+    assert f"against the teacher: {ratio:.2f} times the parameters.\n" in report
+    capfd.readouterr()
+    for wrong, message in [
+        ({"teacher": llama_assets / "other"}, "was made with another model"),
+        ({"sequence_length": 8}, "lacks "),
+        ({"terms": "hidden=1"}, "terms: hidden need the teacher itself"),
+        ({"student": None, "student_layers": "0"}, "student_layers need the teacher itself"),
+        ({"teacher_cache": tmp_path / "none"}, "holds no finished cache"),
+    ]:
+        refused(options(llama_assets, tmp_path / "new", **changes | wrong), message, capfd)
+
+
+def test_students_of_layers(
+    llama_assets: Path, assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert student.choose("uniform:2", 6) == [2, 5] and student.choose("uniform:4", 4) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    start = ["init-student", f"--teacher={llama_assets / 'teacher'}"]
+    assert cli.main([*start, "--layers=uniform:2", f"--output_dir={tmp_path / 'made'}"]) == 0
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    whole = AutoModelForCausalLM.from_pretrained(llama_assets / "teacher")
+    for ours, theirs in zip(
+        made.model.layers, (whole.model.layers[1], whole.model.layers[3]), strict=True
+    ):
+        assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+    AutoTokenizer.from_pretrained(tmp_path / "made")
+    of_bert = ["init-student", f"--teacher={assets / 'encoder'}", "--task=encoder", "--layers=3"]
+    assert cli.main([*of_bert, f"--output_dir={tmp_path / 'bert'}"]) == 0
+    for options_, message in [
+        (["--layers=0,9"], "student_layers: 9 is outside 0..3"),
+        (["--layers=uniform:5"], "layers: 'uniform:5' is not uniform:N with N in 1..4"),
+        (["--layers=0", "--task=ner"], "task: 'ner' is not one of"),
+        (["--layers=0", "--dtype=int8"], "dtype: 'int8' is not one of"),
+        (["--layers=0", f"--output_dir={tmp_path / 'made'}"], "is not an empty folder"),
+    ]:
+        refused([*start, f"--output_dir={tmp_path / 'x'}", *options_], message, capfd)
