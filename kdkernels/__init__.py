@@ -9,9 +9,9 @@ from .backends.gpu import label_errors
 from .dispatch import available_backends
 from .divergences import Divergence
 from .functional import KDLossOutput, fused_kd_loss
-from .linear import FusedLinearKDLoss, fused_linear_kd_loss
+from .linear import fused_linear_kd_loss
 from .memory import release_memory
-from .modules import KDLoss
+from .modules import FusedLinearKDLoss, KDLoss
 
 __all__ = [
     "Divergence",

@@ -16,6 +16,12 @@ def _reasons(name: str, problem: Problem) -> list[str]:
     return backend.unavailable() or backend.why_not(problem)
 
 
+def check_name(name: str) -> None:
+    """ValueError unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+
+
 def choose_backend(problem: Problem, name: str | None, *, extras: bool = False) -> str:
     """The name of the backend that runs ``problem``: ``name`` itself, or the first that can.
 
@@ -36,8 +42,7 @@ def choose_backend(problem: Problem, name: str | None, *, extras: bool = False) 
                 candidate = faster[0]
             return _prepared(candidate, problem)
         raise RuntimeError(_refusal("no backend can run this problem", problem, list(BACKENDS)))
-    if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    check_name(name)
     if _reasons(name, problem):
         able = [other for other in BACKENDS if not _reasons(other, problem)]
         message = _refusal(f"backend {name!r} cannot run this problem", problem, [name])

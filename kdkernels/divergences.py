@@ -27,6 +27,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import torch_private
+
 _REGISTRY: dict[str, type[Divergence]] = {}
 
 
@@ -36,11 +38,7 @@ def differentiable() -> Iterator[None]:
 
     There enabling gradients alone records nothing, and every gradient would be 0.
     """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    with torch_private.autograd_included(), torch.enable_grad():
         yield
 
 

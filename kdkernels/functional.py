@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import divergences, ops
+from . import ops
 from .backends import BACKENDS
 from .dispatch import choose_backend
 from .divergences import Divergence
+from .options import Given, check, check_takes_items
 from .problem import (
     LOGIT_DTYPES,
-    REDUCTIONS,
     STATISTICS,
-    Options,
     Problem,
     contiguous,
     counted_rows,
@@ -26,14 +22,6 @@ from .problem import (
     row_scale,
     sum_rows,
 )
-
-_GRADIENT_MODES = ("auto", "forward", "recompute")
-_VOCAB_POLICIES = ("error", "truncate")
-
-#: No scalar argument may exceed this, and what divides must not be below its inverse: float32 holds
-#: the square of both, and products with logits of any size that occurs.
-_LARGEST = 1e18
-DIVISOR = "a number from 1e-18 to 1e18"
 
 
 class KDLossOutput(NamedTuple):
@@ -60,7 +48,7 @@ class KDLossOutput(NamedTuple):
     )  #: [], share of counted rows in which the student's top entry is the label
 
 
-def fused_kd_loss(
+def fused_kd_loss(  # noqa: PLR0913
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -99,7 +87,7 @@ def fused_kd_loss(
         teacher_logits: [..., V], same leading shape and device, any of these dtypes. Treated as a
             constant (detached). Only read.
         labels: [...], any integer dtype. ``ignore_index`` rows count in neither term and are not
-        read.
+            read.
         temperature: T of both softmaxes in D, from 1e-18 to 1e18. The cross-entropy is always at
             T = 1.
         alpha: weight of D, of magnitude up to 1e18. None: 0.5 with labels, 1 without. Without
@@ -137,7 +125,8 @@ def fused_kd_loss(
             and for float16, whose stored gradient would underflow under a GradScaler: on the
             backend "cpu" it is stored for the grad_output of the backward before this one and
             recomputed if another one comes (to the same bits), elsewhere it is recomputed.
-        backend: ``"cpu"``, ``"torch"``, ``"reference"`` or None for the fastest that can run it.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``, or None for the
+            fastest that can run it.
         return_outputs: return a :class:`KDLossOutput`.
 
     Returns:
@@ -197,52 +186,28 @@ def prepare(
     teacher_logits: Tensor,
     labels: Tensor | None,
     *,
-    temperature: float,
-    alpha: float | None,
-    divergence: str | Divergence,
-    beta: float,
-    temperature_squared: bool,
-    reduction: str,
     num_items: float | Tensor | None,
     token_weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    logit_softcap: float | tuple[float | None, float | None] | None,
-    logit_scale: float | tuple[float | None, float | None] | None,
-    vocab_policy: str,
-    shift: bool,
-    gradient: str,
-    backend: str | None,
-    return_outputs: bool,
+    **options: Any,
 ) -> Call:
     """Check every argument of :func:`fused_kd_loss` and choose the backend."""
-    _check_logits(student_logits, teacher_logits, vocab_policy)
-    options = _checked(
-        temperature,
-        temperature_squared,
-        _default_alpha(alpha, labels),
-        divergence,
-        beta,
-        label_smoothing,
-        z_loss,
-        _pair("logit_scale", logit_scale, 1.0) + _pair("logit_softcap", logit_softcap, 0.0),
-        ignore_index,
-        reduction,
-        num_items if num_items is not None and not isinstance(num_items, Tensor) else None,
-    )
-    _check_choices(gradient, label_smoothing, labels)
+    number = None if isinstance(num_items, Tensor) else num_items
+    settings = check(Given(num_items=number, **options), labels is not None)
+    _check_logits(student_logits, teacher_logits, settings.vocab_policy)
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
-    if _flag("shift", shift):
-        mask, weights = _shifted(student_logits, mask, weights, ignore_index)
-    items = _item_tensor(num_items, student_logits, reduction)
+    if settings.shift:
+        mask, weights = _shifted(student_logits, mask, weights, settings.options.ignore_index)
+    items = None
+    if isinstance(num_items, Tensor):
+        items = _item_tensor(num_items, student_logits, settings.options.reduction)
     teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
-    problem = Problem(student_logits, teacher, mask, weights, items, options)
-    name = choose_backend(problem, backend, extras=_flag("return_outputs", return_outputs))
+    problem = Problem(student_logits, teacher, mask, weights, items, settings.options)
+    name = choose_backend(problem, settings.backend, extras=settings.return_outputs)
+    gradient = settings.gradient
     if gradient == "auto":
         gradient = _gradient_mode(problem, name)
-    return Call(problem, name, gradient, shift, labels is not None)
+    return Call(problem, name, gradient, settings.shift, labels is not None)
 
 
 def _gradient_mode(problem: Problem, backend: str) -> str:
@@ -264,15 +229,20 @@ def finish(
     return _outputs(call, loss, statistics) if return_outputs else loss
 
 
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """TypeError unless logits, or what they are made of, may have this dtype and layout."""
+    if tensor.dtype not in LOGIT_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+        raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
+
+
 def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor [..., vocab], got {type(tensor).__name__}")
-        if tensor.dtype not in LOGIT_DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
-            raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
+        check_dtype(name, tensor)
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
@@ -287,133 +257,11 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
         raise ValueError(
             f"teacher_logits: device {teacher.device} differs from student_logits' {student.device}"
         )
-    if vocab_policy not in _VOCAB_POLICIES:
-        raise ValueError(f"vocab_policy: {vocab_policy!r} is not one of {_VOCAB_POLICIES}")
     if not same_shape and vocab_policy == "error":
         raise ValueError(
             f"teacher_logits: vocabulary {teacher.shape[-1]} differs from student_logits' "
             f"{student.shape[-1]}; vocab_policy='truncate' compares the common prefix"
         )
-
-
-def _pair(name: str, given: Any, default: float) -> tuple[Any, Any]:
-    """(student, teacher), unchecked, from one number, a pair or None."""
-    if given is None:
-        return default, default
-    pair = given if isinstance(given, (tuple, list)) else (given, given)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: {given!r} is neither a number nor a pair (student, teacher)")
-    if any(isinstance(one, bool) for one in pair):
-        raise TypeError(f"{name}: expected numbers, got {given!r}")
-    if any(one is not None and one == 0 for one in pair):
-        raise ValueError(f"{name}: {given!r} contains a 0; None leaves the logits alone")
-    student, teacher = (default if one is None else one for one in pair)
-    return student, teacher
-
-
-def _default_alpha(alpha: float | None, labels: Tensor | None) -> float:
-    if alpha is None:
-        return 1.0 if labels is None else 0.5
-    if labels is None and alpha != 1:
-        raise ValueError(f"alpha: {alpha!r} weighs a cross-entropy, but labels is None")
-    return alpha
-
-
-def _number(name: str, given: Any, allowed: str, ok: Any) -> float:
-    if not isinstance(given, numbers.Real) or isinstance(given, bool):
-        raise TypeError(f"{name}: expected a number, got {type(given).__name__}")
-    number: Any = given
-    if not (-math.inf < number < math.inf and ok(number)):  # traceable, unlike math.isfinite
-        raise ValueError(f"{name}: {given!r} is not {allowed}")
-    if not -_LARGEST <= number <= _LARGEST:
-        raise ValueError(f"{name}: {given!r} exceeds {_LARGEST:g}; float32 holds its square")
-    return float(number)
-
-
-def divides(number: float) -> bool:
-    """Whether the number and its inverse are positive and have squares in float32."""
-    return 1 / _LARGEST <= number <= _LARGEST
-
-
-def _scale(given: Any) -> float:
-    allowed = f"{DIVISOR}, nor the negative of one"
-    return _number("logit_scale", given, allowed, lambda factor: divides(abs(factor)))
-
-
-def _softcap(given: Any) -> float:
-    return _number("logit_softcap", given, DIVISOR, lambda cap: cap == 0 or divides(cap))
-
-
-def _flag(name: str, given: Any) -> bool:
-    if not isinstance(given, bool):  # "no" and "false" are true
-        raise TypeError(f"{name}: {given!r} is neither True nor False")
-    return given
-
-
-def _options(
-    temperature: float,
-    temperature_squared: bool,
-    alpha: float,
-    divergence: str | Divergence,
-    beta: float,
-    label_smoothing: float,
-    z_loss: float,
-    transforms: tuple[float, float, float, float],
-    ignore_index: int,
-    reduction: str,
-    num_items: float | None,
-) -> Options:
-    """The scalars, checked."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: {reduction!r} is not one of {REDUCTIONS}")
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: {ignore_index!r} is not an int64, as labels are")
-    if num_items is not None:
-        num_items = _number("num_items", num_items, DIVISOR, divides)
-    temperature = _number("temperature", temperature, DIVISOR, divides)
-    resolved = divergences.resolve(divergence, _number("beta", beta, "finite", lambda b: True))
-    student_scale, teacher_scale, student_softcap, teacher_softcap = transforms
-    return Options(
-        temperature=temperature,
-        temperature_squared=_flag("temperature_squared", temperature_squared),
-        alpha=_number("alpha", alpha, "finite", lambda a: True),
-        divergence=resolved.name,
-        parameters=resolved.parameters,
-        label_smoothing=_number(
-            "label_smoothing", label_smoothing, "in [0, 1]", lambda e: 0 <= e <= 1
-        ),
-        z_loss=_number("z_loss", z_loss, "a finite number >= 0", lambda z: z >= 0),
-        student_scale=_scale(student_scale),
-        teacher_scale=_scale(teacher_scale),
-        student_softcap=_softcap(student_softcap),
-        teacher_softcap=_softcap(teacher_softcap),
-        ignore_index=int(ignore_index),
-        reduction=reduction,
-        denominator=num_items or 0.0,
-    )
-
-
-# typed: True and 1 are different arguments.
-_cached_options = functools.lru_cache(maxsize=512, typed=True)(_options)
-
-
-def _checked(*arguments: Any) -> Options:
-    """``_options`` from a cache, since a training loop passes the same scalars at every step."""
-    if not torch.compiler.is_compiling():  # Dynamo traces through a cache and warns of it
-        try:
-            return _cached_options(*arguments)
-        except TypeError:
-            pass  # an unhashable argument, which the check below names
-    return _options(*arguments)
-
-
-def _check_choices(gradient: str, smoothing: float, labels: Tensor | None) -> None:
-    if gradient not in _GRADIENT_MODES:
-        raise ValueError(f"gradient: {gradient!r} is not one of {_GRADIENT_MODES}")
-    if smoothing and labels is None:
-        raise ValueError(f"label_smoothing: {smoothing!r} was given, but labels is None")
 
 
 def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | None:
@@ -425,7 +273,7 @@ def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | N
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} differs from the logits' leading shape "
-            f" {tuple(student.shape[:-1])}"
+            f"{tuple(student.shape[:-1])}"
         )
     if tensor.device != student.device:
         raise ValueError(
@@ -461,15 +309,8 @@ def _shifted(
     return shifted, weights
 
 
-def _item_tensor(num_items: Any, student: Tensor, reduction: str) -> Tensor | None:
-    if num_items is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"num_items: {num_items!r} is the denominator of 'mean', not of {reduction!r}"
-        )
-    if not isinstance(num_items, Tensor):
-        return None  # a number: in the options
+def _item_tensor(num_items: Tensor, student: Tensor, reduction: str) -> Tensor:
+    check_takes_items(num_items, reduction)
     if num_items.numel() != 1 or num_items.is_complex():
         raise ValueError(f"num_items: shape {tuple(num_items.shape)} is not one real element")
     return num_items.detach().reshape(()).to(student.device, loss_dtype(student))

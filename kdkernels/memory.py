@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from . import torch_private
+
 #: Smaller gradients stay with the allocator, which keeps their memory itself.
 _SMALLEST = 1 << 20
 #: Blocks start at a multiple of this, so that all of their pages can be huge.
@@ -62,7 +64,7 @@ class GradientMemory:
         kept = self._kept
         return (
             kept is not None
-            and torch._C._storage_Use_Count(kept._cdata) == 1
+            and torch_private.storage_use_count(kept) == 1
             and not kept.is_shared()  # another process may read it still
             and needed + _HUGE_PAGE <= kept.nbytes() <= 2 * needed + _HUGE_PAGE
         )

@@ -1,28 +1,59 @@
-"""The loss as a module."""
+"""The losses as modules."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .functional import KDLossOutput, fused_kd_loss
+from .linear import fused_linear_kd_loss
+from .options import Given, check, check_chunk_bytes
 
 
-class KDLoss(nn.Module):
+def _keywords(function: Callable[..., Any], *left_out: str) -> inspect.Signature:
+    """The keyword-only parameters of a function, as the signature of a module's constructor."""
+    parameters = inspect.signature(function).parameters.values()
+    return inspect.Signature(
+        [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in left_out]
+    )
+
+
+class _Loss(nn.Module):
+    """A loss function with its options fixed at construction, where bad ones are refused."""
+
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = self.__signature__.parameters
+        if unknown := set(options) - set(known):
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        given = {name: options.get(name, known[name].default) for name in Given._fields}
+        if isinstance(given["num_items"], Tensor):
+            given["num_items"] = None
+        check(Given(**given), with_labels=True)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class KDLoss(_Loss):
     """:func:`kdkernels.fused_kd_loss` with its options fixed at construction.
 
     ``KDLoss(temperature=2.0, alpha=0.9)(student_logits, teacher_logits, labels)``. Takes every
     keyword of the function; ``num_items`` and ``token_weights``, which change from batch to batch,
     may also be given to the call.
+
+    Raises:
+        TypeError, ValueError: at construction, an option that no call could have; named in the
+            message. At a call, as ``fused_kd_loss``.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        unknown = set(options) - set(fused_kd_loss.__kwdefaults__ or ())
-        if unknown:
-            raise TypeError(f"KDLoss has no option {', '.join(sorted(unknown))}")
-        self.options = options
+    __signature__ = _keywords(fused_kd_loss)
 
     def forward(
         self,
@@ -35,5 +66,25 @@ class KDLoss(nn.Module):
             student_logits, teacher_logits, labels, **{**self.options, **per_batch}
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+class FusedLinearKDLoss(_Loss):
+    """:func:`kdkernels.fused_linear_kd_loss` with its options fixed at construction.
+
+    ``FusedLinearKDLoss(temperature=2.0)(student_hidden, student_weight, teacher_hidden,
+    teacher_weight, labels)``. Takes every option of the function; tensors, ``num_items`` and
+    ``token_weights`` are given to the call.
+
+    Raises:
+        TypeError, ValueError: as :class:`KDLoss`.
+    """
+
+    __signature__ = _keywords(
+        fused_linear_kd_loss, "student_bias", "teacher_bias", "student_logits", "teacher_logits"
+    )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        check_chunk_bytes(options.get("max_chunk_bytes"))
+
+    def forward(self, *inputs: Tensor | None, **per_batch: Any) -> Tensor | KDLossOutput:
+        return fused_linear_kd_loss(*inputs, **{**self.options, **per_batch})

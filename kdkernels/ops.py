@@ -15,13 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from . import torch_private
 from .backends import BACKENDS
 from .backends.base import gradient_strides
 from .problem import Options, Problem, loss_dtype
 
-_SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", Sequence[float]: "float[]"}
+_SCHEMA_TYPES = {
+    float: "float",
+    bool: "bool",
+    int: "int",
+    str: "str",
+    tuple[float, ...]: "float[]",
+}
 OPTIONS_SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Options).items()
 )
@@ -60,7 +66,7 @@ def define(name: str, schema: str, kernel: Any, autograd: Any, fake: Any) -> Any
 
 def below_autograd(op: Any, keyset: Any, arguments: Sequence[Any]) -> Any:
     """Call the op's kernel. A redispatch, not a guard: a kernel may use autograd of its own."""
-    return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    return op.redispatch(keyset & torch_private.AFTER_AUTOGRAD, *arguments)
 
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -83,25 +89,15 @@ def saved(ctx: Any) -> list[Any]:
 
 def refuse_transforms(student: Tensor) -> None:
     """RuntimeError where a derivative is wanted that only ``backward`` computes."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.are_transforms_active() or torch_private.has_tangent(student):
         raise RuntimeError(_TRANSFORMS)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
-        raise RuntimeError(_TRANSFORMS)
-
-
-def keeps_graph() -> bool:
-    """Whether the running backward may be repeated: then what it reads must not be overwritten.
-
-    (A leaf would also take a stored gradient for its .grad, and accumulate into it.)
-    """
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def refuse_second_derivative(gradient: Tensor) -> Tensor:
     """The gradient, made to raise if a graph is being created and somebody differentiates it."""
     if not torch.is_grad_enabled():
         return gradient
-    return torch._C._functions.DelayedError(_DOUBLE_BACKWARD, 1)(gradient.detach().requires_grad_())
+    return torch_private.delayed_error(_DOUBLE_BACKWARD, 1)(gradient.detach().requires_grad_())
 
 
 def refuse_differentiation(arguments: Sequence[Any]) -> None:
@@ -112,10 +108,16 @@ def refuse_differentiation(arguments: Sequence[Any]) -> None:
         raise RuntimeError(_DOUBLE_BACKWARD)
 
 
+def unpack_options(fields: Sequence[Any]) -> Options:
+    """The options from an op's arguments, which bring the parameters in a list."""
+    options = Options(*fields)
+    return options._replace(parameters=tuple(options.parameters))
+
+
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
     student, teacher, labels, token_weights, num_items = arguments[:_TENSORS]
-    options = Options(*arguments[_TENSORS:_OPTIONS_END])
+    options = unpack_options(arguments[_TENSORS:_OPTIONS_END])
     problem = Problem(student, teacher, labels, token_weights, num_items, options)
     return problem, arguments[_OPTIONS_END]
 
@@ -128,11 +130,11 @@ def _forward(*arguments: Any) -> _Results:
 def _run(
     problem: Problem, backend: str, want_gradient: bool, extras: bool, expected: float | None
 ) -> _Results:
-    foreseen = {}
+    grad_output = None
     if expected is not None:
-        foreseen["grad_output"] = torch.tensor(expected, dtype=torch.float64, device="cpu")
+        grad_output = torch.tensor(expected, dtype=torch.float64, device="cpu")
     result = BACKENDS[backend].forward(
-        problem, want_gradient=want_gradient, extras=extras, **foreseen
+        problem, want_gradient=want_gradient, extras=extras, grad_output=grad_output
     )
     gradient = result.gradient
     if gradient is None:  # an op has a fixed number of outputs
@@ -185,7 +187,7 @@ class _GradOutput:
 
         A checkpoint's recomputation, for one, must save what its forward saved.
         """
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        hooked = torch_private.has_saved_tensor_hooks()
         return self._latest if self._steady and not hooked else None
 
     def is_as_expected(self, expected: float | None, grad_output: Tensor) -> bool:
@@ -251,7 +253,7 @@ def _stored(ctx: Any, grad_output: Tensor) -> Tensor:
 def _recomputed(ctx: Any, grad_output: Tensor) -> Tensor:
     *inputs, statistics, foreseen = saved(ctx)
     if GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
-        return foreseen.clone() if keeps_graph() else foreseen
+        return foreseen.clone() if torch_private.keeps_graph() else foreseen
     arguments = (*inputs, *ctx.scalars, statistics, grad_output)
     if _is_observed((*inputs, statistics, grad_output)):
         result: Tensor = kd_backward(*arguments)
@@ -279,7 +281,10 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
         # compiler.
         factor = grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1)
         return (gradient * factor).to(gradient.dtype)
-    return BACKENDS[backend].scale_gradient(gradient, grad_output, overwrite=not keeps_graph())
+    # Not in place if the backward may be repeated; a leaf would also take the stored gradient for
+    # its .grad, and accumulate into it.
+    overwrite = not torch_private.keeps_graph()
+    return BACKENDS[backend].scale_gradient(gradient, grad_output, overwrite=overwrite)
 
 
 def _forward_autograd(keyset: Any, *arguments: Any) -> _Results:
@@ -358,14 +363,7 @@ def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
     for tensor in tensors:
         if tensor is not None and not _is_plain(tensor):
             return True
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
+    return torch_private.is_observed()
 
 
 def _is_plain(tensor: Tensor) -> bool:

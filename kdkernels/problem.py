@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -40,7 +39,7 @@ class Options(NamedTuple):
     temperature_squared: bool = True
     alpha: float = 1.0
     divergence: str = "forward_kl"
-    parameters: Sequence[float] = ()
+    parameters: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     student_scale: float = 1.0

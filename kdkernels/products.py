@@ -25,6 +25,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .torch_private import (
+    grouped_product,
+    has_amx_tile,
+    has_avx512_bf16,
+    has_grouped_products,
+)
+
 #: Bytes of the piece of a half-precision weight that is handled at a time, as float32. In pieces,
 #: since a float32 copy of the whole weight would be as large as its gradient. On an accelerator
 #: they are larger: each is a launch, and one of 16 MiB is 1024 columns at a hidden size of 4096.
@@ -34,7 +41,7 @@ PIECE_BYTES_ACCELERATOR = 128 << 20
 
 def native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices natively, and torch knows it."""
-    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has_instructions = has_avx512_bf16() or has_amx_tile()
     return has_instructions and torch.backends.mkldnn.is_available()
 
 
@@ -89,7 +96,7 @@ def _has_grouped_products(device: torch.device) -> bool:
         sys.platform == "linux"
         and device.type == "cuda"
         and wide_results(device)
-        and hasattr(torch, "_grouped_mm")
+        and has_grouped_products()
         and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
     )
 
@@ -181,9 +188,9 @@ def propagate(
         tile = rounded.copy_(tile)
         if count is not None:
             if to_hidden is not None:
-                to_hidden.copy_(torch._grouped_mm(tile, weight.unsqueeze(0), offs=count))
+                to_hidden.copy_(grouped_product(tile, weight.unsqueeze(0), count))
             if to_weight is not None:
-                product = torch._grouped_mm(tile.t(), hidden, offs=count)[0]
+                product = grouped_product(tile.t(), hidden, count)[0]
                 to_weight.add_(product) if add else to_weight.copy_(product)
             return
     else:

@@ -32,8 +32,8 @@ class Backend(ABC):
     name: str
     #: Rows that this backend appends to the statistics for its own backward.
     state_rows: int = 0
-    #: Whether ``forward`` takes the ``grad_output`` [] that the gradient is stored for, if that can
-    #: be foreseen: where the later, real one is read at no cost, to be compared.
+    #: Whether a gradient may be stored for the ``grad_output`` that is foreseen: where the later,
+    #: real one is read at no cost, to be compared.
     foresees: bool = False
 
     @property
@@ -66,8 +66,12 @@ class Backend(ABC):
         want_gradient: bool,
         extras: bool,
         gradient_out: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Result:
         """Loss, statistics (entropies and hits only if ``extras``) and, if wanted, the gradient.
+
+        The gradient is that of the loss times ``grad_output`` (as in :meth:`backward`), multiplied
+        before it is rounded; None: 1.
 
         ``gradient_out`` is memory for the gradient: in the student's shape and dtype, entries side
         by side and rows ``row_stride`` apart; what is between them is not touched. It may be the

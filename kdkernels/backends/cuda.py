@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import LOGIT_DTYPES, Options, Problem, RowLayout, contiguous, row_layout
+from ..torch_private import constant_result, raw_stream
 from . import gpu
 from .base import empty_gradient, has_rows, row_stride
 from .native import DIVERGENCES as _DIVERGENCES
@@ -30,7 +31,7 @@ if _native is not None and not hasattr(_native, "cuda_kd_loss"):
 _device_refusals: dict[int, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _device_refusal(index: int) -> str:
     """Why no kernel of this build can run on this device; empty: they can. Asked once a device."""
     if index not in _device_refusals:
@@ -38,7 +39,7 @@ def _device_refusal(index: int) -> str:
     return _device_refusals[index]
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 @functools.cache
 def _has_clusters(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -236,7 +237,7 @@ def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tupl
 def _stream(device: torch.device) -> tuple[int, int]:
     """The device's number and its current stream's handle."""
     # Not torch.cuda.current_stream(), which makes an object of it.
-    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    return device.index, raw_stream(device.index)
 
 
 def _launch(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..torch_private import constant_result
+
 _available = False
 _flags: dict[torch.device, Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_available() -> bool:
     """``torch.cuda.is_available()``, which asks the driver each time, until it has said yes."""
     global _available
@@ -58,7 +60,7 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def make_label_flag(device: torch.device) -> bool:
     """Make the flag while a call is checked (or traced), not inside a graph's memory pool."""
     return label_errors(device).dtype == torch.int64

@@ -25,10 +25,11 @@ class ReferenceBackend(Backend):
         want_gradient: bool,
         extras: bool,
         gradient_out: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Result:
         check_labels(problem)
         loss, statistics, gradient = reference.forward(
-            problem, want_gradient=want_gradient, extras=extras
+            problem, want_gradient=want_gradient, extras=extras, grad_output=grad_output
         )
         if gradient is not None:
             gradient = _handed_out(problem, gradient, gradient_out)

@@ -37,10 +37,11 @@ class TorchBackend(Backend):
         want_gradient: bool,
         extras: bool,
         gradient_out: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Result:
         if gradient_out is None and want_gradient:
             gradient_out = empty_gradient(problem.student)
-        return _run(problem, gradient_out, extras, None)
+        return _run(problem, gradient_out, extras, grad_output)
 
     def backward(
         self,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import divergences
-from ..functional import DIVISOR, divides
+from ..options import DIVISOR, divides
 from ..training.tasks import ENCODER
 from . import report
 from .distill import Experiment, evaluate, make_trainer

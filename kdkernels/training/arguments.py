@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from .. import divergences
 from ..dispatch import available_backends
-from ..functional import DIVISOR, divides
+from ..options import DIVISOR, divides
 from . import schedules
 from .terms import TermArguments
 

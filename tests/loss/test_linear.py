@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdkernels import FusedLinearKDLoss, fused_kd_loss, fused_linear_kd_loss, products
-from kdkernels import linear as linear_module
+from kdkernels import (
+    FusedLinearKDLoss,
+    fused_kd_loss,
+    fused_linear_kd_loss,
+    linear,
+    linear_op,
+    linear_tiles,
+    products,
+)
 
 ROWS, H_STUDENT, H_TEACHER, VOCAB = 37, 24, 17, 211
 ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
@@ -436,7 +443,7 @@ def test_products_of_half_inputs_are_exact_to_float32(monkeypatch: pytest.Monkey
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of devices, on the CPU: nobody looks at a number, all rows are multiplied."""
-    monkeypatch.setattr(linear_module, "_waits", lambda device: True)
+    monkeypatch.setattr(linear_tiles, "_waits", lambda device: True)
 
 
 @pytest.fixture
@@ -571,7 +578,7 @@ def test_rounded_gradients_have_aligned_rows(
         hidden, weight = given.pop("teacher_hidden"), given.pop("teacher_weight")
         given["teacher_logits"] = hidden.double() @ weight.double().t()
     own: list[bool] = []
-    half_tile = linear_module._Sweep.half_tile
+    half_tile = linear_tiles._Sweep.half_tile
 
     def recorded(sweep: Any) -> Tensor:
         made = half_tile(sweep)
@@ -581,7 +588,7 @@ def test_rounded_gradients_have_aligned_rows(
         own.append(made.untyped_storage().data_ptr() != sweep.memory.untyped_storage().data_ptr())
         return made
 
-    monkeypatch.setattr(linear_module._Sweep, "half_tile", recorded)
+    monkeypatch.setattr(linear_tiles._Sweep, "half_tile", recorded)
     got = run(given, max_chunk_bytes=9 * 2 * 4 * vocab)
     assert own == [teacher == "logits" or vocab == 3]
     assert_close(got[1:], want[1:], 2**-8)
@@ -729,23 +736,23 @@ def test_opcheck_of_rounded_gradients(
 
 def opcheck(given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     calls: list[tuple[Any, ...]] = []
-    op = linear_module._linear_kd_forward
+    op = linear_op.linear_kd_forward
 
     def recorded(*arguments: Any) -> Any:
         calls.append(arguments)
         return op(*arguments)
 
     recorded.redispatch = op.redispatch  # type: ignore[attr-defined]
-    monkeypatch.setattr(linear_module, "_linear_kd_forward", recorded)
+    monkeypatch.setattr(linear, "linear_kd_forward", recorded)
     fused_linear_kd_loss(**given, **options, return_outputs=True)
     (arguments,) = calls
-    monkeypatch.setattr(linear_module, "_linear_kd_forward", op)
+    monkeypatch.setattr(linear, "linear_kd_forward", op)
     torch.library.opcheck(op, arguments)
-    end = linear_module._OPTIONS_END
+    end = linear_op.OPTIONS_END
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments[:end]]
     _, statistics, *_ = op(*detached, *arguments[end:])
     rest = (*arguments[end : end + 2], [True, True, True, False], statistics, torch.tensor(2.0))
-    torch.library.opcheck(linear_module._linear_kd_backward, (*detached, *rest))
+    torch.library.opcheck(linear_op.linear_kd_backward, (*detached, *rest))
 
 
 def test_a_sharded_output_layer_in_two_processes(tmp_path: Path) -> None:
@@ -880,12 +887,12 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     """Their memory, and what is copied of given logits; they are of one size."""
     shapes: list[torch.Size] = []
 
-    class Recorded(linear_module._Sweep):
+    class Recorded(linear_tiles._Sweep):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             shapes.append(self.memory.shape)
 
-    monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    monkeypatch.setattr(linear_tiles, "_Sweep", Recorded)
     monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
 
     def sweep(
@@ -914,12 +921,12 @@ def test_the_tiles_of_a_gpu_keep_to_their_budget(
     """Beside the logits: rounded gradients where there is no teacher's tile, cleaned states."""
     steps: list[int] = []
 
-    class Recorded(linear_module._Sweep):
+    class Recorded(linear_tiles._Sweep):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             steps.append(self.step)
 
-    monkeypatch.setattr(linear_module, "_Sweep", Recorded)
+    monkeypatch.setattr(linear_tiles, "_Sweep", Recorded)
     given = inputs(torch.bfloat16, lead=(512,))
     without = {"teacher_hidden": None, "teacher_weight": None}
     without["teacher_logits"] = torch.randn(512, VOCAB)
@@ -934,8 +941,8 @@ def test_the_tiles_of_a_gpu_keep_to_their_budget(
 
 
 def test_the_default_budget_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    default = linear_module._default_chunk_bytes
-    assert default(torch.device("cpu")) == linear_module.MAX_CHUNK_BYTES == 256 << 20
+    default = linear._default_chunk_bytes
+    assert default(torch.device("cpu")) == linear.MAX_CHUNK_BYTES == 256 << 20
     for gigabytes, mebibytes in ((141, 4202), (4, 256)):
         properties = type("Properties", (), {"total_memory": gigabytes * 10**9})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
+import pydoc
 import re
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import KDLoss, fused_kd_loss
+from kdkernels import FusedLinearKDLoss, KDLoss, fused_kd_loss, fused_linear_kd_loss
+from kdkernels.backends import BACKENDS
 from kdkernels.divergences import JSD, AlphaBeta, SkewForwardKL, SkewReverseKL
+from kdkernels.options import Given, check
+from kdkernels.problem import Options, Problem
 
 LABELS = torch.tensor([0, 1, 2])
 NUMBERS = ("temperature", "alpha", "label_smoothing", "z_loss", "logit_softcap", "logit_scale")
@@ -339,3 +344,84 @@ def test_module_shows_its_options() -> None:
     assert repr(KDLoss(temperature=2.0, divergence="jsd")) == (
         "KDLoss(temperature=2.0, divergence='jsd')"
     )
+
+
+@pytest.mark.parametrize("module", (KDLoss, FusedLinearKDLoss))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature: -1 is not"),
+        ({"divergence": "jds"}, "divergence: 'jds' is not one of"),
+        ({"divergence": "tvd", "beta": 0.1}, "beta"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"reduction": "avg"}, "reduction: 'avg'"),
+        ({"reduction": "sum", "num_items": 3}, "num_items: 3 is the denominator"),
+        ({"ignore_index": 2**63}, "ignore_index"),
+        ({"label_smoothing": 1.1}, "label_smoothing: 1.1"),
+        ({"logit_softcap": (1.0, 2.0, 3.0)}, "logit_softcap"),
+        ({"logit_scale": [0.0, 1.0]}, "logit_scale"),
+        ({"vocab_policy": "pad"}, "vocab_policy: 'pad'"),
+        ({"gradient": "backward"}, "gradient: 'backward'"),
+        ({"backend": "cdua"}, "backend: 'cdua' is not one of cpu, cuda"),
+    ],
+)
+def test_module_refuses_bad_options_at_construction(
+    module: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(**options)
+
+
+@pytest.mark.parametrize("module", (KDLoss, FusedLinearKDLoss))
+@pytest.mark.parametrize("name", ("shift", "temperature_squared", "return_outputs"))
+def test_module_refuses_flags_that_are_words(module: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: 'no' is neither True nor False"):
+        module(**{name: "no"})
+
+
+def test_the_linear_module_refuses_a_bad_chunk() -> None:
+    with pytest.raises(ValueError, match=r"max_chunk_bytes: 0\.5 is not an int > 0"):
+        FusedLinearKDLoss(max_chunk_bytes=0.5)
+
+
+def test_the_options_are_written_out_once() -> None:
+    signature = inspect.signature(fused_kd_loss)
+    options = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {p.name for p in options} == {*Given._fields, "token_weights"}
+    assert list(inspect.signature(KDLoss).parameters.values()) == options
+    linear = inspect.signature(fused_linear_kd_loss).parameters
+    assert all(linear[p.name] == p for p in options)
+    for shown in (KDLoss, FusedLinearKDLoss, fused_linear_kd_loss):
+        text = pydoc.render_doc(shown, renderer=pydoc.plaintext)
+        assert all(f"{p.name}: " in text and repr(p.default) in text for p in options)
+
+
+def test_equal_options_are_one_object_and_can_be_a_key() -> None:
+    defaults = {n: (fused_kd_loss.__kwdefaults__ or {})[n] for n in Given._fields}
+    given = Given(**defaults | {"divergence": AlphaBeta(0.2, 0.7)})
+    first, second = (check(given, with_labels=True) for _ in range(2))
+    assert first is second and {first.options: 1}[second.options] == 1
+    assert check(given, with_labels=False).options.alpha == 1.0 != first.options.alpha
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_backend_multiplies_a_stored_gradient_before_rounding(
+    backend: str, device: str, reduction: str
+) -> None:
+    if reasons := kdkernels.available_backends()[backend]:
+        pytest.skip("; ".join(reasons))
+    rows = cases.pair((3, 40), torch.float16, torch.float16, device=device)
+    labels = cases.labels_for((3,), 40, device=device)
+    problem = Problem(*rows, labels, None, None, Options(alpha=0.5, reduction=reduction))
+    shape = () if reduction == "mean" else (3,)
+    factor = torch.full(shape, 2.0**12, device=device)
+    results = [
+        BACKENDS[backend].forward(problem, want_gradient=True, extras=False, grad_output=given)
+        for given in (factor, None)
+    ]
+    assert torch.equal(results[0].loss, results[1].loss)
+    recomputed = BACKENDS[backend].backward(problem, results[1].statistics, factor)
+    assert results[0].gradient is not None and results[1].gradient is not None
+    assert torch.equal(results[0].gradient, recomputed)
+    plain = results[1].gradient.double() * 2.0**12
+    torch.testing.assert_close(results[0].gradient.double(), plain, rtol=2e-3, atol=2.0**-10)
