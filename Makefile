@@ -15,7 +15,7 @@ help:
 	@echo "make kernel-report  registers, spills, instructions and bytes of the GPU kernels"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
 	@echo "make gpu-day   on a machine with a GPU: prove and measure everything, in two halves"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      formatters, ruff, mypy, and the limits of one function"
 	@echo "make clean     remove the environment and build results; results of runs stay"
 
 # The stamp is newer than everything the installation is made from. Releases are pinned here and in
@@ -47,6 +47,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/function_limits.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks

@@ -304,14 +304,13 @@ def plain_rows(
     temperature: float = 1.0,
     alpha: float | None = None,
     temperature_squared: bool = True,
-    token_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     logit_softcap: Any = None,
-    logit_scale: Any = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor:
     """Each row's loss ([N]) of logits [N, V] in their own dtype, all rows counted."""
+    token_weights, logit_scale = others.get("token_weights"), others.get("logit_scale")
     vocab = min(student.shape[-1], teacher.shape[-1])
     capped = []
     for raw, scale, cap in zip(
