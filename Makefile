@@ -4,6 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+FORMATTED_SOURCES = $(NATIVE_SOURCES) $(wildcard tools/*.cu)
 
 .PHONY: help distill distill-bert test lint bench kernel-report simulate simulate-all clean
 .PHONY: gpu-day gpu-day-first gpu-day-second gpu-day-prepare
@@ -15,7 +16,7 @@ help:
 	@echo "make kernel-report  registers, spills, instructions and bytes of the GPU kernels"
 	@echo "make bench     the full benchmark against eager PyTorch, torch.compile and chunks"
 	@echo "make gpu-day   on a machine with a GPU: prove and measure everything, in two halves"
-	@echo "make lint      formatters, ruff, mypy, and the limits of one function"
+	@echo "make lint      ruff, mypy, clang-format, and the limits of one function"
 	@echo "make clean     remove the environment and build results; results of runs stay"
 
 # The stamp is newer than everything the installation is made from. Releases are pinned here and in
@@ -47,6 +48,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
 	$(BIN)/python tools/function_limits.py
 
 bench: $(VENV)/.installed

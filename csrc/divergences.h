@@ -184,7 +184,7 @@ struct Tvd : Uses<Ratio::none>, Uncentred {
 struct SkewForwardKl : Uses<Ratio::student_over_teacher> {
   double beta;
   KD_INLINE explicit SkewForwardKl(double given) : beta(given) {}
-  // q - p. The ratio keeps its digits where they are close, the difference where they are far apart.
+  // q - p. The ratio keeps digits where they are close, the difference where they are far apart.
   template <class X>
   static KD_INLINE X excess(const Entry<X>& e) {
     return select(e.delta > X(1.0), e.q - e.p, e.p * e.shortfall);
@@ -235,8 +235,8 @@ struct Nothing : Uses<Ratio::none>, InUnitsOfOne, Uncentred {
 
 // The family of alpha-beta divergences needs no centring, its summands are of Bregman's kind. A
 // summand is never negative, so inf - inf, which exponents of opposite sign can give, stands for
-// +inf, which is `infinite` in the functor's own units; entries that agree (or are absent from both)
-// give exactly 0.
+// +inf, which is `infinite` in the functor's own units; entries that agree (or are absent from
+// both) give exactly 0.
 template <class X>
 KD_INLINE Term<X> settle(const Entry<X>& e, X value, X slope, double infinite = INFINITY) {
   const auto differ = absolute(e.delta) > X(0.0);

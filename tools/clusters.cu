@@ -1,6 +1,6 @@
 // How many clusters of each shape that the launcher uses a device runs at once, and on how many of
-// its multiprocessors: a GPC holds only whole clusters, and devices differ in what is left of theirs.
-// One JSON object a line. make gpu-day compiles and runs it.
+// its multiprocessors: a GPC holds only whole clusters, and devices differ in what is left of
+// theirs. One JSON object a line. make gpu-day compiles and runs it.
 #include <cstdio>
 #include <set>
 #include <tuple>
@@ -86,10 +86,11 @@ int main() {
     size_t multiprocessors = 0;
     if (error == cudaSuccess && clusters > 0)
       std::tie(error, multiprocessors) = taken(shape, clusters);
-    printf("{\"blocks\": %d, \"threads\": %d, \"bytes\": %d, \"clusters\": %d, "
-           "\"multiprocessors\": %zu, \"error\": \"%s\"}\n",
-           shape.blocks, shape.threads, shape.bytes, clusters, multiprocessors,
-           error == cudaSuccess ? "" : cudaGetErrorName(error));
+    printf(
+        "{\"blocks\": %d, \"threads\": %d, \"bytes\": %d, \"clusters\": %d, "
+        "\"multiprocessors\": %zu, \"error\": \"%s\"}\n",
+        shape.blocks, shape.threads, shape.bytes, clusters, multiprocessors,
+        error == cudaSuccess ? "" : cudaGetErrorName(error));
     cudaGetLastError();  // of a shape that cannot be, which must not reach the next
   }
 }
