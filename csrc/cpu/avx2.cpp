@@ -1,3 +1,3 @@
 #define KD_LANES 8
 #define KD_RUN_ROW run_row_avx2
-#include "rows.inc"
+#include "row.inc"

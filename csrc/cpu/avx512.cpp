@@ -7,4 +7,4 @@
 
 #define KD_LANES 16
 #define KD_RUN_ROW run_row_avx512
-#include "rows.inc"
+#include "row.inc"

@@ -1,3 +1,3 @@
 #define KD_LANES 4
 #define KD_RUN_ROW run_row_baseline
-#include "rows.inc"
+#include "row.inc"
