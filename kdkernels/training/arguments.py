@@ -10,13 +10,13 @@ from transformers import TrainingArguments
 
 from .. import divergences
 from ..dispatch import available_backends
+from ..dtypes import WEIGHT_DTYPES
 from ..options import DIVISOR, divides
 from . import schedules
 from .terms import TermArguments
 
 VOCAB_POLICIES = ("error", "truncate")
 FUSED_LINEAR = ("auto", "true", "false")
-TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Options of ``TrainingArguments`` -> the least value with which training can start.
 _LEAST = {
     "per_device_train_batch_size": 1,
@@ -126,7 +126,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
         self.fused_linear = str(self.fused_linear).lower()  # True and False, too
         self._check_choice("fused_linear", self.fused_linear, FUSED_LINEAR)
         self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
-        self._check_choice("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        self._check_choice("teacher_dtype", self.teacher_dtype, WEIGHT_DTYPES)
         self.resolved_divergence()
         if self.teacher_device is not None:
             self._check_device("teacher_device", self.teacher_device)

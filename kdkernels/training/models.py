@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..dtypes import AUTO, DTYPES
 from .tasks import CAUSAL_LM, SEQUENCE, TOKEN, Task, check_config
 
 
@@ -144,8 +145,16 @@ def from_config(source: ModelSource, dtype: str, task: Task = CAUSAL_LM) -> PreT
     """A student with random weights from the configuration of ``source``."""
     config = source.config()
     check_config(task, config, source.option)
-    torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype = torch.float32 if dtype == AUTO else DTYPES[dtype]
     return task.auto_class.from_config(config, dtype=torch_dtype)
+
+
+def in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """``model`` itself, its weights in the dtype of this name; "auto": as they are."""
+    module: nn.Module = model  # transformers hides the signature of `to`
+    if dtype != AUTO:
+        module.to(DTYPES[dtype])
+    return model
 
 
 def decoder_layers(model: PreTrainedModel, option: str = "student_layers") -> tuple[nn.Module, str]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..problem import LOGIT_DTYPES
+from .models import describe
 
 #: Logits given to a model to see what it does to them behind its output layer. The last is large
 #: enough for a soft cap to give the cap; one that the cap leaves alone comes first.
@@ -111,6 +112,33 @@ class Head:
         tolerance = 8 * torch.finfo(layer.weight.dtype).eps * largest
         if not torch.allclose(found, logits.float(), rtol=0.0, atol=max(tolerance, 1e-5)):
             raise NoHead(f"{self.name}: the model's logits are not its output, capped and scaled")
+
+
+class Heads(NamedTuple):
+    """The output layers that are left out, by the role of their model."""
+
+    found: dict[str, Head]
+    reasons: dict[str, str]  #: why the others are not
+
+    def __str__(self) -> str:
+        tiles = [f"{role} ({head})" for role, head in self.found.items()]
+        whole = [f"{role} ({reason})" for role, reason in self.reasons.items()]
+        parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
+        parts += ["as a whole: " + ", ".join(whole)] if whole else []
+        return "; ".join(parts)
+
+
+def find_heads(models: dict[str, PreTrainedModel], device: torch.device) -> Heads:
+    """The output layer of each model; a teacher's has to be on ``device``, where the loss is."""
+    heads = Heads({}, {})
+    for role, model in models.items():
+        try:
+            if role == "teacher" and next(model.parameters()).device != device:
+                raise NoHead("it is on another device")
+            heads.found[role] = Head(model)
+        except NoHead as error:
+            heads.reasons[role] = f"{describe(model)}: {error}"
+    return heads
 
 
 def _layer(model: PreTrainedModel) -> nn.Linear:

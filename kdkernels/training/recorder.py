@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .models import decoder_layers, describe
-from .output_layer import Hidden
+from .output_layer import Head, Hidden
 
 #: How architectures call the three linear maps of self-attention.
 _PROJECTION_NAMES = (
@@ -124,6 +124,15 @@ class Recorder:
             return self.run(model, {"input_ids": ids})
         finally:
             model.train(training)
+
+
+def run_without(head: Head | None, model: PreTrainedModel, run: Callable[[], Features]) -> Features:
+    """``run()``, a forward of ``model`` that makes no logits if there is a head to leave out."""
+    if head is None:
+        return run()
+    with head.left_out(model) as entered:
+        features = run()
+    return features._replace(entered=entered())
 
 
 def _attention_projections(model: PreTrainedModel, layer: int, name: str) -> tuple[nn.Module, ...]:

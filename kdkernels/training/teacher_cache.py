@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .batches import batches
 from .folders import check_new
-from .models import output_width
+from .models import output_width, parameter_count
 from .tasks import SEQUENCE, Task, task_of
 
 META_FILE = "cache.json"
@@ -122,14 +123,22 @@ def _examples(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
 class _Writer:
     """Collects rows and writes a shard whenever there are enough."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, top_k: int | None, temperature: float) -> None:
+        self.folder, self.top_k, self.temperature = folder, top_k, temperature
         self.keys: set[str] = set()
         self.rows = self.shards = self.bytes = 0
         self._names: list[str] = []
         self._parts: list[dict[str, Tensor]] = []
 
-    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def add_batch(self, inputs: dict[str, Any], logits: Tensor, task: Task) -> None:
+        """The logits [B, S, V] or [B, V] of the examples that have not come before."""
+        for at, (key, tokens) in enumerate(_examples(inputs)):
+            if key not in self.keys:
+                of_tokens = task.labels == "token"
+                rows = logits[at][tokens.to(logits.device)] if of_tokens else logits[at : at + 1]
+                self._add(key, _rows(rows, self.top_k, self.temperature))
+
+    def _add(self, key: str, tensors: dict[str, Tensor]) -> None:
         self.keys.add(key)
         self._names.append(key)
         self._parts.append(tensors)
@@ -203,17 +212,11 @@ def cache_teacher(
     if top_k is not None and not 1 <= top_k < vocab:
         raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
     output.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(output)
-    for batch in _batches(items, batch_size):
+    writer = _Writer(output, top_k, temperature)
+    for batch in batches(items, batch_size):
         inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
-        fresh = [key not in writer.keys for key, _ in _examples(inputs)]
         moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
-        logits = teacher.eval()(**moved).logits
-        for at, (key, tokens) in enumerate(_examples(inputs)):
-            if fresh[at] and key not in writer.keys:
-                of_tokens = task.labels == "token"
-                rows = logits[at][tokens.to(logits.device)] if of_tokens else logits[at : at + 1]
-                writer.add(key, _rows(rows, top_k, temperature))
+        writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
     writer.flush()
     info = CacheInfo(
         format=FORMAT,
@@ -221,7 +224,7 @@ def cache_teacher(
         model=fingerprint or model_fingerprint(teacher),
         tokenizer=tokenizer_fingerprint(tokenizer),
         name=name,
-        parameters=sum(p.numel() for p in teacher.parameters()),
+        parameters=parameter_count(teacher),
         vocab=vocab,
         top_k=top_k,
         temperature=temperature,
@@ -230,17 +233,6 @@ def cache_teacher(
     )
     (output / META_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n")
     return info
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -15,34 +15,23 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..functional import KDLossOutput, fused_kd_loss
 from ..linear import fused_linear_kd_loss
 from .arguments import DistillationArguments
-from .models import (
-    describe,
-    output_width,
-    tokenizer_difference,
-    vocab_size,
-    without_cache,
-)
-from .output_layer import Head, Hidden, NoHead
-from .recorder import Features, Needs, Recorder
+from .output_layer import Heads, Hidden, find_heads
+from .recorder import Features, run_without
 from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
 from .teacher_cache import TeacherCache
-from .terms import EXAMPLE_TERMS, Counts, DistillationTerms
+from .teachers import Student, teacher_of
+from .terms import EXAMPLE_TERMS, Counts
 
 logger = logging.getLogger(__name__)
 
@@ -150,127 +139,56 @@ class DistillationTrainer(Trainer):
         check_config(self.task, self.model.config, "model")
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.task.shift
-        self.teacher = teacher
-        self._weights = args.resolved_terms(self.task.labels is not None)
+        student = Student.of(self.model, self.task, args, self.processing_class)
+        self._weights = student.weights
         self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
-        self.teacher_cache = teacher_cache
-        self._check_presence(teacher, teacher_cache)
         self._divergence = args.resolved_divergence()
         self._logged = Sums()
         self._log_first_step = 0
         self._evaluated = Sums()
         self._update: Counts | None = None
         self._starts_update = True
-        self.terms: DistillationTerms | None = None
-        if teacher is not None:
-            self._check_teacher(teacher, teacher_processing_class)
-            self._place_teacher(teacher)
-            if self._beside_response:
-                self.terms = DistillationTerms(args, self.model, teacher, self._weights)
-        self._student_head, self._teacher_head = self._find_heads()
+        self._teacher = teacher_of(teacher, teacher_processing_class, teacher_cache)
+        self._teacher.check(student)
+        self.terms = self._teacher.begin(student)
+        self._heads = self._find_heads()
+        heads = self._heads.found
+        self._student_head, self._teacher_head = heads.get("student"), heads.get("teacher")
 
-    def _check_presence(self, teacher: PreTrainedModel | None, cache: TeacherCache | None) -> None:
-        self._beside_response = [name for name in self._weights if name != "response"]
-        if teacher is not None and cache is not None:
-            raise ValueError("teacher_cache: give a teacher or its cache, not both")
-        if cache is not None:
-            self._check_cache(cache)
-        if teacher is not None or cache is not None:
-            return
-        if self._beside_response:
-            raise ValueError(
-                f"teacher: None, but terms: {', '.join(self._beside_response)} need one"
-            )
-        if self.args.alpha_over_time().highest > 0:
-            raise ValueError(
-                f"teacher: None, but alpha = {self.args.alpha} needs one (alpha=0 does not)"
-            )
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The model that teaches; None: its cache does, or nobody. A twin can take its place."""
+        return self._teacher.model
 
-    def _check_cache(self, cache: TeacherCache) -> None:
-        temperatures = {self._temperature.lowest, self._temperature.highest}
-        cache.check(self.task, self._beside_response, temperatures)
-        self._compare_widths(cache.info.vocab)
+    @teacher.setter
+    def teacher(self, model: PreTrainedModel) -> None:
+        self._teacher.model = model
 
-    def _check_teacher(
-        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
-        if task_of(teacher) is not self.task:
-            raise ValueError(
-                f"teacher: {describe(teacher)} is for {task_of(teacher).name}, model: "
-                f"{describe(self.model)} for {self.task.name}; both must be for one task"
-            )
-        check_config(self.task, teacher.config, "teacher")
-        own = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) in own for parameter in teacher.parameters()):
-            raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
-        common = self._check_outputs(teacher)
-        if tokenizer is not None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            difference = tokenizer_difference(self.processing_class, tokenizer, common)
-            if difference is not None:
-                raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
-
-    def _check_outputs(self, teacher: PreTrainedModel) -> int | None:
-        """The length of the vocabularies' common prefix if they may differ; None: they do not."""
-        if self.task.labels is None:
-            return None
-        return self._compare_widths(output_width(teacher, self.task))
-
-    def _compare_widths(self, theirs: int) -> int | None:
-        if self.task in (SEQUENCE, TOKEN):
-            if self.model.config.num_labels != theirs:
-                raise ValueError(
-                    f"teacher: {theirs} labels, the student has {self.model.config.num_labels}"
-                )
-            return None
-        ours = vocab_size(self.model)
-        if ours == theirs:
-            return None
-        if self.args.vocab_policy == "error":
-            raise ValueError(
-                f"teacher: vocabulary of {theirs}, the student's has {ours}; they must be equal, "
-                "or vocab_policy='truncate'"
-            )
-        return min(ours, theirs)
-
-    def _place_teacher(self, teacher: PreTrainedModel) -> None:
-        teacher.requires_grad_(False).eval()
-        module: nn.Module = teacher  # transformers hides the signature of `to`
-        if self.args.teacher_dtype != "auto":
-            module.to(getattr(torch, self.args.teacher_dtype))
-        if self.args.teacher_device is not None:
-            module.to(self.args.teacher_device)
-        elif getattr(teacher, "hf_device_map", None) is None:
-            module.to(self.args.device)
-        self._no_recorder = Recorder(teacher, Needs(), "teacher")
-        self._teacher_kwargs = without_cache(teacher)
+    @property
+    def teacher_cache(self) -> TeacherCache | None:
+        """The cache that teaches."""
+        return self._teacher.cache
 
     # ---- output layers that are left out -------------------------------------------------------
 
-    def _find_heads(self) -> tuple[Head | None, Head | None]:
-        """The student's and the teacher's output layers; None for one whose logits are needed."""
+    def _find_heads(self) -> Heads:
+        """The student's and the teacher's output layers; none where logits are needed."""
         wanted = self.args.fused_linear
-        self._heads_found: tuple[int, str] | None = None
         if wanted == "false":
-            return None, None
+            return Heads({}, {})
         general = self._no_fused_linear()
         if general is None and wanted == "auto":
             general = self._slow_fused_linear()
-        models = {"student": self.model} | ({"teacher": self.teacher} if self.teacher else {})
-        heads: dict[str, Head] = {}
-        reasons = {} if general is None else dict.fromkeys(models, general)
-        for role, model in models.items() if general is None else ():
-            try:
-                if role == "teacher" and next(model.parameters()).device != self.args.device:
-                    raise NoHead("it is on another device")
-                heads[role] = Head(model)
-            except NoHead as error:
-                reasons[role] = f"{describe(model)}: {error}"
-        if reasons and wanted == "true":
+        models = {"student": self.model} | self._teacher.models
+        if general is None:
+            heads = find_heads(models, self.args.device)
+        else:
+            heads = Heads({}, dict.fromkeys(models, general))
+        if heads.reasons and wanted == "true":
             raise ValueError(
-                "fused_linear: " + "; ".join(f"{r}: {why}" for r, why in reasons.items())
+                "fused_linear: " + "; ".join(f"{r}: {why}" for r, why in heads.reasons.items())
             )
-        self._heads_found = _in_words(heads, reasons)
-        return heads.get("student"), heads.get("teacher")
+        return heads
 
     def _no_fused_linear(self) -> str | None:
         """Why no output layer can be left out here."""
@@ -293,20 +211,9 @@ class DistillationTrainer(Trainer):
     def _say_heads(self) -> None:
         """One log line of what was found, when training starts."""
         language = self.task in (CAUSAL_LM, MASKED_LM)
-        if self._heads_found is not None and language and self.is_world_process_zero():
-            level, found = self._heads_found
-            logger.log(level, "fused_linear: logits %s", found)
-
-    @staticmethod
-    def _without(
-        head: Head | None, model: PreTrainedModel, run: Callable[[], Features]
-    ) -> Features:
-        """``run()``, a forward of ``model`` that makes no logits if there is a head."""
-        if head is None:
-            return run()
-        with head.left_out(model) as entered:
-            features = run()
-        return features._replace(entered=entered())
+        if any(self._heads) and language and self.is_world_process_zero():
+            level = logging.WARNING if self._heads.reasons else logging.INFO
+            logger.log(level, "fused_linear: logits %s", self._heads)
 
     # ---- the loss ------------------------------------------------------------------------------
 
@@ -317,8 +224,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _response_has_teacher(self) -> bool:
-        taught = self.teacher is not None or self.teacher_cache is not None
-        return self.task.labels is not None and taught and self._alpha.highest > 0
+        return self.task.labels is not None and self._alpha.highest > 0
 
     def student_features(
         self, model: nn.Module, inputs: dict[str, Any], with_logits: bool = False
@@ -329,26 +235,13 @@ class DistillationTrainer(Trainer):
         def run() -> Features:
             return Features(model(**inputs)) if recorder is None else recorder.run(model, inputs)
 
-        return self._without(None if with_logits else self._student_head, self.model, run)
+        return run_without(None if with_logits else self._student_head, self.model, run)
 
     def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
         """What the teacher gives, on the student's device; None when it is not needed."""
-        if self.teacher_cache is not None and self._response_has_teacher:
-            logits = self.teacher_cache.logits(inputs).to(self.args.device)
-            return Features(SimpleNamespace(logits=logits))
-        if self.teacher is None or not (self._response_has_teacher or self.terms):
+        if not self._response_has_teacher and self.terms is None:
             return None
-        device = next(self.teacher.parameters()).device
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        recorder = self._no_recorder if self.terms is None else self.terms.teacher
-        teacher = self.teacher
-
-        def run() -> Features:
-            return recorder.run(teacher, moved, **self._teacher_kwargs)
-
-        with torch.no_grad():
-            features = self._without(self._teacher_head, teacher, run)
-        return features.to(self.args.device)
+        return self._teacher.features(inputs, self.args.device, self._teacher_head)
 
     def distillation_loss(
         self,
@@ -692,15 +585,6 @@ class DistillationTrainer(Trainer):
         with self._attached_terms(False):
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
-
-
-def _in_words(heads: dict[str, Head], reasons: dict[str, str]) -> tuple[int, str]:
-    """Log level and text: whose logits exist in tiles only, and why the others' do not."""
-    tiles = [f"{role} ({head})" for role, head in heads.items()]
-    whole = [f"{role} ({reason})" for role, reason in reasons.items()]
-    parts = ["in tiles only: " + ", ".join(tiles)] if tiles else []
-    parts += ["as a whole: " + ", ".join(whole)] if whole else []
-    return logging.WARNING if whole else logging.INFO, "; ".join(parts)
 
 
 def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:

@@ -1,0 +1,291 @@
+"""Whom a student learns from: a model, a model's outputs on disk, or nobody but the labels.
+
+Which of them it is, is asked where one is made; whoever holds a :class:`Teacher` does not ask.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import DistillationArguments
+from .models import (
+    describe,
+    in_dtype,
+    output_width,
+    parameter_count,
+    tokenizer_difference,
+    vocab_size,
+    without_cache,
+)
+from .output_layer import Head
+from .recorder import Features, Needs, Recorder, run_without
+from .schedules import Schedule
+from .tasks import SEQUENCE, TOKEN, Task, check_config, task_of
+from .teacher_cache import TeacherCache
+from .terms import DistillationTerms, layer_pairs
+
+
+class Student(NamedTuple):
+    """A student, as far as a teacher has to know it."""
+
+    model: PreTrainedModel
+    task: Task
+    args: DistillationArguments
+    weights: dict[str, Schedule]  #: of all terms
+    temperatures: set[float]  #: the ends of those that it is taught at
+    tokenizer: Any  #: whatever prepares its data; compared if it is a tokenizer
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, task: Task, args: DistillationArguments, tokenizer: Any = None
+    ) -> Student:
+        """The student that is taught as ``args`` say; ValueError if they do not fit its task."""
+        ends = args.temperature_over_time()
+        weights = args.resolved_terms(task.labels is not None)
+        return cls(model, task, args, weights, {ends.lowest, ends.highest}, tokenizer)
+
+    @property
+    def beside_response(self) -> list[str]:
+        """The terms that look at more than the teacher's outputs."""
+        return [name for name in self.weights if name != "response"]
+
+
+class Teacher(ABC):
+    """What a run has of its teacher."""
+
+    model: PreTrainedModel | None = None  #: whose layers can be looked at
+    cache: TeacherCache | None = None
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """How the command line calls it."""
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The model by its role, for what goes through all models of a run."""
+        return {} if self.model is None else {"teacher": self.model}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which it is run; None: it is not."""
+        return None
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """How many it has."""
+
+    @abstractmethod
+    def width(self, task: Task) -> int:
+        """Entries in a row of its logits."""
+
+    @abstractmethod
+    def check(self, student: Student) -> None:
+        """ValueError unless this student can learn from it."""
+
+    @abstractmethod
+    def features(
+        self, inputs: dict[str, Any], device: torch.device, head: Head | None
+    ) -> Features | None:
+        """What it says about a batch, on ``device``; None: nothing.
+
+        ``head``: the output layer that a model leaves out.
+        """
+
+    def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
+        """:meth:`check`, and ValueError for what would otherwise stop a run that has begun."""
+        self.check(student)
+
+    def begin(self, student: Student) -> DistillationTerms | None:
+        """Get ready to teach; what the terms beside the response learn, None if there are none."""
+        return None
+
+
+class ModelTeacher(Teacher):
+    """A model: has everything, and is run for every batch.
+
+    Args:
+        model: is moved and switched to ``eval()`` in place by :meth:`begin`.
+        tokenizer: its own, to be compared with the student's; None: not compared.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._recorder = Recorder(model, Needs(), "teacher")
+        self._options = without_cache(model)
+
+    def __str__(self) -> str:
+        return f"teacher {self.parameters / 1e6:.1f} M"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.model)
+
+    def width(self, task: Task) -> int:
+        return output_width(self.model, task)
+
+    def check(self, student: Student) -> None:
+        task = task_of(self.model)
+        if task is not student.task:
+            raise ValueError(
+                f"teacher: {describe(self.model)} is for {task.name}, model: "
+                f"{describe(student.model)} for {student.task.name}; both must be for one task"
+            )
+        check_config(task, self.model.config, "teacher")
+        own = {id(parameter) for parameter in student.model.parameters()}
+        if any(id(parameter) in own for parameter in self.model.parameters()):
+            raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
+        common = None if task.labels is None else _common_prefix(student, self.width(task))
+        if self.tokenizer is not None and isinstance(student.tokenizer, PreTrainedTokenizerBase):
+            difference = tokenizer_difference(student.tokenizer, self.tokenizer, common)
+            if difference is not None:
+                raise ValueError(f"teacher_processing_class: tokenizers differ: {difference}")
+
+    def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
+        self.check(student)
+        self._terms(student)  # refuses what the models lack
+        if student.args.layer_map != "uniform":
+            # Refused even where no term looks at it.
+            layer_pairs(student.args, student.model, self.model)
+
+    def place(self, args: DistillationArguments) -> None:
+        """Move the model, in place, to where it is run."""
+        module: nn.Module = in_dtype(self.model, args.teacher_dtype)
+        if args.teacher_device is not None:
+            module.to(args.teacher_device)
+        elif getattr(self.model, "hf_device_map", None) is None:
+            module.to(args.device)
+
+    def begin(self, student: Student) -> DistillationTerms | None:
+        self.model.requires_grad_(False).eval()
+        self.place(student.args)
+        terms = self._terms(student)
+        if terms is not None:
+            self._recorder = terms.teacher
+        return terms
+
+    def _terms(self, student: Student) -> DistillationTerms | None:
+        if not student.beside_response:
+            return None
+        return DistillationTerms(student.args, student.model, self.model, student.weights)
+
+    @torch.no_grad()
+    def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
+        own = next(self.model.parameters()).device
+        moved = {k: v.to(own) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+        def run() -> Features:
+            return self._recorder.run(self.model, moved, **self._options)
+
+        return run_without(head, self.model, run).to(device)
+
+
+class CachedTeacher(Teacher):
+    """A model's outputs on disk: has these, and only for the examples that were written."""
+
+    cache: TeacherCache
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def __str__(self) -> str:
+        return "teacher from its cache"
+
+    @property
+    def parameters(self) -> int:
+        return self.cache.info.parameters
+
+    def width(self, task: Task) -> int:
+        return self.cache.info.vocab
+
+    def check(self, student: Student) -> None:
+        self.cache.check(student.task, student.beside_response, student.temperatures)
+        _common_prefix(student, self.cache.info.vocab)
+
+    def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
+        self.cache.check(student.task, student.beside_response, student.temperatures)
+        if student.task is SEQUENCE:
+            ours, theirs = student.model.config.num_labels, self.cache.info.vocab
+            if ours != theirs:
+                raise ValueError(f"student: {ours} labels, the cache has {theirs}")
+        self.cache.require(examples)
+
+    def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
+        return Features(SimpleNamespace(logits=self.cache.logits(inputs).to(device)))
+
+
+class NoTeacher(Teacher):
+    """Nobody: for a student of the labels alone."""
+
+    def __str__(self) -> str:
+        return "no teacher"
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+    def width(self, task: Task) -> int:
+        return 0
+
+    def check(self, student: Student) -> None:
+        if student.beside_response:
+            raise ValueError(
+                f"teacher: None, but terms: {', '.join(student.beside_response)} need one"
+            )
+        if student.args.alpha_over_time().highest > 0:
+            raise ValueError(
+                f"teacher: None, but alpha = {student.args.alpha} needs one (alpha=0 does not)"
+            )
+
+    def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> None:
+        return None
+
+
+def teacher_of(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache: TeacherCache | None,
+) -> Teacher:
+    """The teacher that these arguments of ``DistillationTrainer`` name; ValueError if two."""
+    if model is not None and cache is not None:
+        raise ValueError("teacher_cache: give a teacher or its cache, not both")
+    if model is not None:
+        return ModelTeacher(model, tokenizer)
+    return NoTeacher() if cache is None else CachedTeacher(cache)
+
+
+def _common_prefix(student: Student, theirs: int) -> int | None:
+    """The length of the vocabularies' common prefix; None where all of them is compared.
+
+    ValueError unless logits of width ``theirs`` can teach the student.
+    """
+    if student.task in (SEQUENCE, TOKEN):
+        if student.model.config.num_labels != theirs:
+            raise ValueError(
+                f"teacher: {theirs} labels, the student has {student.model.config.num_labels}"
+            )
+        return None
+    ours = vocab_size(student.model)
+    if ours == theirs:
+        return None
+    if student.args.vocab_policy == "error":
+        raise ValueError(
+            f"teacher: vocabulary of {theirs}, the student's has {ours}; they must be equal, "
+            "or vocab_policy='truncate'"
+        )
+    return min(ours, theirs)
