@@ -95,8 +95,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("masked-lm", "sequence-classification", "encoder"):
         bert(kind, 4, seed=2).save_pretrained(folder / kind)
         masking_tokenizer().save_pretrained(folder / kind)
-    bert("sequence-classification", 2, seed=2, num_labels=1).save_pretrained(folder / "one-label")
-    masking_tokenizer().save_pretrained(folder / "one-label")
+    for name, labels in (("one-label", 1), ("more-labels", LABELS + 1)):
+        bert("sequence-classification", 2, seed=2, num_labels=labels).save_pretrained(folder / name)
+        masking_tokenizer().save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(len(tiny_models.WORDS) - 1, (60, 9), generator=generator)
     lines = [" ".join(tiny_models.WORDS[i] for i in row[: 3 + row[0] % 6]) for row in words]

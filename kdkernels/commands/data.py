@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..training.batches import batches
 
 #: Suffix of a file -> how it is read ("text": the whole file is one document).
 READERS = {
@@ -38,8 +38,6 @@ READERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-
-Item = TypeVar("Item")
 
 #: Documents given to the tokenizer at once.
 _TOKENIZER_BATCH = 1000
@@ -264,7 +262,7 @@ def examples(
     """
     found: list[dict[str, Any]] = []
     total = 0
-    for batch in _batches(rows, _TOKENIZER_BATCH):
+    for batch in batches(rows, _TOKENIZER_BATCH):
         texts = [row[0] for row in batch]
         encoded = tokenizer(texts, truncation=True, max_length=sequence_length, verbose=False)
         for ids, row in zip(encoded["input_ids"], batch, strict=True):
@@ -309,7 +307,7 @@ def token_blocks(
     end = [] if last is None else [last]
     pieces: list[np.ndarray] = []
     total = 0
-    for batch in _batches(documents, _TOKENIZER_BATCH):
+    for batch in batches(documents, _TOKENIZER_BATCH):
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             pieces.append(np.asarray(ids + end, dtype=np.int64))
             total += len(ids) + len(end)
@@ -323,17 +321,6 @@ def token_blocks(
         )
     stream = torch.from_numpy(np.concatenate(pieces)[: count * sequence_length])
     return TokenBlocks(stream.view(count, sequence_length))
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def split_tail(part: TokenBlocks | Examples, fraction: float) -> Corpus:

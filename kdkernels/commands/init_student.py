@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
+from ..dtypes import WEIGHT_DTYPES
 from ..losses.features import layer_map
 from ..training.folders import check_new
-from ..training.models import ModelSource, keep_layers, parse_layers
+from ..training.models import ModelSource, in_dtype, keep_layers, parse_layers
 from ..training.tasks import TASKS, check_config
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _CARD = """# Untrained student of {teacher}
 
@@ -44,8 +42,8 @@ def make_student(
     """
     if task not in TASKS:
         raise ValueError(f"task: {task!r} is not one of {', '.join(TASKS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}")
     check_new("output_dir", output)
     source = ModelSource("teacher", teacher)
     source.check()
@@ -53,10 +51,7 @@ def make_student(
     check_config(TASKS[task], config, "teacher")
     kept = choose(layers, config.num_hidden_layers)
     tokenizer, model = source.tokenizer(), source.model(dtype, TASKS[task])
-    student = keep_layers(model, kept)
-    if dtype != "auto":
-        module: torch.nn.Module = student
-        module.to(getattr(torch, dtype))
+    student = in_dtype(keep_layers(model, kept), dtype)
     student.save_pretrained(output)
     tokenizer.save_pretrained(output)
     card = _CARD.format(

@@ -26,7 +26,7 @@ from ..dispatch import available_backends
 from . import tune
 
 if TYPE_CHECKING:
-    from .distill import Experiment
+    from .experiment import Experiment
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -157,7 +157,7 @@ def sweep(arguments: list[str]) -> int:
     """``kdkernels sweep [config.yaml] [--sweep_temperatures 1 2 4] [--option value ...]``."""
     _quiet_libraries()
     from . import sweep as trials
-    from .distill import prepare
+    from .experiment import prepare
 
     try:
         model, data, run, args, settings, chosen = parse(
@@ -214,7 +214,7 @@ def init_student(options: argparse.Namespace) -> int:
 def cache(arguments: list[str]) -> int:
     """``kdkernels cache-teacher [config.yaml] --teacher_cache FOLDER [--option value ...]``."""
     _quiet_libraries()
-    from .distill import write_cache
+    from .cache_teacher import write_cache
 
     try:
         info = write_cache(*parse(arguments, "cache-teacher"))
@@ -232,7 +232,8 @@ def distill(arguments: list[str]) -> int:
     """``kdkernels distill [config.yaml] [--option value ...]``."""
     _quiet_libraries()
     from . import report
-    from .distill import prepare, run
+    from .distill import run
+    from .experiment import prepare
 
     try:
         experiment = prepare(*parse(arguments))
@@ -258,7 +259,7 @@ def parse(
     from transformers import HfArgumentParser
 
     from ..training.arguments import DistillationArguments
-    from .distill import DataArguments, ModelArguments, RunArguments
+    from .experiment import DataArguments, ModelArguments, RunArguments
 
     class Parser(_Parser, HfArgumentParser):
         chosen: dict[str, Any]
@@ -370,19 +371,12 @@ def _headline(experiment: Experiment) -> str:
     """What is about to be trained, in one line."""
     from ..training.models import parameter_count
 
-    corpus = experiment.corpus
-    student = parameter_count(experiment.student) / 1e6
-    if experiment.teacher is None:
-        return (
-            f"teacher from its cache, student {student:.1f} M parameters; "
-            f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
-        )
-    teacher = parameter_count(experiment.teacher) / 1e6
+    corpus, args = experiment.corpus, experiment.args
     half = experiment.teacher.dtype in (torch.bfloat16, torch.float16)
-    slow = half and experiment.args.device.type == "cpu" and experiment.args.teacher_device is None
+    slow = half and args.device.type == "cpu" and args.teacher_device is None
     note = "\nnote: half precision is slow on many CPUs; consider --teacher_dtype float32"
     return (
-        f"teacher {teacher:.1f} M, student {student:.1f} M parameters; "
-        f"{corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
+        f"{experiment.teacher}, student {parameter_count(experiment.student) / 1e6:.1f} M "
+        f"parameters; {corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
         + (note if slow else "")
     )

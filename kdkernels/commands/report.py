@@ -8,23 +8,15 @@ import json
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .experiment import ARM_FOLDERS, Experiment
 from .geometry import pairwise_cosines
 
-if TYPE_CHECKING:
-    from .distill import Experiment
-
 STUDENT_FOLDER = "student"
-#: Arm of the experiment -> folder of its training checkpoints.
-ARM_FOLDERS = {
-    "labels only": "labels-only",
-    "output only": "output-only",
-    "distilled": "distilled",
-}
 #: What a run writes beside the student; the picture of the geometry is an encoder's.
 RESULT_FILES = ("results.json", "loss.png", "report.md", "report.html")
 GEOMETRY_FILE = "geometry.png"

@@ -22,8 +22,10 @@ from typing import Any
 from .. import divergences
 from ..options import DIVISOR, divides
 from ..training.tasks import ENCODER
+from ..training.teachers import Student
 from . import report
-from .distill import Experiment, evaluate, make_trainer
+from .distill import evaluate, make_trainer
+from .experiment import Experiment
 
 #: Metric -> whether larger is better.
 METRICS = {"loss": False, "agreement": True, "accuracy": True}
@@ -115,9 +117,9 @@ def check(experiment: Experiment, sweep: SweepArguments) -> None:
             divergences.resolve(name, args.beta)
         except ValueError as error:
             raise ValueError(f"sweep_divergences: {name!r}: {error}") from error
-    if experiment.cache is not None:
-        temperatures = {s["temperature"] for s in sweep.settings(args.seed)}
-        experiment.cache.check(experiment.task, [], temperatures)
+    student = Student.of(experiment.student, experiment.task, args)
+    temperatures = {s["temperature"] for s in sweep.settings(args.seed)}
+    experiment.teacher.check(student._replace(temperatures=temperatures))
 
 
 def run(experiment: Experiment, sweep: SweepArguments) -> dict[str, Any]:

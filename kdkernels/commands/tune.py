@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ..backends.triton import policy
+from ..dtypes import DTYPES
 from ..problem import Options, Problem
 
 #: Rounds of one candidate that are timed, after as many that are not.
 ROUNDS = 10
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def candidates(

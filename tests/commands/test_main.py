@@ -23,9 +23,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from kdkernels.commands import distill, report, sweep
 from kdkernels.commands import main as cli
-from kdkernels.commands.distill import ModelArguments
+from kdkernels.commands import report, speed, sweep
+from kdkernels.commands.experiment import ModelArguments, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,7 +126,7 @@ def test_the_columns_of_a_run() -> None:
 def test_equal_models_get_equal_speeds_on_a_machine_that_slows_down(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = distill.prepare(*cli.parse(options(assets, tmp_path / "out")[1:]))
+    experiment = prepare(*cli.parse(options(assets, tmp_path / "out")[1:]))
     calls: list[Any] = []
 
     def seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -134,12 +134,12 @@ def test_equal_models_get_equal_speeds_on_a_machine_that_slows_down(
         calls.append(model)
         return 1.1 ** len(calls)
 
-    monkeypatch.setattr(distill, "_forward_seconds", seconds)
+    monkeypatch.setattr(speed, "_forward_seconds", seconds)
     models: dict[str, Any] = {"a": object(), "b": object()}
-    speeds = distill.forward_speeds(experiment, models)
-    assert len(calls) == 2 * (1 + distill._SPEED_ROUNDS[1])  # the first round warms up
+    speeds = speed.forward_speeds(experiment, models)
+    assert len(calls) == 2 * (1 + speed._SPEED_ROUNDS[1])  # the first round warms up
     assert all(set(calls[at : at + 2]) == set(models.values()) for at in range(0, len(calls), 2))
-    rates = [speed["tokens_per_second"] for speed in speeds.values()]
+    rates = [each["tokens_per_second"] for each in speeds.values()]
     assert max(rates) < 1.15 * min(rates)  # one after the other: 1.1 ** 31 = 19 apart
     first = sorted(speeds["a"]["forward_seconds"])
     assert rates[0] == 48 / first[15]

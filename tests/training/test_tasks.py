@@ -205,6 +205,11 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
         ("sequence-classification", {"train_text": "lines.txt"}, "has no column 'label'"),
         ("sequence-classification", {"teacher": "masked-lm"}, "lacks 2 weights of a BertForSeq"),
         ("sequence-classification", {"teacher": "one-label"}, "has 1 label(s)"),
+        (
+            "sequence-classification",
+            {"student": "more-labels", "student_layers": None},
+            "teacher: 3 labels, the student has 4",
+        ),
         ("sequence-classification", {"label_column": "x"}, "label_column: 'x' is not a column"),
     ],
 )
@@ -216,7 +221,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    for option in ("teacher", "train_text"):
+    for option in ("teacher", "student", "train_text"):
         if option in changes:
             changes = changes | {option: assets / changes[option]}
     refused(command(assets, kind, tmp_path / "out", **changes), message, capfd)

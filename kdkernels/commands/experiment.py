@@ -1,0 +1,460 @@
+"""What a run is made of: its options, and all that they name, checked and loaded.
+
+:func:`prepare` checks everything that can be checked, cheapest first, and raises ValueError (one
+line) before anything is written or trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+
+from ..dtypes import WEIGHT_DTYPES
+from ..training import models
+from ..training.arguments import DistillationArguments
+from ..training.folders import check_can_be_made
+from ..training.models import ModelSource
+from ..training.tasks import (
+    CAUSAL_LM,
+    ENCODER,
+    MASKED_LM,
+    SEQUENCE,
+    TASKS,
+    TOKEN,
+    Task,
+    check_config,
+)
+from ..training.teacher_cache import TeacherCache, fingerprint_of
+from ..training.teachers import CachedTeacher, ModelTeacher, Student, Teacher
+from .data import (
+    Corpus,
+    Examples,
+    MaskedBlocks,
+    TokenBlocks,
+    check_source,
+    examples,
+    read_documents,
+    read_rows,
+    split_tail,
+    token_blocks,
+)
+
+#: Tasks that the command line has data for; token classifiers are trained from Python.
+CLI_TASKS = tuple(name for name in TASKS if name != TOKEN.name)
+
+#: Arm of the experiment -> folder of its training checkpoints.
+ARM_FOLDERS = {
+    "labels only": "labels-only",
+    "output only": "output-only",
+    "distilled": "distilled",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Teacher and student."""
+
+    _argument_group_name = "models"
+
+    teacher: str = field(
+        metadata={"help": "The model to learn from: a folder, a hub name, or a .gguf file."}
+    )
+    task: str = field(
+        default=CAUSAL_LM.name,
+        metadata={"help": "What both models are for: " + ", ".join(CLI_TASKS) + "."},
+    )
+    student: str | None = field(
+        default=None, metadata={"help": "Start from this model: a folder or a hub name."}
+    )
+    student_config: str | None = field(
+        default=None,
+        metadata={"help": "Start from random weights: a config.json, a folder or a hub name."},
+    )
+    student_layers: str | None = field(
+        default=None, metadata={"help": "Start from these layers of the teacher, e.g. 0,1,2,8-11."}
+    )
+    student_dtype: str = field(
+        default="float32", metadata={"help": "Student weights: " + ", ".join(WEIGHT_DTYPES) + "."}
+    )
+    student_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Set every dropout of the student to this; default: as configured."},
+    )
+
+    def __post_init__(self) -> None:
+        ways = ("student", "student_config", "student_layers")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of --student, --student_config and --student_layers "
+                f"(given: {', '.join(given) or 'none'})"
+            )
+        if self.task not in CLI_TASKS:
+            raise ValueError(f"task: {self.task!r} is not one of {', '.join(CLI_TASKS)}")
+        if self.student_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {WEIGHT_DTYPES}")
+        if self.student_dropout is not None and not 0 <= self.student_dropout < 1:
+            raise ValueError(f"student_dropout: {self.student_dropout} is not in [0, 1)")
+
+
+@dataclass
+class DataArguments:
+    """The text."""
+
+    _argument_group_name = "data"
+
+    train_text: str = field(
+        metadata={
+            "help": "Text file (.txt .md), table (.jsonl .json .csv .tsv .parquet), a folder of "
+            "them, a folder of datasets.save_to_disk, or the name of a dataset."
+        }
+    )
+    validation_text: str | None = field(
+        default=None,
+        metadata={"help": "Held-out text, likewise; default: the end of train_text."},
+    )
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of train_text held out at its end if validation_text is not given."
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of tables and datasets."})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of labels (names or ids of the teacher's), for classifiers."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of a dataset to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split of a dataset given as validation_text."}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in one training example."})
+    max_train_tokens: int | None = field(
+        default=None, metadata={"help": "Read no more of train_text than this many tokens."}
+    )
+    max_validation_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many tokens, spread evenly over the text."},
+    )
+    data_notice: str | None = field(
+        default=None, metadata={"help": "Origin and licence of the text, for the model card."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length: {self.sequence_length} is not at least 2")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction: {self.validation_fraction} is not in (0, 1)")
+        for name in ("max_train_tokens", "max_validation_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < self.sequence_length:
+                raise ValueError(f"{name}: {value} is less than sequence_length")
+
+
+@dataclass
+class RunArguments:
+    """The experiment."""
+
+    _argument_group_name = "experiment"
+
+    baseline: bool = field(
+        default=True,
+        metadata={
+            "help": "Also train the same student, seed and budget on the labels only (an encoder: "
+            "on the teacher's sentence vectors only)."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the teacher's outputs: `kdkernels cache-teacher` writes it, "
+            "`kdkernels distill` then needs no teacher (only its tokenizer and configuration)."
+        },
+    )
+    cache_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "What cache-teacher keeps of a prediction: this many log-probabilities at the "
+            "run's temperature and the mass of the others; default: all logits."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.cache_top_k is not None and self.cache_top_k < 1:
+            raise ValueError(f"cache_top_k: {self.cache_top_k} is not at least 1")
+
+
+@dataclass
+class Experiment:
+    """Everything a run needs, checked."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    run_args: RunArguments
+    args: DistillationArguments
+    teacher: Teacher
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    configuration: dict[str, Any]  #: the options that were given, for the record
+    #: Encoders: title of a row -> sentence vectors [N, D] of the held-out examples.
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.model_args.task]
+
+    @property
+    def collator(self) -> Any:
+        return collator_for(self.corpus, self.tokenizer)
+
+    @property
+    def output(self) -> Path:
+        return output_folder(self.args)
+
+
+def output_folder(args: DistillationArguments) -> Path:
+    """``output_dir`` as a path."""
+    return Path(args.output_dir or "distilled")
+
+
+# ---- preparation --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before any model is loaded."""
+
+    task: Task
+    teacher: ModelSource
+    student: ModelSource | None  #: None: layers of the teacher
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+
+
+def prepare_inputs(
+    model_args: ModelArguments, data_args: DataArguments, args: DistillationArguments
+) -> Inputs:
+    """Check and read sources, tokenizers and text; ValueError (one line) on bad input."""
+    check_source("train_text", data_args.train_text)
+    if data_args.validation_text is not None:
+        check_source("validation_text", data_args.validation_text)
+    teacher = ModelSource("teacher", model_args.teacher)
+    named = model_args.student or model_args.student_config
+    option = "student" if model_args.student else "student_config"
+    student = ModelSource(option, named) if named else None
+    sources = [teacher] if student is None else [teacher, student]
+    for source in sources:
+        source.check()
+    task = TASKS[model_args.task]
+    for source in sources:
+        check_config(task, source.config(), source.option)
+    args.resolved_terms(task is not ENCODER)
+    tokenizer = teacher.tokenizer()
+    _check_tokens(task, tokenizer)
+    if student is not None and model_args.student is not None:
+        _check_tokenizer(student, tokenizer)
+    names = teacher.config().label2id or {} if task is SEQUENCE else {}
+    label_ids = {str(name): int(i) for name, i in names.items()} or None
+    corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    for source in sources:
+        _check_length(source, corpus)
+    return Inputs(task, teacher, student, tokenizer, corpus)
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    configuration: dict[str, Any],
+) -> Experiment:
+    """Check and load; ValueError (one line) on bad input. Writes nothing."""
+    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    if args.max_steps <= 0 and (args.max_steps != -1 or args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps: {args.max_steps} with num_train_epochs: {args.num_train_epochs} is no "
+            "training; give max_steps of at least 1, or -1 and more than 0 epochs"
+        )
+    if run_args.teacher_cache is not None and model_args.student_layers is not None:
+        raise ValueError(
+            "teacher_cache: student_layers need the teacher itself; make the student first with "
+            "`kdkernels init-student` and name it with --student"
+        )
+    inputs = prepare_inputs(model_args, data_args, args)
+    teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
+    student = build_student(model_args, inputs.student, teacher, args.seed)
+    if model_args.student_dropout is not None:
+        models.set_dropout(student, model_args.student_dropout)
+    if inputs.task in (CAUSAL_LM, MASKED_LM):
+        vocab = teacher.width(inputs.task)
+        _check_vocabulary(student, vocab, inputs.tokenizer, args.vocab_policy)
+    teacher.check_run(Student.of(student, inputs.task, args), items_of(inputs.corpus))
+    return Experiment(
+        model_args,
+        data_args,
+        run_args,
+        args,
+        teacher=teacher,
+        student=student,
+        tokenizer=inputs.tokenizer,
+        corpus=inputs.corpus,
+        configuration=configuration,
+    )
+
+
+def load_teacher(inputs: Inputs, cache: str | None, dtype: str) -> Teacher:
+    """The teacher itself, or what the folder ``cache`` holds of it; ValueError if it cannot be."""
+    if cache is None:
+        return ModelTeacher(inputs.teacher.model(dtype, inputs.task))
+    fingerprint = fingerprint_of(inputs.teacher.name)
+    return CachedTeacher(TeacherCache(cache, inputs.tokenizer, fingerprint))
+
+
+def collator_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Blocks need no padding, and not every tokenizer can; examples do."""
+    if isinstance(corpus.train, TokenBlocks):
+        return default_data_collator
+    return DataCollatorWithPadding(tokenizer)
+
+
+def items_of(corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """Every example of both parts."""
+    for part in (corpus.train, corpus.validation):
+        yield from (part[i] for i in range(len(part)))
+
+
+def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
+    """Refuse an output folder that holds something, unless the caller wants that."""
+    check_can_be_made("output_dir", output)
+    if resume is not None:
+        if overwrite:
+            raise ValueError("overwrite_output_dir: would delete what resume_from_checkpoint needs")
+        if resume.lower() not in ("true", "last"):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume!r} is not `true` (which goes on from the last "
+                "checkpoints in output_dir)"
+            )
+        arms = [output / arm for arm in ARM_FOLDERS.values()]
+        if not any(map(last_checkpoint, arms)):
+            raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output)!r}")
+    elif output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"output_dir: {str(output)!r} is not empty; choose another one, --overwrite_output_dir "
+            "or --resume_from_checkpoint true"
+        )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in ``folder``: a killed run leaves one without its last file."""
+    found = {
+        int(state.parent.name.rpartition("-")[2]): str(state.parent)
+        for state in folder.glob("checkpoint-*/trainer_state.json")
+        if state.parent.name.rpartition("-")[2].isdigit() and state.stat().st_size
+    }
+    return found[max(found)] if found else None
+
+
+def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without the special token that the task's batches are made with."""
+    needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
+    if needed is not None and getattr(tokenizer, needed) is None:
+        raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
+def _check_length(source: ModelSource, corpus: Corpus) -> None:
+    longest = max(corpus.train.sequence_length, corpus.validation.sequence_length)
+    positions = getattr(source.config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise ValueError(
+            f"sequence_length: {longest} tokens are more than the {positions} positions of "
+            f"{source.option} {source.name!r}"
+        )
+
+
+def _check_tokenizer(student: ModelSource, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+    difference = models.tokenizer_difference(student.tokenizer(), teacher_tokenizer)
+    if difference is not None:
+        raise ValueError(f"student: tokenizers differ: {difference}")
+
+
+def _check_vocabulary(
+    student: PreTrainedModel,
+    teacher_vocab: int,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+) -> None:
+    sizes = models.vocab_size(student), teacher_vocab
+    if sizes[0] != sizes[1] and policy == "error":
+        raise ValueError(
+            f"student: vocabulary of {sizes[0]}, the teacher's has {sizes[1]}; they must be equal, "
+            "or --vocab_policy truncate"
+        )
+    if min(sizes) < len(tokenizer):
+        raise ValueError(
+            f"student: a vocabulary of {min(sizes)} is less than the tokenizer's {len(tokenizer)}"
+        )
+
+
+def load_corpus(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task = CAUSAL_LM,
+    label_ids: dict[str, int] | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Read, tokenise, pack or cut, and split the text as ``data`` and ``task`` say."""
+
+    def part(option: str, source: str, split: str, limit: int | None) -> TokenBlocks | Examples:
+        if task in (CAUSAL_LM, MASKED_LM):
+            documents = read_documents(option, source, data.text_column, split)
+            return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
+        labels = (data.label_column,) if task is SEQUENCE else ()
+        columns: tuple[str, ...] = (data.text_column, *labels)
+        rows = read_rows(option, source, columns, split, lines=True)
+        return examples(option, rows, tokenizer, data.sequence_length, label_ids, limit)
+
+    train = part("train_text", data.train_text, data.train_split, data.max_train_tokens)
+    if data.validation_text is None:
+        corpus = split_tail(train, data.validation_fraction)
+    else:
+        split = data.validation_split
+        corpus = Corpus(train, part("validation_text", data.validation_text, split, None))
+    parts = [corpus.train, corpus.validation.evenly(data.max_validation_tokens)]
+    if task is MASKED_LM:
+        parts = [
+            MaskedBlocks(blocks.blocks, tokenizer, seed)
+            for blocks in parts
+            if isinstance(blocks, TokenBlocks)
+        ]
+    return Corpus(*parts)
+
+
+def build_student(
+    model_args: ModelArguments, source: ModelSource | None, teacher: Teacher, seed: int
+) -> PreTrainedModel:
+    """The untrained student, in the way that the options name."""
+    dtype = model_args.student_dtype
+    if source is None:
+        assert teacher.model is not None
+        available = teacher.model.config.num_hidden_layers
+        layers = models.parse_layers(model_args.student_layers or "", available)
+        return models.in_dtype(models.keep_layers(teacher.model, layers), dtype)
+    set_seed(seed)
+    if model_args.student_config is not None:
+        return models.from_config(source, dtype, TASKS[model_args.task])
+    return source.model(dtype, TASKS[model_args.task])
