@@ -6,9 +6,9 @@ again and again. 345 forward passes of 1024 tokens; a quarter of an hour on two 
     kdkernels fetch smollm2 && python examples/choose_layers.py
 """
 
-from kdkernels.data import read_documents, token_blocks
-from kdkernels.demo import TEACHER_FOLDER, TEXT_FOLDER, cache_folder
-from kdkernels.models import ModelSource, choose_layers
+from kdkernels.commands.data import read_documents, token_blocks
+from kdkernels.commands.fetch import TEACHER_FOLDER, TEXT_FOLDER, cache_folder
+from kdkernels.training.models import ModelSource, choose_layers
 
 KEEP = 15
 TOKENS = 1024
