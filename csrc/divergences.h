@@ -36,11 +36,17 @@ struct Entry {
   }
 };
 
-// What a functor takes of an entry beside delta: a ratio, and either p and q or a logarithm.
-template <Ratio kGiven, bool kLog = false>
+// Whether a divergence follows from the first sweep alone, as a mean of the logits' differences and
+// the two log-sum-exps: a KL does, KL(p || q) = E_p[(z_t - z_s) / T] - lse_t + lse_s.
+enum class ClosedForm { none, teacher_weighs, student_weighs };
+
+// What a functor takes of an entry beside delta (a ratio, and either p and q or a logarithm), and
+// its closed form.
+template <Ratio kGiven, bool kLog = false, ClosedForm kForm = ClosedForm::none>
 struct Uses {
   static constexpr Ratio kRatio = kGiven;
   static constexpr bool kUsesLog = kLog;
+  static constexpr ClosedForm kClosedForm = kForm;
 };
 
 // In units of the functor's own, unit(): a constant factor is cheaper once a row than once an
@@ -51,14 +57,15 @@ struct Term {
   X slope;  // d value / d log q
 };
 
-template <class Functor>
-KD_INLINE Entry<double> make_entry(const Functor&, double log_p, double log_q) {
-  Entry<double> e{};
-  e.p = exp(log_p);
-  e.q = exp(log_q);
-  e.delta = (log_q - log_p) * kLog2E;
+// From natural logarithms. X = float rounds what the CUDA kernels derive from the logits.
+template <class X, class Functor>
+KD_INLINE Entry<X> make_entry(const Functor&, double log_p, double log_q) {
+  Entry<X> e{};
+  e.p = static_cast<X>(exp(log_p));
+  e.q = static_cast<X>(exp(log_q));
+  e.delta = static_cast<X>((log_q - log_p) * kLog2E);
   e.template set_ratio<Functor::kRatio>();
-  e.log_larger = maximum(log_p, log_q) * kLog2E;
+  e.log_larger = static_cast<X>(maximum(log_p, log_q) * kLog2E);
   return e;
 }
 
@@ -112,7 +119,8 @@ struct Uncentred {
 };
 
 // KL(p || q) = sum p (log p - log q)
-struct ForwardKl : Uses<Ratio::smaller_over_larger>, InUnitsOfOne {
+struct ForwardKl : Uses<Ratio::smaller_over_larger, false, ClosedForm::teacher_weighs>,
+                   InUnitsOfOne {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X excess = Relative<X>(e).excess(e);
@@ -125,7 +133,8 @@ struct ForwardKl : Uses<Ratio::smaller_over_larger>, InUnitsOfOne {
 };
 
 // KL(q || p) = sum q (log q - log p)
-struct ReverseKl : Uses<Ratio::smaller_over_larger>, InUnitsOfOne {
+struct ReverseKl : Uses<Ratio::smaller_over_larger, false, ClosedForm::student_weighs>,
+                   InUnitsOfOne {
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
     const X pull = weigh(e.q, X(kLn2) * e.delta);

@@ -7,13 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-// Everything in the headers is forced inline: a translation unit compiled for AVX-512 must not
-// leave behind a copy of a shared function that the linker could choose for every other unit.
-#if defined(__CUDACC__)
-#define KD_INLINE __host__ __device__ __forceinline__
-#else
-#define KD_INLINE inline __attribute__((always_inline))
-#endif
+#include "polynomials.h"
 
 namespace kd {
 
@@ -46,7 +40,7 @@ KD_INLINE double log_of_share(double u, double u_minus_one) {
 // log((1 + r) / 2) for 0 <= r <= 1, given r - 1.
 KD_INLINE double log_of_half_share(double r_minus_one) { return log1p(0.5 * r_minus_one); }
 
-// float as CUDA kernels use it: the constants and the steps are those of cpu/functions.inc, in
+// float as CUDA kernels use it: the steps are those of cpu/functions.inc, the polynomials in
 // Horner's scheme, which takes the fewest instructions.
 KD_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 // A NaN in `a` is dropped, one in `b` is returned: maximum(bound, x) keeps the NaN of x.
@@ -71,15 +65,23 @@ KD_INLINE float float_of(uint32_t bits) {
 
 // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves it in the low bits of the sum, biased as
 // an exponent.
-constexpr float kBiasedMagicNumber = 12582912.0f + 127.0f;
+constexpr float kBiasedMagic = 12582912.0f + 127.0f;
+
+// The first kTerms terms. By recursion, which nvcc compiles as if it were written out; a loop that
+// it unrolls is scheduled otherwise.
+template <int kTerms, int kCount>
+KD_INLINE float horner(const Polynomial<kCount>& polynomial, float x) {
+  if constexpr (kTerms == 1) {
+    return polynomial.at[0];
+  } else {
+    return multiply_add(horner<kTerms - 1>(polynomial, x), x, polynomial.at[kTerms - 1]);
+  }
+}
 
 // 2^n (1 + r tail(r)), with n in the low bits of `shifted`.
 KD_INLINE void assemble(float shifted, float r, float& power, float& less_one) {
-  float tail = multiply_add(0.00015453163f, r, 0.0013390863f);
-  tail = multiply_add(tail, r, 0.009618083f);
-  tail = multiply_add(tail, r, 0.05550357f);
-  tail = multiply_add(tail, r, 0.2402265f);
-  tail = multiply_add(tail, r, 0.6931472f) * r;
+  constexpr auto polynomial = power_less_one_polynomial();
+  const float tail = horner<polynomial.kSize>(polynomial, r) * r;
   const float scale = float_of(bits_of(shifted) << 23);
   power = multiply_add(scale, tail, scale);
   less_one = multiply_add(scale, tail, scale - 1.0f);
@@ -90,29 +92,22 @@ KD_INLINE float bounded(float a) { return fminf(a, 127.0f); }
 KD_INLINE float clamped(float a) { return fmaxf(-127.0f, bounded(a)); }
 
 KD_INLINE void decay(float a, float& power, float& less_one) {
-  const float shifted = kBiasedMagicNumber - a;
-  assemble(shifted, (kBiasedMagicNumber - shifted) - a, power, less_one);
+  const float shifted = kBiasedMagic - a;
+  assemble(shifted, (kBiasedMagic - shifted) - a, power, less_one);
 }
 
 KD_INLINE void grow(float a, float& power, float& less_one) {
   const bool overflows = a > 127.4f;
   const float y = maximum(-127.0f, minimum(127.4f, a));
-  const float shifted = y + kBiasedMagicNumber;
-  assemble(shifted, y - (shifted - kBiasedMagicNumber), power, less_one);
+  const float shifted = y + kBiasedMagic;
+  assemble(shifted, y - (shifted - kBiasedMagic), power, less_one);
   power = overflows ? INFINITY : power;
   less_one = overflows ? INFINITY : less_one;
 }
 
 KD_INLINE float log_of_half_share(float f) {
-  float p = multiply_add(0.0027627931f, f, 0.00640466483f);
-  p = multiply_add(p, f, 0.0094431052f);
-  p = multiply_add(p, f, 0.0028274022f);
-  p = multiply_add(p, f, 0.00824035145f);
-  p = multiply_add(p, f, -0.0152301611f);
-  p = multiply_add(p, f, 0.0417040139f);
-  p = multiply_add(p, f, -0.124998808f);
-  p = multiply_add(p, f, 0.5f);
-  return f * p;
+  constexpr auto polynomial = log_half_polynomial();
+  return f * horner<polynomial.kSize>(polynomial, f);
 }
 
 KD_INLINE float log_of_share(float u, float u_minus_one) {
@@ -120,15 +115,9 @@ KD_INLINE float log_of_share(float u, float u_minus_one) {
   const uint32_t exponent = (bits_of(u) - 0x3f3504f3u) & 0xff800000u;
   const float f = exponent == 0 ? u_minus_one : float_of(bits_of(u) - exponent) - 1.0f;
   const float n = static_cast<float>(static_cast<int32_t>(exponent));
-  float p = multiply_add(0.0873484612f, f, -0.143075243f);
-  p = multiply_add(p, f, 0.149179742f);
-  p = multiply_add(p, f, -0.165705085f);
-  p = multiply_add(p, f, 0.199620724f);
-  p = multiply_add(p, f, -0.250017554f);
-  p = multiply_add(p, f, 0.333339512f);
-  p = multiply_add(p, f, -0.499999911f);
-  p = multiply_add(p, f, 1.0f);
-  return multiply_add(n, static_cast<float>(kLn2 * 0x1p-23), f * p);
+  constexpr auto polynomial = log_polynomial();
+  return multiply_add(n, static_cast<float>(kLn2 * 0x1p-23),
+                      f * horner<polynomial.kSize>(polynomial, f));
 }
 
 // 2^-a, 2^-b - 1 and 2^-c - 1, for which a SIMD register has a faster way.

@@ -14,42 +14,54 @@ KD_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// Logits [outer, inner, vocab]; strides in elements; no alignment is assumed.
-struct Logits {
-  const char* data;
-  DType dtype;
-  int64_t outer_stride, inner_stride, column_stride;
-  double scale;    // multiplies first; 1 = none
-  double softcap;  // then cap * tanh(z / cap); 0 = none
+// What is done to logits before anything else.
+struct Transform {
+  double scale = 1.0;    // multiplies first; 1 = none
+  double softcap = 0.0;  // then cap * tanh(z / cap); 0 = none
 
   KD_INLINE bool is_plain() const { return scale == 1.0 && softcap == 0.0; }
 };
 
-struct Problem {
-  Logits student, teacher;
-  int64_t outer, inner, vocab;
+// Logits [outer, inner, vocab]; strides in elements; no alignment is assumed.
+struct Logits : Transform {
+  const char* data;
+  DType dtype;
+  int64_t outer_stride, inner_stride, column_stride;
+};
 
-  const int64_t* labels;  // [rows] or null
-  int64_t ignore_index;
-  const float* row_weights;  // [rows] or null
-  const void* grad_output;   // float32, or float64 when the math is double; null = 1
-  int64_t grad_output_stride;
-  double denominator;  // 0 = the number of rows that count
-
+// What a caller chooses once for many calls.
+struct Options {
   double temperature;
   bool temperature_squared;
   double alpha;  // weight of the divergence
   double label_smoothing, z_loss;
   Divergence divergence;
-
-  void* loss;  // float32 or float64; [1] if reduce, else [rows]
+  int64_t ignore_index;
   bool reduce;
+};
+
+// The rows, and what is given of them beside their logits.
+struct Rows {
+  int64_t outer, inner, vocab;
+  const int64_t* labels;     // [rows] or null
+  const float* row_weights;  // [rows] or null
+  const void* grad_output;   // float32, or float64 when the math is double; null = 1
+  int64_t grad_output_stride;
+  double denominator;  // 0 = the number of rows that count
+};
+
+struct Results {
+  void* loss;        // float32 or float64; [1] if reduce, else [rows]
   void* statistics;  // [10, rows] of the loss's dtype, or null
   bool extras;
   void* gradient;  // student dtype, [rows, gradient_columns], or null
   int64_t gradient_columns;
   int64_t gradient_stride;  // elements from row to row; what is between rows is not touched
-  int threads;
+};
+
+struct Problem : Options, Rows, Results {
+  Logits student, teacher;
+  int threads;  // of the CPU
 
   KD_INLINE int64_t rows() const { return outer * inner; }
   KD_INLINE bool is_double() const { return student.dtype == DType::float64; }

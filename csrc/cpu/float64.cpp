@@ -58,7 +58,7 @@ void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatisti
     for (int64_t v = 0; v < problem.vocab; ++v) {
       const double log_p = log_probability(at.teacher[v], problem.temperature, sums.teacher);
       const double log_q = log_probability(at.student[v], problem.temperature, sums.student);
-      const Entry<double> e = make_entry(functor, log_p, log_q);
+      const Entry<double> e = make_entry<double>(functor, log_p, log_q);
       const Term<double> term = functor(e);
       sums.value += term.value * unit.value;
       sums.slope += term.slope * unit.slope;

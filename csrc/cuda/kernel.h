@@ -44,47 +44,19 @@ inline AlphaBeta<false> general(const AlphaBeta<true>& f) { return {f.a, f.b}; }
 inline AlphaOnly<false> general(const AlphaOnly<true>& f) { return AlphaOnly<false>(f.a); }
 inline BetaOnly<false> general(const BetaOnly<true>& f) { return BetaOnly<false>(f.b); }
 
-// By divergence and width of a vector (4, or 8 where both formats have two bytes).
-Kernel stream_kernel_of(const ForwardKl&, int width);
-Kernel stream_kernel_of(const ReverseKl&, int width);
-Kernel stream_kernel_of(const Jsd&, int width);
-Kernel stream_kernel_of(const EvenJsd&, int width);
-Kernel stream_kernel_of(const Tvd&, int width);
-Kernel stream_kernel_of(const SkewForwardKl&, int width);
-Kernel stream_kernel_of(const SkewReverseKl&, int width);
-Kernel stream_kernel_of(const Nothing&, int width);
-Kernel stream_kernel_of(const AlphaBeta<false>&, int width);
-Kernel stream_kernel_of(const AlphaOnly<false>&, int width);
-Kernel stream_kernel_of(const BetaOnly<false>&, int width);
-Kernel stream_kernel_of(const AlphaOpposite&, int width);
-Kernel stream_kernel_of(const LogRatio&, int width);
+// Defined in resident.cuh, stream.cuh and register.cuh, and instantiated in sources of their own,
+// which compile side by side.
 
-Kernel resident_kernel_of(const ForwardKl&);
-Kernel resident_kernel_of(const ReverseKl&);
-Kernel resident_kernel_of(const Jsd&);
-Kernel resident_kernel_of(const EvenJsd&);
-Kernel resident_kernel_of(const Tvd&);
-Kernel resident_kernel_of(const SkewForwardKl&);
-Kernel resident_kernel_of(const SkewReverseKl&);
-Kernel resident_kernel_of(const Nothing&);
-Kernel resident_kernel_of(const AlphaBeta<false>&);
-Kernel resident_kernel_of(const AlphaOnly<false>&);
-Kernel resident_kernel_of(const BetaOnly<false>&);
-Kernel resident_kernel_of(const AlphaOpposite&);
-Kernel resident_kernel_of(const LogRatio&);
+// By divergence of this group, and for stream kernels the width of a vector (4, or 8 where both
+// formats have two bytes).
+template <KernelGroup kGroup>
+Kernel stream_kernel_of(const Divergence& divergence, int width);
+template <KernelGroup kGroup>
+Kernel resident_kernel_of(const Divergence& divergence);
 
-// Of a KL between plain logits, for `columns` per thread.
-Kernel register_kernel_of_float32_forward(LabelSum label_sum, int columns);
-Kernel register_kernel_of_float32_reverse(LabelSum label_sum, int columns);
-Kernel register_kernel_of_bfloat16_forward(LabelSum label_sum, int columns);
-Kernel register_kernel_of_bfloat16_reverse(LabelSum label_sum, int columns);
-Kernel register_kernel_of_float16_forward(LabelSum label_sum, int columns);
-Kernel register_kernel_of_float16_reverse(LabelSum label_sum, int columns);
-// Student and teacher.
-Kernel register_kernel_of_float32_bfloat16_forward(LabelSum label_sum, int columns);
-Kernel register_kernel_of_float32_bfloat16_reverse(LabelSum label_sum, int columns);
-Kernel register_kernel_of_bfloat16_float32_forward(LabelSum label_sum, int columns);
-Kernel register_kernel_of_bfloat16_float32_reverse(LabelSum label_sum, int columns);
+// Of a divergence with a closed form between plain logits, for `columns` per thread.
+template <class Functor, DType kStudent, DType kTeacher>
+Kernel register_kernel_of(LabelSum label_sum, int columns);
 
 constexpr bool has_register_kernel(DType student, DType teacher) {
   return student == teacher || (student != DType::float16 && teacher != DType::float16);

@@ -8,6 +8,7 @@
 #include <set>
 #include <stdexcept>
 #include <tuple>
+#include <type_traits>
 
 #include "finish.cuh"
 #include "kernel.h"
@@ -117,9 +118,8 @@ RowInputs row_inputs(const Problem& p, const Launch& launch) {
 // The plan of the call and those of its rows.
 int64_t head_bytes(int64_t rows) { return kWorkspaceHead + rows * int64_t{sizeof(RowPlan)}; }
 
-bool is_closed(const Divergence& divergence) {
-  return divergence.kind == DivergenceKind::forward_kl ||
-         divergence.kind == DivergenceKind::reverse_kl;
+bool has_closed_form(const Problem& problem) {
+  return closed_form_of(problem.divergence) != ClosedForm::none;
 }
 
 void set_label_sum(Task& task, const Problem& p, LabelSum label_sum) {
@@ -200,8 +200,8 @@ void launch_stream(const Kernel& kernel, dim3 grid, int threads, Task& task, Spl
 void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   const DeviceLimits& limits = limits_of(launch.device);
   const bool narrow = size_of(task.student.dtype) == 2 && size_of(task.teacher.dtype) == 2;
-  const Kernel kernel = visit(problem.divergence, [&](const auto& functor) {
-    return stream_kernel_of(general(functor), narrow ? 8 : 4);
+  const Kernel kernel = with_group(problem.divergence, [&](auto group) {
+    return stream_kernel_of<group()>(problem.divergence, narrow ? 8 : 4);
   });
   const RowShape shape = shape_of(task);
   int blocks_per_processor = 0;
@@ -218,7 +218,7 @@ void stream_rows(const Problem& problem, Task& task, const Launch& launch) {
   split.observed = reinterpret_cast<Sums*>(memory);
   split.evaluated = reinterpret_cast<Evaluated*>(split.observed + task.rows() * policy.parts);
   for (const int step : {observe_step, evaluate_step, differentiate_step}) {
-    if (step == evaluate_step && is_closed(problem.divergence)) continue;
+    if (step == evaluate_step && has_closed_form(problem)) continue;
     split.steps = step;
     launch_stream(kernel, grid, kStreamThreads, task, split, launch);
   }
@@ -234,7 +234,7 @@ const char* why_not_resident(const Task& task, const DeviceLimits& limits) {
 }
 
 const char* why_not_registers(const Problem& problem, const Task& task) {
-  if (!is_closed(problem.divergence)) return "the divergence is not a KL";
+  if (!has_closed_form(problem)) return "the divergence is not a KL";
   if (!has_register_kernel(task.student.dtype, task.teacher.dtype)) {
     return "float16 beside another dtype";
   }
@@ -244,26 +244,33 @@ const char* why_not_registers(const Problem& problem, const Task& task) {
   return task.is_single() ? "the vocabulary has one entry" : nullptr;
 }
 
-Kernel register_kernel_of(const Problem& problem, const Task& task, int columns) {
-  const bool reverse = problem.divergence.kind == DivergenceKind::reverse_kl;
-  const auto choose = [&](auto of_forward, auto of_reverse) {
-    return (reverse ? of_reverse : of_forward)(task.label_sum, columns);
-  };
-  const DType student = task.student.dtype, teacher = task.teacher.dtype;
+template <DType kCode>
+using Code = std::integral_constant<DType, kCode>;
+
+// Calls the visitor with two formats that have register kernels.
+template <class Visitor>
+Kernel with_formats(DType student, DType teacher, const Visitor& visitor) {
+  constexpr Code<DType::float32> float32;
+  constexpr Code<DType::bfloat16> bfloat16;
+  constexpr Code<DType::float16> float16;
   if (student != teacher) {
-    return student == DType::float32 ? choose(register_kernel_of_float32_bfloat16_forward,
-                                              register_kernel_of_float32_bfloat16_reverse)
-                                     : choose(register_kernel_of_bfloat16_float32_forward,
-                                              register_kernel_of_bfloat16_float32_reverse);
+    return student == float32 ? visitor(float32, bfloat16) : visitor(bfloat16, float32);
   }
-  switch (student) {
-    case DType::bfloat16:
-      return choose(register_kernel_of_bfloat16_forward, register_kernel_of_bfloat16_reverse);
-    case DType::float16:
-      return choose(register_kernel_of_float16_forward, register_kernel_of_float16_reverse);
-    default:
-      return choose(register_kernel_of_float32_forward, register_kernel_of_float32_reverse);
-  }
+  if (student == float32) return visitor(float32, float32);
+  return student == bfloat16 ? visitor(bfloat16, bfloat16) : visitor(float16, float16);
+}
+
+Kernel register_kernel_for(const Problem& problem, const Task& task, int columns) {
+  return with_formats(task.student.dtype, task.teacher.dtype, [&](auto student, auto teacher) {
+    return visit(problem.divergence, [&](const auto& functor) {
+      using Functor = std::decay_t<decltype(functor)>;
+      Kernel kernel;
+      if constexpr (Functor::kClosedForm != ClosedForm::none) {
+        kernel = register_kernel_of<Functor, student(), teacher()>(task.label_sum, columns);
+      }
+      return kernel;
+    });
+  });
 }
 
 // How a register kernel with these columns per thread makes the exponentials at T = 1.
@@ -414,7 +421,7 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
       Task adapted = task;
       const auto kernel = [&](int columns) {
         set_label_sum(adapted, problem, label_sum_in_registers(task, columns));
-        return register_kernel_of(problem, adapted, columns);
+        return register_kernel_for(problem, adapted, columns);
       };
       const bool has_wide = has_wide_form(task.student.dtype, task.teacher.dtype);
       if (resident_rows(kernel, has_wide, adapted, launch, forced.cluster)) {
@@ -423,8 +430,9 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
       reason = "the row does not fit";
     } else if (forced.allows("shared")) {
       const auto kernel = [&](int) {
-        return visit(problem.divergence,
-                     [](const auto& functor) { return resident_kernel_of(general(functor)); });
+        return with_group(problem.divergence, [&](auto group) {
+          return resident_kernel_of<group()>(problem.divergence);
+        });
       };
       if (resident_rows(kernel, false, task, launch, forced.cluster)) return;
       reason = "the row does not fit";

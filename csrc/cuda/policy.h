@@ -47,6 +47,15 @@ constexpr int kResidentThreadsOfSm120 = 384;
 constexpr int kWideThreadsOfSm120 = 256;
 // What the row-resident kernels have of shared memory besides the stages; checked there.
 constexpr int kResidentScratchBytes = 12288;
+
+// The longest row that the largest cluster of register kernels holds, by the bytes of a logit of
+// the wider format: two of them have a wide form. 0: no kernel takes such logits.
+constexpr int64_t most_register_columns(int bytes) {
+  if (bytes == 2) return kMostClusterBlocks * kWideThreads * int64_t{kWideColumnsPerThread};
+  if (bytes == 4) return kMostClusterBlocks * kResidentThreads * int64_t{kColumnsPerThread};
+  return 0;
+}
+
 struct StreamPolicy {
   int64_t blocks;
   int parts;

@@ -58,6 +58,21 @@ struct Half {
 using BFloat16 = Half<__nv_bfloat162, DType::bfloat16>;
 using Float16 = Half<__half2, DType::float16>;
 
+template <DType kCode>
+struct FormatOf;
+template <>
+struct FormatOf<DType::float32> {
+  using Type = Float32;
+};
+template <>
+struct FormatOf<DType::bfloat16> {
+  using Type = BFloat16;
+};
+template <>
+struct FormatOf<DType::float16> {
+  using Type = Float16;
+};
+
 // Of the two models. A vector has as many columns as 16 bytes of the wider one.
 template <class S, class T>
 struct Formats {
@@ -218,7 +233,7 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
       if constexpr (kPower == kSeparate) {
         sums.label += power_of_two(fmaf(s.at[i], task.label_factor, -r.label));
       }
-      if constexpr (is_forward_kl<Functor>) {
+      if constexpr (teacher_weighs<Functor>) {
         second.at[i] = e_t;
         add_weighed(sums.gap, e_t, u_t - u_s);
       } else {
@@ -250,7 +265,7 @@ struct KeptFactors {
     const float teacher_move = mine.teacher - s.teacher_reference;
     const float student_scale = power_of_two(student_move);
     KeptFactors k;
-    if constexpr (is_forward_kl<Functor>) {
+    if constexpr (teacher_weighs<Functor>) {
       k.student = f.student * student_scale;
       k.second = f.teacher * power_of_two(teacher_move);
     } else {
@@ -408,7 +423,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
   constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
   // The others would spill.
-  constexpr bool kLooksAhead = kColumns == kColumnsPerThread || is_forward_kl<Functor>;
+  constexpr bool kLooksAhead = kColumns == kColumnsPerThread || teacher_weighs<Functor>;
   using Message = Brief<kPower>;
   using Slice = KeptSlice<Formats, kColumns>;
   extern __shared__ __align__(128) char memory[];
@@ -522,11 +537,10 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
 #endif
 }
 
-template <class Functor, class Student, class Teacher = Student>
-Kernel choose_register_kernel(LabelSum label_sum, int columns) {
+template <class Functor, DType kStudent, DType kTeacher>
+Kernel register_kernel_of(LabelSum label_sum, int columns) {
   constexpr int kFew = kColumnsPerThread, kMany = kWideColumnsPerThread;
-  constexpr DType kStudent = Student::kDType, kTeacher = Teacher::kDType;
-  using Both = Formats<Student, Teacher>;
+  using Both = Formats<typename FormatOf<kStudent>::Type, typename FormatOf<kTeacher>::Type>;
   const auto kernel = [](auto function) { return make_kernel((const void*)function, Functor{}); };
   const auto of_every_shape = [&](auto few_or_many) {
     constexpr int kColumns = few_or_many;

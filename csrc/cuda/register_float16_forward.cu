@@ -1,10 +1,7 @@
-#include "kernel.h"
 #include "register.cuh"
 
 namespace kd::cuda {
 
-Kernel register_kernel_of_float16_forward(LabelSum label_sum, int columns) {
-  return choose_register_kernel<ForwardKl, Float16>(label_sum, columns);
-}
+template Kernel register_kernel_of<ForwardKl, DType::float16, DType::float16>(LabelSum, int);
 
 }  // namespace kd::cuda

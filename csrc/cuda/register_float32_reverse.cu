@@ -1,10 +1,7 @@
-#include "kernel.h"
 #include "register.cuh"
 
 namespace kd::cuda {
 
-Kernel register_kernel_of_float32_reverse(LabelSum label_sum, int columns) {
-  return choose_register_kernel<ReverseKl, Float32>(label_sum, columns);
-}
+template Kernel register_kernel_of<ReverseKl, DType::float32, DType::float32>(LabelSum, int);
 
 }  // namespace kd::cuda

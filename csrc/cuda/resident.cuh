@@ -463,4 +463,13 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 #endif
 }
 
+template <KernelGroup kGroup>
+Kernel resident_kernel_of(const Divergence& divergence) {
+  return visit_group<kGroup>(divergence, [](const auto& given) {
+    const auto functor = general(given);
+    using Functor = std::remove_const_t<decltype(functor)>;
+    return make_kernel((const void*)resident_kernel<Functor>, functor);
+  });
+}
+
 }  // namespace kd::cuda

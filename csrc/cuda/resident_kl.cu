@@ -1,14 +1,7 @@
-#include "kernel.h"
 #include "resident.cuh"
 
 namespace kd::cuda {
 
-Kernel resident_kernel_of(const ForwardKl& functor) {
-  return make_kernel((const void*)resident_kernel<ForwardKl>, functor);
-}
-
-Kernel resident_kernel_of(const ReverseKl& functor) {
-  return make_kernel((const void*)resident_kernel<ReverseKl>, functor);
-}
+template Kernel resident_kernel_of<KernelGroup::kl>(const Divergence&);
 
 }  // namespace kd::cuda

@@ -138,12 +138,12 @@ KD_DEVICE bool is_bad(float sum) { return !(sum > 0.0f && sum < INFINITY); }
 // A KL in bits from its closed form.
 template <class Functor>
 KD_DEVICE float weigher(const Sums& s) {
-  return is_forward_kl<Functor> ? s.teacher : s.student;
+  return teacher_weighs<Functor> ? s.teacher : s.student;
 }
 
 template <class Functor>
 KD_DEVICE float closed_bits(float gap, float excess) {
-  return is_forward_kl<Functor> ? gap + excess : -gap - excess;
+  return teacher_weighs<Functor> ? gap + excess : -gap - excess;
 }
 
 KD_DEVICE bool is_cancelled(float bits, float gap) {
@@ -198,7 +198,7 @@ struct Totals : Soundness {
     const float gap = sums.gap / weigher<Functor>(sums);
     const float bits = closed_bits<Functor>(gap, student_log - teacher_log);
     kd = kLn2f * bits;
-    slope = is_forward_kl<Functor> ? 0.0f : kd;
+    slope = teacher_weighs<Functor> ? 0.0f : kd;
     return !is_cancelled(bits, gap);
   }
 
@@ -356,7 +356,7 @@ KD_DEVICE Vector<kWidth> differentiate_vector(const Functor& functor, const Task
         power_of_two(fmaf(s.at[i], task.student.factor, -totals.sums.student_reference));
     float g = 0.0f;
     if (task.alpha != 0.0f) {
-      if constexpr (is_forward_kl<Functor>) {
+      if constexpr (teacher_weighs<Functor>) {
         const float e_t =
             power_of_two(fmaf(t.at[i], task.teacher.factor, -totals.sums.teacher_reference));
         // Two rounded products: equal operands must cancel to exactly 0.

@@ -3,6 +3,7 @@
 // where rows are few, one of several parts of it; the steps are then launches of their own.
 #pragma once
 
+#include "kernel.h"
 #include "policy.h"
 #include "sweep.cuh"
 
@@ -126,6 +127,19 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
     // The next row's sums take the scratch that slower warps may still read.
     __syncthreads();
   }
+}
+
+template <KernelGroup kGroup>
+Kernel stream_kernel_of(const Divergence& divergence, int width) {
+  return visit_group<kGroup>(divergence, [&](const auto& given) {
+    const auto functor = general(given);
+    using Functor = std::remove_const_t<decltype(functor)>;
+    // The others spend their time on arithmetic: one width serves every pair of formats.
+    if constexpr (has_closed_form<Functor>) {
+      if (width == 8) return make_kernel((const void*)stream_kernel<Functor, 8>, functor);
+    }
+    return make_kernel((const void*)stream_kernel<Functor, 4>, functor);
+  });
 }
 
 }  // namespace kd::cuda

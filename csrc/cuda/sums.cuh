@@ -6,16 +6,11 @@
 namespace kd::cuda {
 
 template <class Functor>
-constexpr bool is_forward_kl = false;
-template <>
-inline constexpr bool is_forward_kl<ForwardKl> = true;
+constexpr bool has_closed_form = Functor::kClosedForm != ClosedForm::none;
 template <class Functor>
-constexpr bool is_reverse_kl = false;
-template <>
-inline constexpr bool is_reverse_kl<ReverseKl> = true;
-// A KL's value follows from one sweep: KL(p || q) = E_p[(z_t - z_s) / T] - lse_t + lse_s.
+constexpr bool teacher_weighs = Functor::kClosedForm == ClosedForm::teacher_weighs;
 template <class Functor>
-constexpr bool has_closed_form = is_forward_kl<Functor> || is_reverse_kl<Functor>;
+constexpr bool student_weighs = Functor::kClosedForm == ClosedForm::student_weighs;
 
 KD_DEVICE Sums nothing() {
   Sums s{};
@@ -39,8 +34,8 @@ KD_DEVICE void rebase(Sums& s, const References& to) {
   const float student_scale = power_of_two(student_move);
   const float teacher_scale = power_of_two(teacher_move);
   if constexpr (has_closed_form<Functor>) {
-    const float sum = is_forward_kl<Functor> ? s.teacher : s.student;
-    const float scale = is_forward_kl<Functor> ? teacher_scale : student_scale;
+    const float sum = teacher_weighs<Functor> ? s.teacher : s.student;
+    const float scale = teacher_weighs<Functor> ? teacher_scale : student_scale;
     const float moved = fmaf(sum, teacher_move - student_move, s.gap);
     s.gap = scale > 0.0f ? moved * scale : 0.0f;
   }
@@ -122,8 +117,8 @@ KD_DEVICE void observe_vector(const Task& task, int first, const Vector<kWidth>&
     const float e_s = power_of_two(u_s), e_t = power_of_two(u_t);
     sums.student += e_s;
     sums.teacher += e_t;
-    if constexpr (is_forward_kl<Functor>) add_weighed(sums.gap, e_t, u_t - u_s);
-    if constexpr (is_reverse_kl<Functor>) add_weighed(sums.gap, e_s, u_t - u_s);
+    if constexpr (teacher_weighs<Functor>) add_weighed(sums.gap, e_t, u_t - u_s);
+    if constexpr (student_weighs<Functor>) add_weighed(sums.gap, e_s, u_t - u_s);
     if (needs_label_exponential(task)) {
       sums.label += label_exponential(task, s.at[i], e_s, sums.label_reference);
     }

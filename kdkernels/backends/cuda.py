@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import LOGIT_DTYPES, Options, Problem, RowLayout, contiguous, row_layout
+from ..problem import LOGIT_DTYPES, Options, Problem, contiguous
 from ..torch_private import constant_result, raw_stream
 from . import gpu
 from .base import empty_gradient, has_rows, row_stride
+from .native import CLOSED_FORMS, MOST_REGISTER_COLUMNS, WHY_NOT, NativeBackend, pointer
 from .native import DIVERGENCES as _DIVERGENCES
 from .native import MODULE as _native
-from .native import WHY_NOT, NativeBackend
-from .native import pointer as _pointer
 
 _UNAVAILABLE = WHY_NOT
 if _native is not None and not hasattr(_native, "cuda_kd_loss"):
@@ -43,10 +42,6 @@ def _device_refusal(index: int) -> str:
 @functools.cache
 def _has_clusters(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-#: What 16 blocks of the register kernel hold, by the wider logits' bytes: csrc/cuda/policy.h.
-_MOST_COLUMNS = {4: 16 * 512 * 32, 2: 16 * 384 * 56, 8: 0}
 
 
 def _are_transformed(options: Options) -> bool:
@@ -112,7 +107,7 @@ class CudaBackend(NativeBackend):
         """
         options, student, teacher = problem.options, problem.student, problem.teacher
         reasons = {
-            "the divergence is not a KL": options.divergence not in ("forward_kl", "reverse_kl"),
+            "the divergence is not a KL": options.divergence not in CLOSED_FORMS,
             "the logits are transformed": _are_transformed(options),
             "labels are smoothed": options.label_smoothing != 0.0 and problem.labels is not None,
             "float16 is beside another dtype": student.dtype != teacher.dtype
@@ -121,7 +116,7 @@ class CudaBackend(NativeBackend):
             # 0 is a stand-in's, whose logits will be contiguous.
             "a column stride is not 1": max(student.stride(-1), teacher.stride(-1)) > 1,
             "the row does not fit on the chip": problem.vocab
-            > _MOST_COLUMNS[max(student.itemsize, teacher.itemsize)],
+            > MOST_REGISTER_COLUMNS[max(student.itemsize, teacher.itemsize)],
             "the device has no clusters": student.is_cuda and not _has_clusters(student.device),
         }
         slow = next((reason for reason, holds in reasons.items() if holds), None)
@@ -131,61 +126,18 @@ class CudaBackend(NativeBackend):
         if problem.labels is not None:
             gpu.make_label_flag(problem.student.device)
 
-    def run(
-        self,
-        problem: Problem,
-        loss: Tensor | None,
-        statistics: Tensor | None,
-        gradient: Tensor | None,
-        grad_output: Tensor | None,
-        extras: bool,
-    ) -> None:
+    def denominator(self, problem: Problem) -> float:
+        # A tensor of them stays on the device: see _launch.
+        return problem.options.denominator if problem.options.reduction == "mean" else 1.0
+
+    def execute(self, problem: Problem, native: Any) -> None:
         """Enqueue the whole problem; what it needs lives until the stream has passed it."""
-        options = problem.options
-        layout = row_layout(problem.student, problem.teacher)
-        if grad_output is not None:
-            grad_output = contiguous(grad_output, torch.float32)
         workspace = problem.student.new_empty(
-            _native.cuda_workspace_bytes(layout.outer * layout.inner), dtype=torch.uint8
+            self.module.cuda_workspace_bytes(problem.rows), dtype=torch.uint8
         )
-        num_items = problem.num_items if options.reduction == "mean" else None
-        denominator = options.denominator if options.reduction == "mean" else 1.0
-        _native.cuda_kd_loss(
-            _logits(layout, 0, options.student_scale, options.student_softcap),
-            _logits(layout, 1, options.teacher_scale, options.teacher_softcap),
-            (
-                layout.outer,
-                layout.inner,
-                problem.vocab,
-                problem.student.shape[-1],
-                0 if gradient is None else row_stride(gradient),
-            ),
-            (
-                _pointer(problem.labels),
-                options.ignore_index,
-                _pointer(problem.token_weights),
-                _pointer(grad_output),
-                0 if grad_output is None or grad_output.ndim == 0 else 1,
-                _pointer(num_items),
-            ),
-            (
-                options.temperature,
-                options.temperature_squared,
-                options.alpha,
-                options.label_smoothing,
-                options.z_loss,
-                denominator,
-            ),
-            (options.divergence, tuple(options.parameters)),
-            (
-                _pointer(loss),
-                options.reduction != "none",
-                _pointer(statistics),
-                extras,
-                _pointer(gradient),
-            ),
-            _launch(problem.student, workspace, problem.labels),
-        )
+        num_items = problem.num_items if problem.options.reduction == "mean" else None
+        launch = self._launch(problem.student, workspace, problem.labels, num_items)
+        self.module.cuda_kd_loss(native, launch)
 
     def backward(
         self,
@@ -209,40 +161,34 @@ class CudaBackend(NativeBackend):
             )
         factor = contiguous(grad_output, torch.float32)
         columns = gradient.shape[-1]
-        _native.cuda_scale_gradient(
-            _pointer(gradient),
-            _pointer(out),
+        self.module.cuda_scale_gradient(
+            pointer(gradient),
+            pointer(out),
             LOGIT_DTYPES[gradient.dtype],
             gradient.numel() // max(columns, 1),
             columns,
             row_stride(gradient),
-            _pointer(factor),
+            pointer(factor),
             0 if factor.ndim == 0 else 1,
-            _launch(gradient, None, None),
+            self._launch(gradient),
         )
         return out
 
-
-def _logits(layout: RowLayout, which: int, scale: float, softcap: float) -> tuple[Any, ...]:
-    tensor = layout.tensors[which]
-    return (
-        tensor.data_ptr(),
-        LOGIT_DTYPES[tensor.dtype],
-        layout.strides[which],
-        scale,
-        softcap,
-    )
+    def _launch(
+        self,
+        on: Tensor,
+        workspace: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items: Tensor | None = None,
+    ) -> Any:
+        """On the caller's stream, with the flag for labels out of range."""
+        flag = None if labels is None else gpu.label_errors(on.device)
+        return self.module.Launch(
+            *_stream(on.device), pointer(workspace), pointer(flag), pointer(num_items)
+        )
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
     """The device's number and its current stream's handle."""
     # Not torch.cuda.current_stream(), which makes an object of it.
     return device.index, raw_stream(device.index)
-
-
-def _launch(
-    on: Tensor, workspace: Tensor | None, labels: Tensor | None
-) -> tuple[int, int, int, int]:
-    """(device, the caller's stream, workspace, flag for labels out of range)."""
-    flag = None if labels is None else gpu.label_errors(on.device)
-    return *_stream(on.device), _pointer(workspace), _pointer(flag)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..problem import STATISTICS, Problem
-from .base import Backend, Result, empty_gradient
+from ..problem import LOGIT_DTYPES, STATISTICS, Options, Problem, contiguous, row_layout
+from .base import Backend, Result, empty_gradient, row_stride
 
 #: ``kdkernels._native``; None where it was not built, and then WHY_NOT says so.
 MODULE: Any = None
 WHY_NOT: str | None = None
 # Asked once: torch.compile traces the choice of a backend, but not into a C++ module.
 DIVERGENCES: frozenset[str] = frozenset()
+#: Those that follow from the first sweep over a row: the KLs.
+CLOSED_FORMS: frozenset[str] = frozenset()
+#: What the largest cluster of the CUDA register kernel holds, by the wider logits' bytes.
+MOST_REGISTER_COLUMNS: dict[int, int] = {}
 try:
     MODULE = importlib.import_module("kdkernels._native")
     DIVERGENCES = frozenset(MODULE.divergence_names())
+    CLOSED_FORMS = frozenset(MODULE.closed_form_names())
+    MOST_REGISTER_COLUMNS = {size: MODULE.cuda_most_columns(size) for size in (2, 4, 8)}
 except ImportError as error:  # a pure Python install, or a build for another Python
     WHY_NOT = f"the native module was not built ({error})"
 
@@ -26,7 +34,17 @@ except ImportError as error:  # a pure Python install, or a build for another Py
 class NativeBackend(Backend):
     """A backend whose one entry computes loss, statistics and gradient, whichever it is given."""
 
+    #: The simulated tests put another build in its place.
+    module: Any = MODULE
+
     @abstractmethod
+    def denominator(self, problem: Problem) -> float:
+        """The divisor of the sum over rows; 0.0 lets the kernels count the rows that count."""
+
+    @abstractmethod
+    def execute(self, problem: Problem, native: Any) -> None:
+        """Run ``native``, the problem as the module's ``Problem``."""
+
     def run(
         self,
         problem: Problem,
@@ -37,6 +55,36 @@ class NativeBackend(Backend):
         extras: bool,
     ) -> None:
         """Compute the whole problem into the outputs that are given."""
+        module, student, teacher = self.module, problem.student, problem.teacher
+        if torch.float64 in (student.dtype, teacher.dtype) and student.dtype != teacher.dtype:
+            teacher = teacher.to(student.dtype)
+        layout = row_layout(student, teacher)  # kept: its tensors may be copies
+        if grad_output is not None:
+            grad_output = contiguous(grad_output, problem.math_dtype)
+        rows = module.Rows(
+            layout.outer,
+            layout.inner,
+            problem.vocab,
+            pointer(problem.labels),
+            pointer(problem.token_weights),
+            pointer(grad_output),
+            0 if grad_output is None or grad_output.ndim == 0 else 1,
+            self.denominator(problem),
+        )
+        results = module.Results(
+            pointer(loss),
+            pointer(statistics),
+            extras,
+            pointer(gradient),
+            student.shape[-1],
+            0 if gradient is None else row_stride(gradient),
+        )
+        logits = [
+            module.Logits(tensor.data_ptr(), LOGIT_DTYPES[tensor.dtype], *strides)
+            for tensor, strides in zip(layout.tensors, layout.strides, strict=True)
+        ]
+        options = native_options(module, problem.options)
+        self.execute(problem, module.Problem(*logits, rows, options, results))
 
     def forward(
         self,
@@ -60,3 +108,15 @@ class NativeBackend(Backend):
 def pointer(tensor: Tensor | None) -> int:
     """The address of the tensor's memory; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_options(module: Any, options: Options) -> Any:
+    """The module's ``Options``, made once for equal ones."""
+    if type(options.parameters) is not tuple:  # the dispatcher hands over lists
+        options = options._replace(parameters=tuple(options.parameters))
+    return _native_options(module, options)
+
+
+@functools.lru_cache(maxsize=64)
+def _native_options(module: Any, options: Options) -> Any:
+    return module.Options(options)

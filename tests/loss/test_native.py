@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdkernels.problem import Options
+
 native = pytest.importorskip(
     "kdkernels._native", reason="kdkernels was installed without its native kernels"
 )
@@ -140,18 +142,25 @@ def call(student, teacher, labels=None, **options):
         return 0 if tensor is None else tensor.data_ptr()
 
     grad_output = o["grad_output"]
-    bad = native.kd_loss(
-        student.data_ptr(), CODES[student.dtype], strides(student),
-        teacher.data_ptr(), CODES[teacher.dtype], strides(teacher),
-        outer, inner, vocab, address(labels), o["ignore_index"], address(o["row_weights"]),
-        address(grad_output),
-        0 if grad_output is None or grad_output.dim() == 0 else grad_output.stride(0),
-        o["denominator"], o["temperature"], o["temperature_squared"], o["alpha"],
-        o["label_smoothing"], o["z_loss"], o["student_scale"], o["teacher_scale"],
-        o["student_softcap"], o["teacher_softcap"], o["divergence"], o["parameters"],
-        loss.data_ptr(), o["reduce"], statistics.data_ptr(), o["extras"], gradient.data_ptr(),
-        columns, stride, o["threads"],
+    options = Options(
+        reduction="mean" if o["reduce"] else "none",
+        **{name: o[name] for name in Options._fields if name in o and name != "denominator"},
+    )
+    problem = native.Problem(
+        native.Logits(student.data_ptr(), CODES[student.dtype], *strides(student)),
+        native.Logits(teacher.data_ptr(), CODES[teacher.dtype], *strides(teacher)),
+        native.Rows(
+            outer, inner, vocab, address(labels), address(o["row_weights"]), address(grad_output),
+            0 if grad_output is None or grad_output.dim() == 0 else grad_output.stride(0),
+            o["denominator"],
+        ),
+        native.Options(options),
+        native.Results(
+            loss.data_ptr(), statistics.data_ptr(), o["extras"], gradient.data_ptr(), columns,
+            stride,
+        ),
     )  # fmt: skip
+    bad = native.kd_loss(problem, o["threads"])
     return bad, loss, gradient, statistics
 
 

@@ -146,24 +146,29 @@ def simulated(seed: int = 0) -> Iterator[Recorder]:
     Every error that ptxsim reports (out of bounds, race, ...) raises.
     """
     from kdkernels.backends import BACKENDS, cuda
+    from kdkernels.backends import native as shared
 
     recorder = Recorder(seed)
     backend = BACKENDS["cuda"]
     patch = pytest.MonkeyPatch()
-    pointer, logits = cuda._pointer, cuda._logits
+    pointer, row_layout = shared.pointer, shared.row_layout
 
     def noted_pointer(tensor: Tensor | None) -> int:
         recorder.note("tensor", tensor)
         return pointer(tensor)
 
-    def noted_logits(layout: Any, which: int, *rest: float) -> Any:
-        recorder.note("student" if which == 0 else "teacher", layout.tensors[which])
-        return logits(layout, which, *rest)
+    def noted_layout(*tensors: Tensor) -> Any:
+        layout = row_layout(*tensors)
+        for name, tensor in zip(("student", "teacher"), layout.tensors, strict=True):
+            recorder.note(name, tensor)
+        return layout
 
     patch.setattr(cuda, "_native", recorder, raising=False)
+    patch.setattr(type(backend), "module", recorder)
     patch.setattr(cuda, "_DIVERGENCES", frozenset(native().divergence_names()))
-    patch.setattr(cuda, "_pointer", noted_pointer)
-    patch.setattr(cuda, "_logits", noted_logits)
+    patch.setattr(cuda, "pointer", noted_pointer)
+    patch.setattr(shared, "pointer", noted_pointer)
+    patch.setattr(shared, "row_layout", noted_layout)
     patch.setattr(cuda, "_stream", lambda device: (0, 0))
     patch.setattr(type(backend), "unavailable", lambda self: [])
     patch.setattr(type(backend), "device_type", "cpu")
