@@ -30,13 +30,23 @@ Divergence resolve(const std::string& name, const std::vector<double>& parameter
   throw std::invalid_argument("unknown divergence '" + name + "'");
 }
 
-namespace {
+Problem make_problem(const Logits& student, const Logits& teacher, const Rows& rows,
+                     const GivenOptions& options, const Results& results) {
+  if ((student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
+    throw std::invalid_argument("float64 needs both tensors to be float64");
+  }
+  const int64_t columns = results.gradient_columns;
+  if (results.gradient && !(rows.vocab <= columns && columns <= results.gradient_stride)) {
+    throw std::invalid_argument(
+        "gradient_columns must be at least vocab, and gradient_stride at least gradient_columns");
+  }
+  Problem problem{options.numbers, rows, results, student, teacher, 1};
+  static_cast<Transform&>(problem.student) = options.student;
+  static_cast<Transform&>(problem.teacher) = options.teacher;
+  return problem;
+}
 
-// kdkernels.problem.Options: a Problem's, and what belongs to its logits.
-struct GivenOptions {
-  Options numbers;
-  Transform student, teacher;
-};
+namespace {
 
 GivenOptions make_options(const py::object& given) {
   const auto number = [&](const char* name) { return given.attr(name).cast<double>(); };
@@ -89,24 +99,9 @@ Results make_results(Address loss, Address statistics, bool extras, Address grad
           pointer<void>(gradient), gradient_columns,          gradient_stride};
 }
 
-Problem make_problem(const Logits& student, const Logits& teacher, const Rows& rows,
-                     const GivenOptions& options, const Results& results) {
-  if ((student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
-    throw std::invalid_argument("float64 needs both tensors to be float64");
-  }
-  const int64_t columns = results.gradient_columns;
-  if (results.gradient && !(rows.vocab <= columns && columns <= results.gradient_stride)) {
-    throw std::invalid_argument(
-        "gradient_columns must be at least vocab, and gradient_stride at least gradient_columns");
-  }
-  Problem problem{options.numbers, rows, results, student, teacher, 1};
-  static_cast<Transform&>(problem.student) = options.student;
-  static_cast<Transform&>(problem.teacher) = options.teacher;
-  return problem;
-}
-
-int64_t kd_loss(const Problem& given, int threads) {
-  Problem problem = given;
+int64_t kd_loss(const Logits& student, const Logits& teacher, const Rows& rows,
+                const GivenOptions& options, const Results& results, int threads) {
+  Problem problem = make_problem(student, teacher, rows, options, results);
   problem.threads = threads;
   py::gil_scoped_release release;
   return run_on_cpu(problem);
@@ -129,10 +124,8 @@ void bind_problem(py::module_& m) {
   py::class_<Results>(m, "Results", local)
       .def(py::init(&make_results), py::arg("loss"), py::arg("statistics"), py::arg("extras"),
            py::arg("gradient"), py::arg("gradient_columns"), py::arg("gradient_stride"));
-  py::class_<Problem>(m, "Problem", local)
-      .def(py::init(&make_problem), py::arg("student"), py::arg("teacher"), py::arg("rows"),
-           py::arg("options"), py::arg("results"));
-  m.def("kd_loss", &kd_loss, py::arg("problem"), py::arg("threads"),
+  m.def("kd_loss", &kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
+        py::arg("options"), py::arg("results"), py::arg("threads"),
         "Row losses, statistics and the student's gradient. Returns -1, or the first row whose "
         "label is out of range; then nothing was computed.");
 }

@@ -19,7 +19,9 @@ Launch make_launch(int device, Address stream, Address workspace, Address label_
   return launch;
 }
 
-void kd_loss(const Problem& problem, const Launch& launch) {
+void kd_loss(const Logits& student, const Logits& teacher, const Rows& rows,
+             const GivenOptions& options, const Results& results, const Launch& launch) {
+  const Problem problem = make_problem(student, teacher, rows, options, results);
   if (problem.is_double()) throw std::invalid_argument("float64 has no CUDA kernel");
   if (problem.vocab > (1 << 30)) throw std::invalid_argument("vocab must be in [1, 2^30]");
   py::gil_scoped_release release;
@@ -41,7 +43,8 @@ void bind_cuda(py::module_& m) {
   py::class_<cuda::Launch>(m, "Launch", py::module_local())
       .def(py::init(&cuda::make_launch), py::arg("device"), py::arg("stream"), py::arg("workspace"),
            py::arg("label_errors"), py::arg("num_items"));
-  m.def("cuda_kd_loss", &cuda::kd_loss, py::arg("problem"), py::arg("launch"),
+  m.def("cuda_kd_loss", &cuda::kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
+        py::arg("options"), py::arg("results"), py::arg("launch"),
         "Enqueues the loss on a stream.");
   m.def("cuda_scale_gradient", &cuda::scale_gradient, py::arg("source"), py::arg("target"),
         py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"),

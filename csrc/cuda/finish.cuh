@@ -56,11 +56,32 @@ KD_DEVICE bool plan_row(const RowInputs& given, int row, float scale, RowPlan& p
   return true;
 }
 
+constexpr int kPlannedRows = 4;  // of a thread of plan_kernel and turn
+
+// By one warp: puts what stands before each warp's in place of what each has, kPlannedRows of them
+// to a lane, on top of `before`. Returns the sum up to the lane's, of the last lane: all.
+KD_DEVICE int count_before(int (&counts)[kPlannedRows * kFinishThreads / 32], int before) {
+  const int lane = threadIdx.x % 32;
+  int sum = 0, own[kPlannedRows];
+#pragma unroll
+  for (int i = 0; i < kPlannedRows; ++i) own[i] = counts[lane * kPlannedRows + i], sum += own[i];
+  int upto = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kWholeWarp, upto, step);
+    if (lane >= step) upto += other;
+  }
+  upto += before - sum;
+#pragma unroll
+  for (int i = 0; i < kPlannedRows; ++i) counts[lane * kPlannedRows + i] = upto, upto += own[i];
+  return upto;
+}
+
 // One block: the rows that count, in order, and from the end the others. So a row that counts costs
 // the row kernels no decision, and clusters share those alone.
 static __global__ void __launch_bounds__(kFinishThreads)
     plan_kernel(const __grid_constant__ RowInputs given, Plan* plan, RowPlan* planned) {
-  constexpr int kWarps = kFinishThreads / 32, kRows = 4;  // rows of a thread and turn
+  constexpr int kWarps = kFinishThreads / 32, kRows = kPlannedRows;
   __shared__ unsigned long long slots[kWarps];
   __shared__ int counts[kRows * kWarps];
   float scale = given.scale;
@@ -91,21 +112,7 @@ static __global__ void __launch_bounds__(kFinishThreads)
       if (lane == 0) counts[i * kWarps + warp] = __popc(votes[i]);
     }
     __syncthreads();
-    if (warp == 0) {  // what stands before each warp's; a lane has kRows of them
-      int sum = 0, own[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) own[i] = counts[lane * kRows + i], sum += own[i];
-      int upto = sum;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(kWholeWarp, upto, step);
-        if (lane >= step) upto += other;
-      }
-      upto += before - sum;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) counts[lane * kRows + i] = upto, upto += own[i];
-      before = upto;  // of the last lane: all
-    }
+    if (warp == 0) before = count_before(counts, before);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

@@ -415,63 +415,121 @@ inline constexpr int kRegisterThreads =
     kColumns == kColumnsPerThread ? kResidentThreads : kWideThreads;
 #endif
 
+// What the steps of register_kernel share.
+template <class Functor, class Formats, int kColumns, int kPower>
+struct RegisterRows {
+  static constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
+  static constexpr bool kReadsTwice = kPower == kSeparate;  // the stage, for the gradient, too
+  // The others would spill.
+  static constexpr bool kLooksAhead = kColumns == kColumnsPerThread || teacher_weighs<Functor>;
+  using Message = Brief<kPower>;
+  using Slice = KeptSlice<Formats, kColumns>;
+  const Task& task;
+  const Functor& functor;
+  const Stages& stages;
+  Pipeline<kWords>& pipeline;
+  Exchange<kWords>& exchange;
+  Outcome<kPower>& outcome;
+  References* ahead;  // by thread, of the next row
+
+  // Of one block, another one for every row.
+  KD_DEVICE bool writes_outcome(unsigned number) const {
+    const unsigned thread = blockDim.x > 64 ? 64 : 0;
+    return threadIdx.x == thread &&
+           (number & (stages.cluster - 1)) == static_cast<unsigned>(pipeline.rank());
+  }
+
+  KD_DEVICE void write_last_outcome() const {
+    const unsigned number = pipeline.taken + 15u;
+    if (!pipeline.begun || !writes_outcome(number)) return;
+    outcome.template write<Functor>(task, load_plan(&pipeline.scratch.plans[number % kPlans]));
+  }
+
+  KD_DEVICE Slice slice_of(const Pipeline<kWords>& from, int row, const Span& columns) const {
+    return Slice{task, columns, row, from.student_slice(), from.teacher_slice()};
+  }
+
+  KD_DEVICE References references(const Slice& slice) const {
+    if (kLooksAhead && pipeline.looked) return ahead[threadIdx.x];
+    if (stages.congruent) slice.mend();
+    return slice.references();
+  }
+
+  // The next row's largest logits are looked for in the window, if it has arrived by then, and if
+  // nothing has to be mended.
+  KD_DEVICE void look_ahead() const {
+    pipeline.looked = 0;
+    if (!kLooksAhead || stages.count <= 1 || !stages.congruent) return;
+    Pipeline<kWords> next = pipeline;
+    next.advance();
+    if (!next.has_arrived()) return;
+    const RowPlan row = next.plan();
+    if (row.row < 0) return;
+    const Span columns = next.span();
+    const Slice following = slice_of(next, row.row, columns);
+    pipeline.looked = following.is_inner_warp();
+    if (pipeline.looked) ahead[threadIdx.x] = following.references();
+  }
+
+  // A cancelled closed form. The rare sweep has the registers to itself, and the kept ones are
+  // filled again.
+  KD_DEVICE void sum_anew(const Slice& slice, const Sums& sums, const References& r,
+                          Kept<Formats, kColumns>& kept) const {
+    using Row = SharedRow<kWidth>;
+    const Row of_student{slice.of_student()}, of_teacher{slice.of_teacher()};
+    const Sweep<Functor, kWidth, Row, true> sweep{task, functor, slice.span, of_student,
+                                                  of_teacher};
+    const Evaluated anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
+    if (writes_outcome(pipeline.taken)) outcome.anew = anew;
+    observe_kept<Functor, kPower>(task, slice, r, kept);
+    __syncthreads();
+  }
+
+  KD_DEVICE void differentiate(const RowPlan& plan, const Slice& slice, const Sums& sums,
+                               const References& r, Kept<Formats, kColumns>& kept,
+                               bool spoiled) const {
+    if (!task.gradient) return;
+    if (spoiled) {
+      fill_gradient<kWidth>(task, plan.row, slice.span, NAN);
+    } else {
+      differentiate_kept<Functor, kPower>(task, plan, slice, sums, r, kept);
+    }
+    if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
+  }
+};
+
 template <class Functor, class Formats, int kColumns, int kPower>
 __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     register_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
-  constexpr bool kReadsTwice = kPower == kSeparate;  // the stage is read for the gradient, too
-  // The others would spill.
-  constexpr bool kLooksAhead = kColumns == kColumnsPerThread || teacher_weighs<Functor>;
-  using Message = Brief<kPower>;
-  using Slice = KeptSlice<Formats, kColumns>;
+  using Rows = RegisterRows<Functor, Formats, kColumns, kPower>;
+  using Message = typename Rows::Message;
   extern __shared__ __align__(128) char memory[];
-  __shared__ ResidentScratch<kWords> scratch;
+  __shared__ ResidentScratch<Rows::kWords> scratch;
   __shared__ Outcome<kPower> outcome;
-  Pipeline<kWords> pipeline{task, stages, scratch, memory};
-  Exchange<kWords> exchange{scratch, stages.cluster};
+  __shared__ References ahead[kRegisterThreads<kColumns>];
+  static_assert(sizeof(scratch) + sizeof(outcome) + sizeof(ahead) + 2 * sizeof(uint4) <=
+                kResidentScratchBytes);
+  Pipeline<Rows::kWords> pipeline{task, stages, scratch, memory};
+  Exchange<Rows::kWords> exchange{scratch, stages.cluster};
+  const Rows rows{task, functor, stages, pipeline, exchange, outcome, ahead};
   if (threadIdx.x == 0) {
     Beyond<typename Formats::Student>::make();
     Beyond<typename Formats::Teacher>::make();
   }
   pipeline.start(exchange);
-  dismiss_rows<kWidth>(task, scratch.counted);
+  dismiss_rows<Rows::kWidth>(task, scratch.counted);
   pipeline.keep_claim(0, pipeline.claim());
   const auto reduce = [](Message& b, auto lanes) { b.template reduce<Functor>(lanes); };
-  // Of one block, another one for every row.
-  const auto writes_outcome = [&](unsigned number) {
-    const unsigned thread = blockDim.x > 64 ? 64 : 0;
-    return threadIdx.x == thread &&
-           (number & (stages.cluster - 1)) == static_cast<unsigned>(pipeline.rank());
-  };
-  const auto write_last_outcome = [&] {
-    const unsigned number = pipeline.taken + 15u;
-    if (!pipeline.begun || !writes_outcome(number)) return;
-    outcome.template write<Functor>(task, load_plan(&scratch.plans[number % kPlans]));
-  };
-  const auto slice_of = [&](const auto& from, int row, const Span& columns) {
-    return Slice{task, columns, row, from.student_slice(), from.teacher_slice()};
-  };
-  // The next row's largest logits are looked for in the window, if it has arrived by then, and if
-  // nothing has to be mended.
-  __shared__ References ahead[kRegisterThreads<kColumns>];
-  static_assert(sizeof(scratch) + sizeof(outcome) + sizeof(ahead) + 2 * sizeof(uint4) <=
-                kResidentScratchBytes);
-  for (;;) {
-    if (!kLooksAhead || !pipeline.looked) pipeline.wait();
+  for (;; pipeline.advance()) {
+    if (!Rows::kLooksAhead || !pipeline.looked) pipeline.wait();
     if (!stages.congruent) align(pipeline);
     const RowPlan before = pipeline.plan();
     if (before.row < 0) break;
     const Span span = pipeline.span();
-    const Slice slice = slice_of(pipeline, before.row, span);
-    References r;
-    if (kLooksAhead && pipeline.looked) {
-      r = ahead[threadIdx.x];
-    } else {
-      if (stages.congruent) slice.mend();
-      r = slice.references();
-    }
+    const auto slice = rows.slice_of(pipeline, before.row, span);
+    const References r = rows.references(slice);
     Kept<Formats, kColumns> kept;
     Sums mine = observe_kept<Functor, kPower>(task, slice, r, kept);
     mine.label_logit = slice.label_logit(before.label);
@@ -479,21 +537,8 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     exchange.begin(Message::of(mine), parity, Message::of(nothing()), reduce);
     const int answer = pipeline.claim();
     if (pipeline.is_producer()) pipeline.prepare();
-    write_last_outcome();
-    pipeline.looked = 0;
-    if (kLooksAhead && stages.count > 1 && stages.congruent) {
-      Pipeline<kWords> next = pipeline;
-      next.advance();
-      if (next.has_arrived()) {
-        const RowPlan row = next.plan();
-        if (row.row >= 0) {
-          const Span columns = next.span();
-          const Slice following = slice_of(next, row.row, columns);
-          pipeline.looked = following.is_inner_warp();
-          if (pipeline.looked) ahead[threadIdx.x] = following.references();
-        }
-      }
-    }
+    rows.write_last_outcome();
+    rows.look_ahead();
     exchange.fence();
     const Message brief = exchange.end(Message::of(nothing()), reduce);
     if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
@@ -501,39 +546,21 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     // Again, instead of registers.
     const RowPlan plan = pipeline.plan();
     const Span same = pipeline.span();
-    const Slice again = slice_of(pipeline, plan.row, same);
+    const auto again = rows.slice_of(pipeline, plan.row, same);
     const Sums sums = with_label_sum(task, brief.sums());
-    const Soundness soundness(sums);
-    const bool spoiled = soundness.spoils_row(task);
+    const bool spoiled = Soundness(sums).spoils_row(task);
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
-    if (writes_outcome(pipeline.taken)) outcome = {brief, Evaluated{}, cancelled};
-    if (cancelled) {
-      using Row = SharedRow<kWidth>;
-      const Row of_student{again.of_student()}, of_teacher{again.of_teacher()};
-      const Sweep<Functor, kWidth, Row, true> sweep{task, functor, same, of_student, of_teacher};
-      const Evaluated anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
-      if (writes_outcome(pipeline.taken)) outcome.anew = anew;
-      // The rare sweep has the registers to itself, and the kept ones are filled again.
-      observe_kept<Functor, kPower>(task, again, r, kept);
-      __syncthreads();
-    }
+    if (rows.writes_outcome(pipeline.taken)) outcome = {brief, Evaluated{}, cancelled};
+    if (cancelled) rows.sum_anew(again, sums, r, kept);
     // All threads have passed a barrier since they read the stage: it is free.
-    if (!kReadsTwice && pipeline.is_producer()) pipeline.request();
-    if (task.gradient) {
-      if (spoiled) {
-        fill_gradient<kWidth>(task, plan.row, same, NAN);
-      } else {
-        differentiate_kept<Functor, kPower>(task, plan, again, sums, r, kept);
-      }
-      if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
-    }
-    if (kReadsTwice) {
+    if (!Rows::kReadsTwice && pipeline.is_producer()) pipeline.request();
+    rows.differentiate(plan, again, sums, r, kept, spoiled);
+    if (Rows::kReadsTwice) {
       __syncthreads();
       if (pipeline.is_producer()) pipeline.request();
     }
-    pipeline.advance();
   }
-  write_last_outcome();
+  rows.write_last_outcome();
 #endif
 }
 

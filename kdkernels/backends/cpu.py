@@ -49,8 +49,8 @@ class CpuBackend(NativeBackend):
             return problem.options.denominator
         return float(problem.num_items) or 1.0
 
-    def execute(self, problem: Problem, native: Any) -> None:
-        bad_row = self.module.kd_loss(native, torch.get_num_threads())
+    def execute(self, problem: Problem, *native: Any) -> None:
+        bad_row = self.module.kd_loss(*native, torch.get_num_threads())
         if bad_row >= 0:
             raise label_error(problem, bad_row)
 

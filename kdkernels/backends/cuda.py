@@ -130,14 +130,14 @@ class CudaBackend(NativeBackend):
         # A tensor of them stays on the device: see _launch.
         return problem.options.denominator if problem.options.reduction == "mean" else 1.0
 
-    def execute(self, problem: Problem, native: Any) -> None:
+    def execute(self, problem: Problem, *native: Any) -> None:
         """Enqueue the whole problem; what it needs lives until the stream has passed it."""
         workspace = problem.student.new_empty(
             self.module.cuda_workspace_bytes(problem.rows), dtype=torch.uint8
         )
         num_items = problem.num_items if problem.options.reduction == "mean" else None
         launch = self._launch(problem.student, workspace, problem.labels, num_items)
-        self.module.cuda_kd_loss(native, launch)
+        self.module.cuda_kd_loss(*native, launch)
 
     def backward(
         self,

@@ -42,8 +42,9 @@ class NativeBackend(Backend):
         """The divisor of the sum over rows; 0.0 lets the kernels count the rows that count."""
 
     @abstractmethod
-    def execute(self, problem: Problem, native: Any) -> None:
-        """Run ``native``, the problem as the module's ``Problem``."""
+    def execute(self, problem: Problem, *native: Any) -> None:
+        """Run ``native``: the problem as the module's Logits (student, teacher), Rows, Options and
+        Results."""
 
     def run(
         self,
@@ -76,15 +77,18 @@ class NativeBackend(Backend):
             pointer(statistics),
             extras,
             pointer(gradient),
-            student.shape[-1],
+            problem.student.shape[-1],
             0 if gradient is None else row_stride(gradient),
         )
-        logits = [
-            module.Logits(tensor.data_ptr(), LOGIT_DTYPES[tensor.dtype], *strides)
-            for tensor, strides in zip(layout.tensors, layout.strides, strict=True)
-        ]
-        options = native_options(module, problem.options)
-        self.execute(problem, module.Problem(*logits, rows, options, results))
+        student, teacher = layout.tensors
+        self.execute(
+            problem,
+            module.Logits(student.data_ptr(), LOGIT_DTYPES[student.dtype], *layout.strides[0]),
+            module.Logits(teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[1]),
+            rows,
+            native_options(module, problem.options),
+            results,
+        )
 
     def forward(
         self,

@@ -323,6 +323,117 @@ def test_the_cpp_twin_agrees_where_one_side_excludes(spec: cases.Spec) -> None:
         assert slope == pytest.approx(expected, rel=1e-12, nan_ok=True), (log_p, log_q)
 
 
+# ------------------------------------------------- the float that CUDA kernels compute with
+
+#: Of a float32 that is rounded.
+ULP = 2.0**-24
+_SHARES = (1e-6, 0.1, 0.3, 0.9, 0.999)
+_EXPONENTS = ((-0.5, 1.3), (-0.4, 0.4), (-0.5, -0.3), (-1.0, 0.0), (0.0, -1.0), (3.0, 2.0))
+#: Every regime of the parameters, more than the tests of whole losses have.
+REGIMES = (
+    *cases.SPECS,
+    *(
+        cases.Spec(name, (share,))
+        for name in ("jsd", "skew_forward_kl", "skew_reverse_kl")
+        for share in _SHARES
+    ),
+    *(cases.Spec("alpha_beta", exponents) for exponents in _EXPONENTS),
+)
+_FROM = (-INF, -80.0, -40.0, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.1, -1e-2, -1e-4, 0.0)
+_APART = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.69, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0, 17.0)
+#: (log p, log q): both absent, one absent, equal, close, far apart.
+PAIRS = (
+    *itertools.product(_FROM, _FROM),
+    *((log, log - apart) for log in _FROM[1:] for apart in _APART),
+    *((log - apart, log) for log in _FROM[1:] for apart in _APART),
+)
+
+
+def float32(numbers: Iterator[float]) -> list[float]:
+    return torch.tensor(list(numbers), dtype=torch.float64).float().tolist()
+
+
+def rounded(spec: cases.Spec, log_p: float, log_q: float, result: float) -> float:
+    """What float32's rounding is relative to: the size of the terms before they cancel."""
+    p, q = math.exp(log_p), math.exp(log_q)
+    apart = 0.0 if log_p == log_q else abs(log_p - log_q)
+    larger, near = max(p, q), min(apart, 1.0)
+    if spec.name == "alpha_beta":
+        inverse = max(1 / abs(x) for x in spec.parameters if x) if any(spec.parameters) else 1.0
+        # The exponents of the powers are rounded, too.
+        depth = -max(log_p, log_q, -1e3) + (apart if math.isfinite(apart) else 0.0)
+        exponents = sum(map(abs, spec.parameters)) * depth
+        terms = larger ** sum(spec.parameters) * near * inverse if larger else 0.0
+        return (terms + abs(result)) * (1.0 + exponents)
+    if spec.name == "tvd":
+        return larger + abs(result)
+    weights = {"forward_kl": p, "reverse_kl": q}
+    of_apart = weights.get(spec.name, min(p, q))
+    share = spec.parameters[0] if spec.parameters else 0.5
+    logarithm = 1.0 - math.log(min(share, 1.0 - share))
+    terms = larger * near * logarithm + (of_apart * apart if of_apart else 0.0)
+    return terms + abs(result)
+
+
+@needs_native
+@pytest.mark.parametrize("spec", REGIMES, ids=str)
+def test_float_functors_equal_those_of_double(spec: cases.Spec) -> None:
+    divergence = spec.object.canonical()
+    spec = cases.Spec(divergence.name, divergence.parameters)
+    for log_p, log_q in PAIRS:
+        measured = native.float32.centred(*spec, log_p, log_q)
+        exact = native.centred(*spec, log_p, log_q)
+        ties = spec.name == "tvd" and len(set(float32([math.exp(log_p), math.exp(log_q)]))) == 1
+        for single, double in zip(measured, (exact[0], 0.0 if ties else exact[1]), strict=True):
+            if math.isnan(double):
+                assert math.isnan(single), (log_p, log_q)
+            elif abs(double) > 3e38:  # float32 ends
+                assert math.isinf(single) and single * double > 0, (log_p, log_q)
+            else:
+                size = rounded(spec, log_p, log_q, double)
+                assert abs(single - double) <= 8 * ULP * size + 1e-37, (log_p, log_q)
+
+
+def relative_error(measured: float, exact: float) -> float:
+    return abs(measured - exact) / abs(exact)
+
+
+@needs_native
+def test_float_logarithms_have_every_digit() -> None:
+    """At most 2.3 units of rounding; a coefficient's third digit changed gives more."""
+    steps = range(4001)
+    shares = float32(
+        [math.exp(-85 * i / 4000) for i in steps] + [0.5 + i / 8000 for i in steps[:-1]]
+    )
+    for share in shares[1:]:
+        less_one = share - 1.0
+        measured = native.float32.log_of_share(share, less_one)
+        assert relative_error(measured, math.log(share)) < 2.3 * ULP, share
+    less_ones = float32([-i / 4000 for i in steps[1:]] + [-(2.0**-k) for k in range(60)])
+    for less_one in less_ones:
+        measured = native.float32.log_of_half_share(less_one)
+        assert relative_error(measured, math.log1p(less_one / 2)) < 2.3 * ULP, less_one
+
+
+@needs_native
+def test_float_powers_have_every_digit() -> None:
+    """At most 1.5 units of rounding for 2^a, and 2.2 for 2^a - 1, which keeps its digits near 0."""
+    exponents = float32([i / 32 for i in range(4032)] + [2.0**-k for k in range(60)])
+    functions = (
+        (native.float32.decay, -1, exponents),
+        (native.float32.grow, 1, exponents + [-a for a in exponents]),
+    )
+    for function, sign, given in functions:
+        for a in given:
+            power, less_one = function(a)
+            assert relative_error(power, 2.0 ** (sign * a)) < 1.5 * ULP, (function, a)
+            exact = math.expm1(sign * a * math.log(2))
+            assert less_one == exact == 0 or relative_error(less_one, exact) < 2.2 * ULP, a
+    assert native.float32.grow(128.0) == native.float32.grow(INF) == (INF, INF)
+    for nothing in (native.float32.grow(-INF), *map(native.float32.decay, (127.0, INF, math.nan))):
+        assert nothing == (0.0, -1.0)
+
+
 @needs_native
 def test_the_forward_kl_object_is_the_named_one() -> None:
     student, teacher = cases.pair((4, 50))

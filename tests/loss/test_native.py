@@ -146,7 +146,7 @@ def call(student, teacher, labels=None, **options):
         reduction="mean" if o["reduce"] else "none",
         **{name: o[name] for name in Options._fields if name in o and name != "denominator"},
     )
-    problem = native.Problem(
+    problem = (
         native.Logits(student.data_ptr(), CODES[student.dtype], *strides(student)),
         native.Logits(teacher.data_ptr(), CODES[teacher.dtype], *strides(teacher)),
         native.Rows(
@@ -160,7 +160,7 @@ def call(student, teacher, labels=None, **options):
             stride,
         ),
     )  # fmt: skip
-    bad = native.kd_loss(problem, o["threads"])
+    bad = native.kd_loss(*problem, o["threads"])
     return bad, loss, gradient, statistics
 
 
