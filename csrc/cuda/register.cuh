@@ -73,27 +73,6 @@ struct FormatOf<DType::float16> {
   using Type = Float16;
 };
 
-// Of the two models. A vector has as many columns as 16 bytes of the wider one.
-template <class S, class T>
-struct Formats {
-  using Student = S;
-  using Teacher = T;
-  static constexpr int kWidth = S::kColumns < T::kColumns ? S::kColumns : T::kColumns;
-  template <class Format>
-  static constexpr int kWords = 4 * kWidth / Format::kColumns;
-};
-
-// e_s, and for forward KL e_t, for reverse KL e_s (u_t - u_s): relative to the thread's references.
-template <class Formats, int kColumns>
-struct Kept {
-  static constexpr int kVectors = kColumns / Formats::kWidth;
-  Vector<Formats::kWidth> student[kVectors], second[kVectors];
-};
-
-// How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits,
-// in each sweep that needs it.
-constexpr int kSeparate = 0;
-
 // A vector of -inf in shared memory, which is read instead of columns that are not there.
 template <class Format>
 struct Beyond {
@@ -107,6 +86,31 @@ struct Beyond {
     *vector() = make_uint4(kWord, kWord, kWord, kWord);
   }
 };
+
+// Of the two models. A vector has as many columns as 16 bytes of the wider one.
+template <class S, class T>
+struct Formats {
+  using Student = S;
+  using Teacher = T;
+  static constexpr int kWidth = S::kColumns < T::kColumns ? S::kColumns : T::kColumns;
+  template <class Format>
+  static constexpr int kWords = 4 * kWidth / Format::kColumns;
+  static KD_DEVICE void make_beyond() {
+    Beyond<Student>::make();
+    Beyond<Teacher>::make();
+  }
+};
+
+// e_s, and for forward KL e_t, for reverse KL e_s (u_t - u_s): relative to the thread's references.
+template <class Formats, int kColumns>
+struct Kept {
+  static constexpr int kVectors = kColumns / Formats::kWidth;
+  Vector<Formats::kWidth> student[kVectors], second[kVectors];
+};
+
+// How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits,
+// in each sweep that needs it.
+constexpr int kSeparate = 0;
 
 // This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are
 // constant distances apart, and that most warps know at once that nothing about their columns is
@@ -496,6 +500,11 @@ struct RegisterRows {
     }
     if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
   }
+
+  KD_DEVICE void request_behind_barrier() const {
+    __syncthreads();
+    if (pipeline.is_producer()) pipeline.request();
+  }
 };
 
 template <class Functor, class Formats, int kColumns, int kPower>
@@ -514,10 +523,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   Pipeline<Rows::kWords> pipeline{task, stages, scratch, memory};
   Exchange<Rows::kWords> exchange{scratch, stages.cluster};
   const Rows rows{task, functor, stages, pipeline, exchange, outcome, ahead};
-  if (threadIdx.x == 0) {
-    Beyond<typename Formats::Student>::make();
-    Beyond<typename Formats::Teacher>::make();
-  }
+  if (threadIdx.x == 0) Formats::make_beyond();
   pipeline.start(exchange);
   dismiss_rows<Rows::kWidth>(task, scratch.counted);
   pipeline.keep_claim(0, pipeline.claim());
@@ -555,10 +561,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     // All threads have passed a barrier since they read the stage: it is free.
     if (!Rows::kReadsTwice && pipeline.is_producer()) pipeline.request();
     rows.differentiate(plan, again, sums, r, kept, spoiled);
-    if (Rows::kReadsTwice) {
-      __syncthreads();
-      if (pipeline.is_producer()) pipeline.request();
-    }
+    if (Rows::kReadsTwice) rows.request_behind_barrier();
   }
   rows.write_last_outcome();
 #endif
