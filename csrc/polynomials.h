@@ -18,7 +18,8 @@ KD_INLINE constexpr Polynomial<6> power_less_one_polynomial() {
   return {{0.00015453163f, 0.0013390863f, 0.009618083f, 0.05550357f, 0.2402265f, 0.6931472f}};
 }
 
-// log(1 + f) / f for sqrt(1/2) <= 1 + f < sqrt(2), minimax in the logarithm's relative error: 3.4e-8.
+// log(1 + f) / f for sqrt(1/2) <= 1 + f < sqrt(2), minimax in the logarithm's relative
+// error: 3.4e-8.
 KD_INLINE constexpr Polynomial<9> log_polynomial() {
   return {{0.0873484612f, -0.143075243f, 0.149179742f, -0.165705085f, 0.199620724f, -0.250017554f,
            0.333339512f, -0.499999911f, 1.0f}};
