@@ -114,13 +114,7 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@functools.lru_cache(maxsize=64)
 def native_options(module: Any, options: Options) -> Any:
     """The module's ``Options``, made once for equal ones."""
-    if type(options.parameters) is not tuple:  # the dispatcher hands over lists
-        options = options._replace(parameters=tuple(options.parameters))
-    return _native_options(module, options)
-
-
-@functools.lru_cache(maxsize=64)
-def _native_options(module: Any, options: Options) -> Any:
     return module.Options(options)
