@@ -24,6 +24,7 @@ import sass
 import torch
 import triton
 
+from kdkernels.backends import BACKENDS
 from kdkernels.backends.triton import launch, offline, policy
 from kdkernels.problem import Options, Problem
 
@@ -112,7 +113,8 @@ def compile_rows(problem: Problem, mode: str, target: str) -> list[offline.Compi
     device = policy.H100._replace(kind=gpu.backend, architecture=architecture, warp=gpu.warp_size)
     with offline.compiling(gpu) as launches:
         if mode == "recompute":
-            statistics = torch.empty(17, problem.rows, device="meta")
+            kept = BACKENDS["triton"].statistics_rows
+            statistics = torch.empty(kept, problem.rows, device="meta")
             upstream = torch.empty((), device="meta")
             launch.backward(problem, statistics, upstream, device=device)
         else:
@@ -125,8 +127,7 @@ def triton_entries(target: str) -> Iterator[Entry]:
         problem = make_problem(vocab, student, teacher, options)
         (compiled,) = compile_rows(problem, mode, target)
         (kernel,) = sass.read(compiled.kernel.asm["cubin"])
-        constants = compiled.constants
-        tile = constants.K.value * constants.THREADS.value * constants.W.value
+        tile = compiled.variant.tile.columns
         sizes = (student.itemsize, teacher.itemsize)
         gradient = 0 if mode == "loss" else student.itemsize
         yield Entry("kdkernels " + name, kernel, tile, compiled.num_warps, sum(sizes), gradient)

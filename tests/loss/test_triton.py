@@ -200,6 +200,16 @@ def test_a_compiled_kernel_is_reused_only_for_arguments_it_was_compiled_for(
     assert start(OnGpu(is_cuda=False)) == start(OnGpu(is_cuda=False)) == "compiled"
 
 
+def test_the_row_kernel_takes_the_named_fields_in_their_order() -> None:
+    """The launch hands them over by position, and what is not a size may be specialised."""
+    pytest.importorskip("triton")
+    from kdkernels.backends.triton import row
+    from kdkernels.backends.triton.arguments import Numbers, Sizes, Tensors
+
+    tensors = [f"{name}_ptr" for name in Tensors._fields]
+    assert list(row.kd_rows.arg_names) == [*tensors, *Sizes._fields, *Numbers._fields, "P"]
+
+
 def test_tune_says_why_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     from kdkernels.commands.main import main
 

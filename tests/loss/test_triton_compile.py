@@ -110,8 +110,7 @@ def test_the_other_bodies_on_sm_90(report: Any, name: str) -> None:
 def test_the_instruction_budget_on_sm_90(report: Any, name: str, instructions: float) -> None:
     one = compiled(report, name, "sm_90")
     (kernel,) = sys.modules["sass"].read(one.kernel.asm["cubin"])
-    tile = one.constants.K.value * one.constants.THREADS.value * one.constants.W.value
-    counts = report.count(report.Entry(name, kernel, tile, one.num_warps, 4, 2))
+    counts = report.count(report.Entry(name, kernel, one.variant.tile.columns, one.num_warps, 4, 2))
     assert counts.instructions <= instructions
     assert counts.mufu <= 4.2
     assert counts.bytes <= 10
@@ -129,8 +128,8 @@ def test_a_launch_of_every_kind_compiles(report: Any) -> None:
     """Few rows: the vocabulary is split over launches; many rows: over waiting programs."""
     problem = report.make_problem(128256, torch.bfloat16, torch.bfloat16, report.KL_CE, rows=16)
     launches = report.compile_rows(problem, "forward", "sm_90")
-    assert [str(one.constants.exchange.value) for one in launches] == ["launch", "launch"]
+    assert [one.variant.sharing.exchange for one in launches] == ["launch", "launch"]
     many_rows = report.make_problem(128256, torch.bfloat16, torch.bfloat16, report.KL_CE)
     (many,) = report.compile_rows(many_rows, "forward", "sm_90")
-    assert many.constants.exchange.value == "spin"
+    assert many.variant.sharing.exchange == "spin"
     assert "gpu" in many.kernel.asm["ptx"] and ".acquire" in many.kernel.asm["ptx"]

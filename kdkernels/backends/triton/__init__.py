@@ -16,6 +16,8 @@ from torch import Tensor
 from ...problem import Problem, check_labels
 from .. import gpu
 from ..base import Backend, Result, has_rows
+from .arguments import Kept
+from .policy import CLOSED
 
 _IMPORT_ERROR: str | None = None
 _launch: ModuleType | None = None
@@ -34,7 +36,7 @@ def _load() -> ModuleType | None:
 
 class TritonBackend(Backend):
     name = "triton"
-    state_rows = 7
+    state_rows = len(Kept._fields)
 
     def unavailable(self) -> list[str]:
         launch = _load()
@@ -56,7 +58,7 @@ class TritonBackend(Backend):
             if tensor.dtype == torch.float64:
                 reasons.append(f"it computes in float32, the {name}'s logits are float64")
         divergence = problem.options.divergence
-        if divergence not in launch.functors.SWEPT + launch.functors.CLOSED:
+        if divergence not in launch.functors.SWEPT + CLOSED:
             reasons.append(f"it has no kernel for the divergence {divergence!r}")
         if problem.vocab >= 1 << 24:
             reasons.append(f"its columns are counted in float32: {problem.vocab} >= 2^24")

@@ -2,9 +2,9 @@
 
 The twin of ``kdkernels/divergences.py`` and ``csrc/divergences.h``. Log-probabilities come in base
 2 (``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Forward
-KL is not here: the kernels have it, and the sums of reverse KL, in closed form.
+KL is not here: ``row.py`` has it, and the sums of reverse KL, in closed form.
 
-``P`` is a Variant: ``divergence``, ``case`` and ``nvidia`` are read here.
+``P`` is a :class:`~kdkernels.backends.triton.policy.Functor`.
 
 Where a probability is 0 its term is 0, whatever its logarithm; where both are 0 the entry is dead.
 """
@@ -18,8 +18,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Divergences that need a sweep of their own for the sum of values and slopes.
 SWEPT = ("jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "alpha_beta")
-#: Divergences whose sums follow from the statistics of the first sweep.
-CLOSED = ("forward_kl", "reverse_kl")
 
 
 def alpha_beta_case(alpha: float, beta: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import threading
@@ -17,15 +16,23 @@ from torch import Tensor
 from ...problem import STATISTICS, Options, Problem, RowLayout, row_layout
 from ..base import Result, empty_gradient, row_stride
 from ..gpu import label_errors
-from . import functors, kernels, policy
-from .policy import Device, LaunchPolicy, Variant
+from . import exchange, functors, policy, row, small
+from .arguments import Kept, Numbers, Sizes, Tensors
+from .policy import (
+    Device,
+    Functor,
+    Given,
+    LaunchPolicy,
+    Sharing,
+    Side,
+    Stages,
+    Terms,
+    Tile,
+    Variant,
+)
 
 #: Whether Triton interprets its kernels on the CPU; decided when the kernels are imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-
-
-#: Rows behind the statistics with which a backward starts where the forward ended.
-STATE_ROWS = 7
 
 #: Of every launch. Triton 3.9 warns where it is left open, and 3.10 leaves it out: a fused multiply
 #: and add is one instruction of two (at T = 2 33.3 instead of 36.1 an element, 132 of 160 for JSD).
@@ -67,12 +74,15 @@ def _start(
 
 
 class Constants:
-    """A Variant as the kernels see it: equal and cached by its text."""
+    """A Variant, or a group of its fields, as the kernels see it: equal and cached by its text."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Any, fields: dict[str, Any]) -> None:
+        self.variant = variant
         self._text = repr(variant)
-        for name, given in variant.constants().items():
-            setattr(self, name, given if INTERPRETED else tl.constexpr(given))
+        for name, given in fields.items():
+            group = isinstance(given, tuple)
+            value = Constants(given, given._asdict()) if group else given
+            setattr(self, name, value if INTERPRETED else tl.constexpr(value))
 
     def __repr__(self) -> str:
         return self._text
@@ -86,7 +96,7 @@ class Constants:
 
 @functools.lru_cache(maxsize=256)
 def _constants(variant: Variant) -> Constants:
-    return Constants(variant)
+    return Constants(variant, variant.constants())
 
 
 @functools.lru_cache
@@ -124,6 +134,8 @@ class Launch:
         self, problem: Problem, device: Device, sweeps: int, launch_policy: LaunchPolicy | None
     ) -> None:
         self.problem = problem
+        # Hashable: a list of parameters is not.
+        self.options = problem.options._replace(parameters=tuple(problem.options.parameters))
         self.device = device
         self.layout = row_layout(problem.student, problem.teacher)
         self.student, self.teacher = self.layout.tensors
@@ -167,7 +179,7 @@ class Launch:
         else:
             self.items = torch.empty((), dtype=torch.float32, device=self.student.device)
             integers = (self.facts["rows"], options.ignore_index)
-            _start(kernels.count_rows, (1,), (problem.labels, self.items), integers, (), (1024,))
+            _start(small.count_rows, (1,), (problem.labels, self.items), integers, (), (1024,))
 
     def case(self, gradient: Tensor | None, extras: bool, upstream: bool) -> Case:
         """What decides the variants of the row kernel."""
@@ -177,7 +189,7 @@ class Launch:
         own = self.student.data_ptr()
         written = own if gradient is None else gradient.data_ptr()
         return Case(
-            options=problem.options._replace(parameters=tuple(problem.options.parameters)),
+            options=self.options,
             device=self.device,
             policy=self.policy,
             rows=self.facts["rows"],
@@ -204,43 +216,51 @@ class Launch:
         partials: Tensor | None, upstream: Tensor | None,
     ) -> None:  # fmt: skip
         """One launch of the row kernel."""
-        problem, options = self.problem, self.problem.options
-        first, second = (*options.parameters, 0.0, 0.0)[:2]
-        arrivals = None
         extra: dict[str, Any] = {}
         if self.policy.registers is not None:
             extra["maxnreg"] = self.policy.registers
+        arrivals = None
         if stage.groups:
             arrivals = torch.zeros(stage.groups, dtype=torch.int32, device=self.student.device)
             extra["launch_cooperative_grid"] = True
-        (student_outer, student_inner, student_column), teacher_strides = self.layout.strides
-        labels = problem.labels
-        tensors = (
-            self.student, self.teacher, labels, problem.token_weights, self.items, upstream, loss,
-            statistics, gradient, partials, arrivals,
-            None if labels is None else label_errors(self.student.device),
-        )  # fmt: skip
-        integers = (
-            self.facts["rows"], self.layout.inner, self.facts["vocab"], problem.student.shape[-1],
-            0 if gradient is None else row_stride(gradient),
-            student_outer, student_inner, student_column, *teacher_strides,
-            0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
-            options.ignore_index,
-        )  # fmt: skip
-        # float(): a kernel compiled for an integer would not take another call's float.
-        floats = tuple(
-            float(x)
-            for x in (
-                self.row_factor, math.log2(math.e) / options.temperature, options.temperature,
-                options.kd_scale, options.alpha, options.label_smoothing, options.z_loss,
-                options.student_scale, options.teacher_scale, options.student_softcap,
-                options.teacher_softcap, first, second,
-            )
-        )  # fmt: skip
+        labels = self.problem.labels
+        tensors = Tensors(
+            student=self.student,
+            teacher=self.teacher,
+            labels=labels,
+            weights=self.problem.token_weights,
+            items=self.items,
+            upstream=upstream,
+            loss=loss,
+            statistics=statistics,
+            gradient=gradient,
+            partials=partials,
+            arrivals=arrivals,
+            errors=None if labels is None else label_errors(self.student.device),
+        )
         _start(
-            kernels.kd_rows, (stage.programs,), tensors, integers, floats, (stage.constants,),
+            row.kd_rows, (stage.programs,), tensors, self._sizes(gradient, upstream),
+            _numbers(self.options, self.row_factor), (stage.constants,),
             num_warps=self.policy.num_warps, **extra,
         )  # fmt: skip
+
+    def _sizes(self, gradient: Tensor | None, upstream: Tensor | None) -> Sizes:
+        student, teacher = self.layout.strides
+        return Sizes(
+            rows=self.facts["rows"],
+            inner=self.layout.inner,
+            vocab=self.facts["vocab"],
+            width=self.problem.student.shape[-1],
+            gradient_row=0 if gradient is None else row_stride(gradient),
+            student_outer=student[0],
+            student_inner=student[1],
+            student_column=student[2],
+            teacher_outer=teacher[0],
+            teacher_inner=teacher[1],
+            teacher_column=teacher[2],
+            upstream_stride=0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
+            ignore_index=self.problem.options.ignore_index,
+        )
 
     def forward(
         self, loss: Tensor, statistics: Tensor, gradient: Tensor | None, extras: bool
@@ -252,7 +272,7 @@ class Launch:
             many = launch.exchange == "launch"
             slots = self.facts["rows"] if many else 2 * (launch.programs // launch.split)
             partials = self.student.new_empty(
-                (slots, kernels.PARTIALS.value, launch.split), dtype=torch.float32
+                (slots, exchange.PARTIALS.value, launch.split), dtype=torch.float32
             )
         for stage in _forward_stages(self.case(gradient, extras, upstream=False)):
             self.run(stage, loss, statistics, gradient, partials, None)
@@ -261,6 +281,28 @@ class Launch:
         """The one launch that starts where the forward ended."""
         stage = _backward_stage(self.case(gradient, False, upstream=True))
         self.run(stage, None, statistics, gradient, None, upstream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(options: Options, row_factor: float) -> Numbers:
+    first, second = (*options.parameters, 0.0, 0.0)[:2]
+    numbers = Numbers(
+        row_factor=row_factor,
+        factor=math.log2(math.e) / options.temperature,
+        temperature=options.temperature,
+        kd_scale=options.kd_scale,
+        alpha=options.alpha,
+        smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        student_scale=options.student_scale,
+        teacher_scale=options.teacher_scale,
+        student_softcap=options.student_softcap,
+        teacher_softcap=options.teacher_softcap,
+        first=first,
+        second=second,
+    )
+    # float(): a kernel compiled for an integer would not take another call's float.
+    return Numbers._make(map(float, numbers))
 
 
 class Case(NamedTuple):
@@ -297,58 +339,48 @@ class Stage(NamedTuple):
 
 
 def _stage(variant: Variant, programs: int) -> Stage:
-    spin = variant.exchange == "spin"
-    return Stage(_constants(variant), programs, programs // variant.split if spin else 0)
+    sharing = variant.sharing
+    groups = programs // sharing.split if sharing.exchange == "spin" else 0
+    return Stage(_constants(variant), programs, groups)
 
 
 def _variant(case: Case) -> Variant:
     """The variant that does everything in one launch; callers replace its stages."""
-    options, launch = case.options, case.policy
+    options, launch, device = case.options, case.policy, case.device
+    labels = case.with_labels
     kd_in_loss = options.alpha != 0
-    with_kd = kd_in_loss or case.extras
-    swept = with_kd and options.divergence in functors.SWEPT
+    swept = (kd_in_loss or case.extras) and options.divergence in functors.SWEPT
     return Variant(
-        K=launch.vectors,
-        THREADS=launch.num_warps * case.device.warp,
-        W=case.width,
-        itemsize=case.itemsize,
         interpreted=INTERPRETED,
-        nvidia=case.device.kind == "cuda",
-        divergence=options.divergence,
-        case=_case(options),
-        power=_power(options),
-        extras=case.extras,
-        with_kd=with_kd,
-        kd_in_loss=kd_in_loss,
-        with_ce=case.with_labels and (options.alpha != 1 or case.extras),
-        ce_in_loss=case.with_labels and options.alpha != 1,
-        smoothing=case.with_labels and options.label_smoothing != 0,
-        z_loss=options.z_loss != 0,
-        student_scale=options.student_scale != 1,
-        teacher_scale=options.teacher_scale != 1,
-        student_softcap=options.student_softcap != 0,
-        teacher_softcap=options.teacher_softcap != 0,
-        with_labels=case.with_labels,
-        with_items=case.with_items,
-        with_weights=case.with_weights,
-        with_upstream=case.with_upstream,
-        unit_student=case.unit_student,
-        unit_teacher=case.unit_teacher,
-        align_student=case.unit_student,
-        align_teacher=case.unit_student and case.teacher_phase,
+        tile=Tile(launch.vectors, launch.num_warps * device.warp, case.width, case.itemsize),
+        functor=Functor(options.divergence, _case(options), nvidia=device.kind == "cuda"),
+        terms=Terms(
+            power=_power(options),
+            extras=case.extras,
+            kd_in_loss=kd_in_loss,
+            ce_in_loss=labels and options.alpha != 1,
+            smoothing=labels and options.label_smoothing != 0,
+            z_loss=options.z_loss != 0,
+        ),
+        student=Side(
+            scale=options.student_scale != 1,
+            softcap=options.student_softcap != 0,
+            unit=case.unit_student,
+            align=case.unit_student,
+        ),
+        teacher=Side(
+            scale=options.teacher_scale != 1,
+            softcap=options.teacher_softcap != 0,
+            unit=case.unit_teacher,
+            align=case.unit_student and case.teacher_phase,
+        ),
         align_gradient=case.unit_student and case.gradient_phase,
         base_aligned=case.base_aligned,
         single=case.vocab == 1,
         truncated=case.truncated,
-        observe=True,
-        evaluate=swept,
-        finish=True,
-        differentiate=case.with_gradient,
-        source="partials",
-        exchange=launch.exchange,
-        split=launch.split,
-        members=launch.split,
-        collect_sums=launch.exchange == "spin" and swept,
+        given=Given(labels, case.with_items, case.with_weights, case.with_upstream),
+        stages=Stages(observe=True, evaluate=swept, finish=True, differentiate=case.with_gradient),
+        sharing=Sharing(launch.exchange, split=launch.split, members=launch.split),
     )
 
 
@@ -358,33 +390,37 @@ def _forward_stages(case: Case) -> tuple[Stage, ...]:
     variant, launch = _variant(case), case.policy
     if launch.exchange != "launch":
         return (_stage(variant, launch.programs),)
-    replace = dataclasses.replace
-    stages = []
-    quiet = replace(variant, finish=False, differentiate=False, truncated=False)
-    stages.append(_stage(replace(quiet, evaluate=False), launch.programs))
-    observed = replace(variant, observe=False)
-    if variant.evaluate:
-        stages.append(_stage(replace(quiet, observe=False), launch.programs))
-        observed = replace(observed, evaluate=False, collect_sums=True)
+    whole, none = variant.stages, Stages(False, False, False, False)
+    quiet = variant._replace(truncated=False)
+    launches = [_stage(quiet._replace(stages=none._replace(observe=True)), launch.programs)]
+    if whole.evaluate:
+        evaluates = quiet._replace(stages=none._replace(evaluate=True))
+        launches.append(_stage(evaluates, launch.programs))
     # The student's memory may be the gradient's: then a row must be finished before any slice of it
     # is differentiated, since finishing reads the label's logit.
-    if case.in_place or not variant.differentiate:
+    rest = whole._replace(observe=False, evaluate=False)
+    if case.in_place or not whole.differentiate:
         programs = min(case.rows, case.device.processors * launch.residents)
-        finish = replace(observed, split=1, differentiate=False, truncated=False)
-        stages.append(_stage(finish, programs))
-        observed = replace(observed, finish=False)
-    if variant.differentiate:
-        stages.append(_stage(observed, launch.programs))
-    return tuple(stages)
+        alone = quiet._replace(
+            stages=none._replace(finish=True), sharing=variant.sharing._replace(split=1)
+        )
+        launches.append(_stage(alone, programs))
+        rest = rest._replace(finish=False)
+    if whole.differentiate:
+        launches.append(_stage(variant._replace(stages=rest), launch.programs))
+    return tuple(launches)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_stage(case: Case) -> Stage:
-    variant = dataclasses.replace(
-        _variant(case), observe=False, evaluate=False, finish=False, source="statistics",
-        exchange="none", collect_sums=False,
-    )  # fmt: skip
-    return _stage(variant, case.policy.programs)
+    variant = _variant(case)
+    return _stage(
+        variant._replace(
+            stages=Stages(observe=False, evaluate=False, finish=False, differentiate=True),
+            sharing=variant.sharing._replace(exchange="none"),
+        ),
+        case.policy.programs,
+    )
 
 
 def _heaviness(problem: Problem) -> int:
@@ -442,7 +478,7 @@ def forward(
     reduce = problem.options.reduction != "none"
     shape = problem.leading_shape
     empty = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    statistics = empty((len(STATISTICS) + STATE_ROWS, *shape))
+    statistics = empty((len(STATISTICS) + len(Kept._fields), *shape))
     gradient = gradient_out
     if gradient is None and want_gradient:
         gradient = empty_gradient(student)
@@ -457,7 +493,7 @@ def forward(
         if not reduce:
             return Result(losses, statistics, gradient)
         loss = empty(())
-        _start(kernels.sum_rows, (1,), (losses, loss), (rows,), (), (1024,))
+        _start(small.sum_rows, (1,), (losses, loss), (rows,), (), (1024,))
     return Result(loss, statistics, gradient)
 
 
@@ -495,7 +531,7 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, *, overwrite: bool) ->
     programs = min(SCALE_PROGRAMS, rows * -(-width // SCALE_BLOCK))
     with _guard(gradient):
         # Not by _start: this kernel is compiled for what divides the width.
-        kernels.scale_rows[(programs,)](
+        small.scale_rows[(programs,)](
             gradient, out, upstream, rows, width, row_stride(gradient), row_stride(out),
             upstream.stride(0) if per_row else 0, BLOCK=SCALE_BLOCK, PER_ROW=per_row,
             IN_PLACE=overwrite, INTERPRETED=INTERPRETED, num_warps=8, **FUSED,

@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from .policy import Variant
+
 #: Triton's targets by the names that the report uses.
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,7 +30,7 @@ class Compiled:
 
     name: str
     grid: tuple[int, ...]
-    constants: Any  # the Variant's text is its repr
+    variant: Variant | None  # of the row kernel
     num_warps: int
     kernel: Any  # triton's CompiledKernel: .asm["ptx"], .asm["cubin"], .metadata
 
@@ -53,8 +55,9 @@ def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
 
     def compile_instead(fn: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         kernel = _compile(fn, target, args, kwargs)
-        constants = {**dict(zip(fn.arg_names, args, strict=False)), **kwargs}.get("P")
-        launches.append(Compiled(fn.__name__, grid, constants, kwargs.get("num_warps", 4), kernel))
+        constants = dict(zip(fn.arg_names, args, strict=False)).get("P")
+        variant = None if constants is None else constants.variant
+        launches.append(Compiled(fn.__name__, grid, variant, kwargs.get("num_warps", 4), kernel))
         return kernel
 
     JITFunction.run = compile_instead

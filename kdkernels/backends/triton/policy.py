@@ -175,71 +175,117 @@ def tuned(device: Device, rows: int, name: str) -> LaunchPolicy | None:
     return dataclasses.replace(found, programs=programs)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What the row kernel is compiled for; ``P`` in kernels.py."""
+#: Divergences whose sums follow from the statistics of the first sweep.
+CLOSED = ("forward_kl", "reverse_kl")
 
-    # the tile
+
+class Tile(NamedTuple):
+    """What one program reads at once: K vectors of W columns in each of THREADS threads."""
+
     K: int
     THREADS: int
     W: int
     itemsize: int  # of the student
-    interpreted: bool
-    nvidia: bool
-    # the mathematics
+
+    @property
+    def columns(self) -> int:
+        return self.K * self.THREADS * self.W
+
+
+class Functor(NamedTuple):
+    """The divergence: what functors.py reads."""
+
     divergence: str
     case: str  # which limit of the alpha-beta divergence
+    nvidia: bool
+
+
+class Terms(NamedTuple):
+    """The terms of a row's loss."""
+
     power: int  # T if exp(z) is a small power of exp(z / T), else 0
     extras: bool
-    with_kd: bool
     kd_in_loss: bool
-    with_ce: bool
     ce_in_loss: bool
     smoothing: bool
     z_loss: bool
-    student_scale: bool
-    teacher_scale: bool
-    student_softcap: bool
-    teacher_softcap: bool
-    # the tensors
-    with_labels: bool
-    with_items: bool
-    with_weights: bool
-    with_upstream: bool
-    unit_student: bool  # columns are neighbours
-    unit_teacher: bool
-    align_student: bool  # 16-byte accesses once the head of the row is peeled off
-    align_teacher: bool
-    align_gradient: bool
-    base_aligned: bool  # all pointers are multiples of 16 bytes
-    single: bool  # the vocabulary has one entry
-    truncated: bool  # the gradient has columns that take no part
-    # the stages of this launch
+
+
+class Side(NamedTuple):
+    """One model's logits."""
+
+    scale: bool
+    softcap: bool
+    unit: bool  # columns are neighbours
+    align: bool  # 16-byte accesses once the head of the row is peeled off
+
+
+class Given(NamedTuple):
+    """The tensors that a call may come with."""
+
+    labels: bool
+    items: bool
+    weights: bool
+    upstream: bool
+
+
+class Stages(NamedTuple):
+    """What this launch does of a row."""
+
     observe: bool
     evaluate: bool
     finish: bool
     differentiate: bool
-    source: str  # of the statistics if not observed: "partials" or "statistics"
+
+
+class Sharing(NamedTuple):
+    """Several programs for a row."""
+
     exchange: str
     split: int  # programs that share a row in this launch
     members: int  # slices whose partials are combined
-    collect_sums: bool  # take the evaluation's sums from the partials
 
-    def constants(self) -> dict[str, object]:
+
+class Variant(NamedTuple):
+    """What the row kernel is compiled for; ``P`` in the kernels."""
+
+    interpreted: bool
+    tile: Tile
+    functor: Functor
+    terms: Terms
+    student: Side
+    teacher: Side
+    align_gradient: bool
+    base_aligned: bool  # all pointers are multiples of 16 bytes
+    single: bool  # the vocabulary has one entry
+    truncated: bool  # the gradient has columns that take no part
+    given: Given
+    stages: Stages
+    sharing: Sharing
+
+    def constants(self) -> dict[str, Any]:
         """The fields and what follows from them."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        closed = self.divergence in ("forward_kl", "reverse_kl") and self.with_kd
-        rereads = self.observe and (self.evaluate or self.differentiate)
+        terms, stages, exchange = self.terms, self.stages, self.sharing.exchange
+        with_kd = terms.kd_in_loss or terms.extras
+        closed = self.functor.divergence in CLOSED
+        rereads = stages.observe and (stages.evaluate or stages.differentiate)
         keep = "evict_last"  # the next sweep wants it
         done = "evict_first"
-        return fields | {
-            "closed": closed,
-            "label_term": self.ce_in_loss or self.z_loss,
-            "members_pow2": 1 << (self.members - 1).bit_length(),
-            "meetings": 1 + int(self.evaluate),
-            "gradient_reads": 2 if self.kd_in_loss else 1,
+        return self._asdict() | {
+            "with_kd": with_kd,
+            "with_ce": terms.ce_in_loss or (self.given.labels and terms.extras),
+            "label_term": terms.ce_in_loss or terms.z_loss,
+            "closed": with_kd and closed,
+            # A backward starts from the statistics tensor; only launches of one call exchange.
+            "resumes": not stages.observe and exchange == "none",
+            # Every member needs the row's sums of values and slopes, and has those of a slice.
+            "collects_sums": with_kd and not closed and exchange != "none"
+            and (stages.finish or stages.differentiate),
+            "members_pow2": 1 << (self.sharing.members - 1).bit_length(),
+            "meetings": 1 + int(stages.evaluate),
+            "gradient_reads": 2 if terms.kd_in_loss else 1,
             "first_policy": keep if rereads else done,
-            "middle_policy": keep if self.differentiate else done,
+            "middle_policy": keep if stages.differentiate else done,
             "last_policy": done,
             "store_policy": done,
-        }
+        }  # fmt: skip

@@ -1,0 +1,442 @@
+"""The row kernel: observe, evaluate and differentiate a row of logits.
+
+``kd_rows`` does a constexpr choice of three sweeps over the columns of a row:
+
+* observe: the softmax statistics of both models, per thread, relative to a running maximum;
+* evaluate: the sums of a divergence's value and slope, for those that have no closed form;
+* differentiate: the gradient.
+
+``P`` is a :class:`~kdkernels.backends.triton.policy.Variant`: what is fixed at compile time.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# A condition on P is decided when the kernel is compiled: it does not merge with one on a tensor.
+# ruff: noqa: SIM102
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .arguments import Numbers, Sizes, Statistics, Tensors
+from .arithmetic import finite, pair_sum, power, rounded, scaled
+from .bodies import (
+    Coefficients,
+    Softmaxes,
+    Sums,
+    cap_slope,
+    clear,
+    differentiate,
+    evaluate,
+    gradient,
+    observe,
+)
+from .exchange import (
+    ROWS,
+    collect_state,
+    collect_sums,
+    keep,
+    meet,
+    publish_state,
+    publish_sums,
+    resume,
+    store_numbers,
+)
+from .functors import LN2, LOG2E
+from .state import merged, neutral
+from .sweep import Each, Logits, Place, column, owns, slice_of, sweep, transformed
+
+
+class Row(NamedTuple):
+    """What the caller says of a row."""
+
+    label: Any
+    column: Any  # the label, or a column that may be read where it is none
+    weight: Any
+    scale: Any  # weight / denominator; 0: the row does not count
+    upstream: Any  # scale * grad_output
+
+
+class Shared(NamedTuple):
+    """Where the members that share a row meet. (Triton 3.5 returns no None in a tuple.)"""
+
+    group: Any
+    slot: Any  # of the partials
+    met: Any  # times that they have met before this row
+
+
+@triton.jit
+def _place(row, member, tensors, sizes, numbers, P: tl.constexpr):
+    outer, within = row // sizes.inner, row % sizes.inner
+    starts = Each(
+        student=outer * sizes.student_outer + within * sizes.student_inner,
+        teacher=outer * sizes.teacher_outer + within * sizes.teacher_inner,
+        gradient=row * sizes.gradient_row,
+    )
+    student = tensors.student + starts.student
+    teacher = tensors.teacher + starts.teacher
+    if P.stages.differentiate:
+        base = tensors.gradient
+        gradient = base + starts.gradient
+    else:
+        base = tensors.student
+        gradient = student
+    return Place(
+        row=row,
+        bases=Each(student=tensors.student, teacher=tensors.teacher, gradient=base),
+        starts=starts,
+        rows=Each(student=student, teacher=teacher, gradient=gradient),
+        student=Logits(
+            stride=sizes.student_column,
+            scale=numbers.student_scale,
+            softcap=numbers.student_softcap,
+        ),
+        teacher=Logits(
+            stride=sizes.teacher_column,
+            scale=numbers.teacher_scale,
+            softcap=numbers.teacher_softcap,
+        ),
+        part=slice_of(student, sizes.vocab, member, P),
+    )
+
+
+@triton.jit
+def _row(row, tensors, sizes, numbers, P: tl.constexpr):
+    weight, scale, label = 1.0, numbers.row_factor, 0
+    if P.given.items:
+        items = tl.load(tensors.items)
+        scale = tl.div_rn(1.0, tl.where(items == 0, 1.0, items))
+    if P.given.weights:
+        weight = tl.load(tensors.weights + row)
+        scale = scale * weight
+    if P.given.labels:
+        label = tl.load(tensors.labels + row)
+        scale = tl.where(label == sizes.ignore_index, 0.0, scale)
+    upstream = scale
+    if P.given.upstream:
+        given = tl.load(tensors.upstream + row * sizes.upstream_stride)
+        upstream = scale * given.to(tl.float32)
+    return Row(label=label, column=label, weight=weight, scale=scale, upstream=upstream)
+
+
+@triton.jit
+def _checked(row, at, member, errors, vocab, P: tl.constexpr):
+    """The row with a column that may be read; NaN is what a label outside the vocabulary gives."""
+    safe, upstream = row.label, row.upstream
+    if P.given.labels:
+        valid = (row.label >= 0) & (row.label < vocab)
+        safe = tl.where(valid, row.label, 0)
+        upstream = tl.where(valid, upstream, float("nan"))
+        if P.stages.finish:
+            if member == 0:
+                if not valid:
+                    tl.atomic_max(errors, at + 1)
+    return Row(label=row.label, column=safe, weight=row.weight, scale=row.scale, upstream=upstream)
+
+
+@triton.jit
+def _label_logit(place, label, P: tl.constexpr):
+    """Before anything of the row is written: the gradient may overwrite the student."""
+    # By those who need it only: another member's slice may be overwritten by now.
+    needed = owns(place.part, label, P) | ((place.part.member == 0) & P.stages.finish)
+    at = column(place.rows.student, label, place.student.stride, P.student.unit)
+    return transformed(tl.load(at, mask=needed, other=0.0), place.student, P.student, P)
+
+
+@triton.jit
+def _observed(place, shared, tensors, sizes, numbers, P: tl.constexpr):
+    """The row's state: observed, collected from other launches, or as the forward kept it.
+
+    Returns it with the sum of slopes, which only the last of them knows.
+    """
+    slopes = 0.0
+    if P.stages.observe:
+        state = neutral(P.tile.THREADS)
+        state = sweep(observe, 2, P.first_policy, state, place, numbers, P)
+        state = merged(state, numbers.temperature, P)
+        if P.sharing.exchange != "none":
+            publish_state(tensors.partials, shared.slot, place.part.member, state, P)
+        if P.sharing.exchange == "spin":
+            meet(tensors.arrivals + shared.group, (shared.met + 1) * P.sharing.members)
+            state = collect_state(tensors.partials, shared.slot, numbers.temperature, P)
+    elif P.resumes:
+        state, slopes = resume(tensors.statistics + place.row, sizes.rows.to(tl.int64))
+    else:
+        state = collect_state(tensors.partials, shared.slot, numbers.temperature, P)
+    return state, slopes
+
+
+@triton.jit
+def _softmaxes(state, place, numbers, P: tl.constexpr):
+    log_s, log_t = tl.log2(state.student.sum), tl.log2(state.teacher.sum)
+    log_1 = log_s
+    if P.terms.power != 1:
+        log_1 = tl.log2(state.at_one)
+    if P.single:
+        # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
+        top = state.student.top
+        only = transformed(tl.load(place.rows.student), place.student, P.student, P)
+        log_s = scaled(only, numbers.factor, top, P)
+        log_1 = scaled(only, LOG2E, top * numbers.temperature, P)
+        only = transformed(tl.load(place.rows.teacher), place.teacher, P.teacher, P)
+        log_t = scaled(only, numbers.factor, state.teacher.top, P)
+    return Softmaxes(state=state, log_s=log_s, log_t=log_t, log_1=log_1, numbers=numbers)
+
+
+@triton.jit
+def _closed_form(softmaxes, P: tl.constexpr):
+    """The divergence in nats, unclamped, of the two KLs."""
+    state, log_s, log_t = softmaxes.state, softmaxes.log_s, softmaxes.log_t
+    if P.functor.divergence == "forward_kl":
+        divergence = LN2 * (state.gap / state.teacher.sum - log_t + log_s)
+    else:
+        divergence = LN2 * (state.gap / state.student.sum - log_s + log_t)
+    if P.single:
+        divergence = divergence * 0.0
+    return divergence
+
+
+@triton.jit
+def _evaluated(softmaxes, slopes, place, shared, tensors, P: tl.constexpr):
+    """The sums of the divergence's values and slopes."""
+    values = 0.0
+    if P.closed and not P.resumes:
+        values = _closed_form(softmaxes, P)
+        slopes = values + 1
+    if P.stages.evaluate:
+        zero = tl.zeros([P.tile.THREADS], tl.float32)
+        sums = sweep(evaluate, 2, P.middle_policy, Sums(zero, zero), place, softmaxes, P)
+        values, slopes = pair_sum(sums.value, sums.slope)
+        if P.sharing.exchange != "none":
+            member = place.part.member
+            publish_sums(tensors.partials, shared.slot, member, (values, slopes), P)
+        if P.sharing.exchange == "spin":
+            meet(tensors.arrivals + shared.group, (shared.met + 2) * P.sharing.members)
+    if P.collects_sums:
+        values, slopes = collect_sums(tensors.partials, shared.slot, P)
+    return Sums(value=values, slope=slopes)
+
+
+@triton.jit
+def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
+    """Row ``at``'s loss and statistics."""
+    state, numbers = softmaxes.state, softmaxes.numbers
+    log_s, log_t, log_1 = softmaxes.log_s, softmaxes.log_t, softmaxes.log_1
+    top_1 = state.student.top * numbers.temperature
+    student_lse = (state.student.top + log_s) * LN2
+    teacher_lse = (state.teacher.top + log_t) * LN2
+    label_lse = (top_1 + log_1) * LN2
+    kd, ce, z = 0.0, 0.0, 0.0
+    loss = 0.0
+    if P.with_kd:
+        kd = numbers.kd_scale * tl.where(sums.value < 0, 0.0, sums.value)
+        kd = tl.where(finite(student_lse) & finite(teacher_lse), kd, float("nan"))
+        if P.terms.kd_in_loss:
+            loss += numbers.alpha * kd
+    if P.with_ce:
+        ce = (log_1 - scaled(z_label, LOG2E, top_1, P)) * LN2
+        if P.terms.smoothing:
+            smoothing = numbers.smoothing
+            ce = (1 - smoothing) * ce + smoothing * (label_lse - state.total / sizes.vocab)
+        if P.terms.ce_in_loss:
+            loss += (1 - numbers.alpha) * ce
+    if P.terms.z_loss:
+        z = numbers.z_loss * label_lse * label_lse
+        loss += z
+    if P.given.labels:
+        loss = tl.where((row.label >= 0) & (row.label < sizes.vocab), loss, float("nan"))
+    tl.store(tensors.loss + at, loss * row.scale)
+    hits, student_entropy, teacher_entropy = 0.0, 0.0, 0.0
+    if P.terms.extras:
+        student_entropy = LN2 * (log_s - state.student_extras.entropy / state.student.sum)
+        teacher_entropy = LN2 * (log_t - state.teacher_extras.entropy / state.teacher.sum)
+        at_s = state.student_extras.at
+        hits = tl.where(at_s == state.teacher_extras.at, 1.0, 0.0)
+        if P.given.labels:
+            hits += tl.where(at_s == row.label.to(tl.float32), 2.0, 0.0)
+    seen = Statistics(
+        loss=loss * row.weight,
+        kd=kd,
+        ce=ce,
+        z=z,
+        student_lse=student_lse,
+        teacher_lse=teacher_lse,
+        label_lse=label_lse,
+        student_entropy=student_entropy,
+        teacher_entropy=teacher_entropy,
+        hits=hits,
+    )
+    keep(tensors.statistics + at, sizes.rows.to(tl.int64), seen, state, sums.slope)
+
+
+@triton.jit
+def _coefficients(softmaxes, slopes, upstream, vocab, P: tl.constexpr):
+    state, numbers = softmaxes.state, softmaxes.numbers
+    kd, ce, label, balance = 0.0, 0.0, 0.0, 1.0
+    if P.terms.kd_in_loss:
+        kd = numbers.alpha * numbers.kd_scale / numbers.temperature
+    if P.terms.ce_in_loss:
+        ce = 1 - numbers.alpha
+        label += ce
+    if P.terms.z_loss:
+        label_lse = (state.student.top * numbers.temperature + softmaxes.log_1) * LN2
+        label += (2 * numbers.z_loss) * label_lse
+    label = label / state.at_one
+    if P.terms.kd_in_loss:
+        if P.functor.divergence == "forward_kl":
+            kd = kd / state.teacher.sum
+            balance = state.teacher.sum / state.student.sum
+            if P.label_term and P.terms.power == 1:
+                balance += label / kd
+        else:
+            # A row without a distribution: comparisons with NaN would give slopes of 0.
+            known = finite(softmaxes.log_s) & finite(softmaxes.log_t)
+            kd = tl.where(known, kd, float("nan"))
+            if P.terms.power != 0:
+                label = label * power(state.student.sum, P)
+    # The upstream factor last, and never divided by: it may be 0, inf or NaN.
+    return Coefficients(
+        kd=kd * upstream,
+        label=label * upstream,
+        balance=balance,
+        slopes=slopes,
+        uniform=ce * (numbers.smoothing / vocab) * upstream,
+        own=ce * (1 - numbers.smoothing) * upstream,
+    )
+
+
+@triton.jit
+def _patch_label(place, label, z, softmaxes, coefficients, P: tl.constexpr):
+    """Store the label's entry again, with its own term: cheaper than a comparison per entry."""
+    t = z
+    if P.gradient_reads == 2:
+        t = tl.load(column(place.rows.teacher, label, place.teacher.stride, P.teacher.unit))
+        t = transformed(t, place.teacher, P.teacher, P)
+    out = gradient(z, t, softmaxes, coefficients, P)
+    own = coefficients.own
+    if P.student.softcap:
+        own = own * cap_slope(z, place.student.softcap)
+    # Another thread has stored this entry without the term.
+    tl.debug_barrier()
+    target = place.rows.gradient + label
+    tl.store(target, rounded(out - own, target.dtype.element_ty, P.interpreted))
+
+
+@triton.jit
+def _differentiated(row, place, softmaxes, slopes, z_label, vocab, P: tl.constexpr):
+    """Store this program's slice of the gradient."""
+    if not P.stages.observe:
+        # No reduction has brought the warps together since they read the label's logit, which the
+        # gradient may overwrite.
+        tl.debug_barrier()
+    upstream = row.upstream
+    if P.student.scale:
+        upstream = upstream * place.student.scale
+    coefficients = _coefficients(softmaxes, slopes, upstream, vocab, P)
+    given = (softmaxes, coefficients)
+    sweep(differentiate, P.gradient_reads, P.last_policy, place.row, place, given, P)
+    if P.terms.ce_in_loss:
+        if owns(place.part, row.column, P):
+            _patch_label(place, row.column, z_label, softmaxes, coefficients, P)
+
+
+@triton.jit
+def _clear_rest(gradient, vocab, width, P: tl.constexpr):
+    """Zeros in the columns behind a truncated vocabulary."""
+    offset = tl.arange(0, P.tile.THREADS)
+    zero = tl.zeros([P.tile.THREADS], tl.float32).to(gradient.dtype.element_ty)
+    for first in range(vocab, width, P.tile.THREADS):
+        tl.store(gradient + first + offset, zero, mask=first + offset < width)
+
+
+@triton.jit
+def _shared(row, group, turn, P: tl.constexpr):
+    """turn: rows that the group has shared before; two of them have slots of their own."""
+    slot = row
+    if P.sharing.exchange == "spin":
+        slot = row * 0 + group * 2 + turn % 2
+    return Shared(group=group, slot=slot, met=turn * P.meetings)
+
+
+@triton.jit
+def _counted(row, place, group, turn, tensors, sizes, numbers, P: tl.constexpr):
+    """A row that counts: this program's part of all that the variant does."""
+    row = _checked(row, place.row, place.part.member, tensors.errors, sizes.vocab, P)
+    z_label = 0.0
+    if P.with_ce:
+        z_label = _label_logit(place, row.column, P)
+    shared = _shared(place.row, group, turn, P)
+    state, slopes = _observed(place, shared, tensors, sizes, numbers, P)
+    softmaxes = _softmaxes(state, place, numbers, P)
+    sums = _evaluated(softmaxes, slopes, place, shared, tensors, P)
+    if P.stages.finish:
+        if place.part.member == 0:
+            _finish(row, place.row, softmaxes, sums, z_label, tensors, sizes, P)
+    if P.stages.differentiate:
+        _differentiated(row, place, softmaxes, sums.slope, z_label, sizes.vocab, P)
+
+
+@triton.jit
+def _uncounted(place, tensors, sizes, P: tl.constexpr):
+    """Zeros for a row that does not count. It is not read: it may hold anything."""
+    if P.stages.finish:
+        if place.part.member == 0:
+            tl.store(tensors.loss + place.row, 0.0)
+            store_numbers(tensors.statistics + place.row, sizes.rows.to(tl.int64), (0.0,), ROWS)
+    if P.stages.differentiate:
+        sweep(clear, 0, "", place.row, place, 0, P)
+
+
+@triton.jit
+def _rows(tensors, sizes, numbers, P: tl.constexpr):
+    """Persistent: groups of ``split`` programs take rows in turn, each member a slice."""
+    program = tl.program_id(0)
+    member = program % P.sharing.split
+    group = program // P.sharing.split
+    groups = tl.num_programs(0) // P.sharing.split
+    turn = group * 0
+    for index in range(group, sizes.rows, groups):
+        at = index + sizes.rows.to(tl.int64) * 0
+        place = _place(at, member, tensors, sizes, numbers, P)
+        row = _row(at, tensors, sizes, numbers, P)
+        counts = row.scale != 0
+        if not P.stages.finish:
+            counts = counts & (row.upstream != 0)
+        if counts:
+            _counted(row, place, group, turn, tensors, sizes, numbers, P)
+            if P.sharing.exchange == "spin":
+                turn += 1
+        else:
+            _uncounted(place, tensors, sizes, P)
+        if P.stages.differentiate:
+            if P.truncated:
+                if member == 0:
+                    _clear_rest(place.rows.gradient, sizes.vocab, sizes.width, P)
+
+
+@triton.jit(do_not_specialize=Sizes._fields)
+def kd_rows(
+    student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
+    statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, rows, inner, vocab, width,
+    gradient_row, student_outer, student_inner, student_column, teacher_outer, teacher_inner,
+    teacher_column, upstream_stride, ignore_index, row_factor, factor, temperature, kd_scale, alpha,
+    smoothing, z_loss, student_scale, teacher_scale, student_softcap, teacher_softcap, first,
+    second, P: tl.constexpr,
+):  # fmt: skip
+    """The row kernel's entry: names for the fields of Tensors, Sizes and Numbers, in order.
+
+    They arrive one by one because Triton (3.5 to 3.9) does not extend ``do_not_specialize`` to the
+    members of a tuple: it would compile a variant for every size that is 1 or a multiple of 16.
+    """
+    tensors = Tensors(
+        student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
+        statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr,
+    )  # fmt: skip
+    sizes = Sizes(
+        rows, inner, vocab, width, gradient_row, student_outer, student_inner, student_column,
+        teacher_outer, teacher_inner, teacher_column, upstream_stride, ignore_index,
+    )  # fmt: skip
+    numbers = Numbers(
+        row_factor, factor, temperature, kd_scale, alpha, smoothing, z_loss, student_scale,
+        teacher_scale, student_softcap, teacher_softcap, first, second,
+    )  # fmt: skip
+    _rows(tensors, sizes, numbers, P)
