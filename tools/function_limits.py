@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """No function of more than 60 lines or 12 parameters, in any language: a part of ``make lint``.
 
-Python's complexity is ruff's to limit; this counts what it cannot: lines, and C++ and CUDA. The
-public signatures, which are written out, are exempt.
+Python's complexity is ruff's to limit; this counts what it cannot: lines, and C++ and CUDA. Exempt
+are the public signatures, which are written out, and the entry of Triton's row kernel, since Triton
+would compile a variant for every kind of number that it finds in a tuple.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kdkernels", "csrc", "benchmarks", "tests", "tools", "examples", "setup.py")
 PYTHON, CPP = (".py",), (".h", ".cpp", ".cu", ".cuh", ".inc")
 MOST_LINES, MOST_PARAMETERS = 60, 12
-PUBLIC = {"fused_kd_loss", "fused_linear_kd_loss"}
+EXEMPT = {"fused_kd_loss", "fused_linear_kd_loss", "kd_rows"}
 
 
 def excesses(path: Path) -> list[str]:
@@ -29,7 +30,7 @@ def excesses(path: Path) -> list[str]:
         f"lines and {function.parameter_count} parameters"
         for function in found.function_list
         if function.length > MOST_LINES or function.parameter_count > MOST_PARAMETERS
-        if function.name.rpartition(".")[2] not in PUBLIC
+        if function.name.rpartition(".")[2] not in EXEMPT
     ]
 
 

@@ -97,31 +97,35 @@ def summand(name, parameters, log_p, log_q):
 # kd_loss by address
 
 
+#: Of ``call``; alpha is 1 without labels.
+DEFAULTS = {
+    "ignore_index": -100,
+    "row_weights": None,
+    "grad_output": None,
+    "denominator": 0.0,
+    "temperature": 1.0,
+    "temperature_squared": True,
+    "alpha": 0.5,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "student_scale": 1.0,
+    "teacher_scale": 1.0,
+    "student_softcap": 0.0,
+    "teacher_softcap": 0.0,
+    "divergence": "forward_kl",
+    "parameters": (),
+    "reduce": True,
+    "extras": False,
+    "threads": 2,
+    "gradient_columns": None,
+    "gradient_stride": None,
+    "vocab": None,
+}
+
+
 def call(student, teacher, labels=None, **options):
     """`_native.kd_loss` on tensors [..., V]; returns loss, gradient and statistics."""
-    defaults = {
-        "ignore_index": -100,
-        "row_weights": None,
-        "grad_output": None,
-        "denominator": 0.0,
-        "temperature": 1.0,
-        "temperature_squared": True,
-        "alpha": 1.0 if labels is None else 0.5,
-        "label_smoothing": 0.0,
-        "z_loss": 0.0,
-        "student_scale": 1.0,
-        "teacher_scale": 1.0,
-        "student_softcap": 0.0,
-        "teacher_softcap": 0.0,
-        "divergence": "forward_kl",
-        "parameters": (),
-        "reduce": True,
-        "extras": False,
-        "threads": 2,
-        "gradient_columns": None,
-        "gradient_stride": None,
-        "vocab": None,
-    }
+    defaults = DEFAULTS if labels is not None else DEFAULTS | {"alpha": 1.0}
     assert not set(options) - set(defaults), options
     o = {**defaults, **options}
     vocab = o["vocab"] or student.shape[-1]

@@ -76,13 +76,18 @@ class TritonBackend(Backend):
         want_gradient: bool,
         extras: bool,
         gradient_out: Tensor | None = None,
+        grad_output: Tensor | None = None,
     ) -> Result:
         check_labels(problem)
         launch = _load()
         assert launch is not None
         with _saying_what_a_capture_needs():
             result: Result = launch.forward(
-                problem, want_gradient=want_gradient, extras=extras, gradient_out=gradient_out
+                problem,
+                want_gradient=want_gradient,
+                extras=extras,
+                gradient_out=gradient_out,
+                grad_output=grad_output,
             )
         return result
 

@@ -134,8 +134,7 @@ class Launch:
         self, problem: Problem, device: Device, sweeps: int, launch_policy: LaunchPolicy | None
     ) -> None:
         self.problem = problem
-        # Hashable: a list of parameters is not.
-        self.options = problem.options._replace(parameters=tuple(problem.options.parameters))
+        self.options = problem.options
         self.device = device
         self.layout = row_layout(problem.student, problem.teacher)
         self.student, self.teacher = self.layout.tensors
@@ -263,8 +262,9 @@ class Launch:
         )
 
     def forward(
-        self, loss: Tensor, statistics: Tensor, gradient: Tensor | None, extras: bool
-    ) -> None:
+        self, loss: Tensor, statistics: Tensor, gradient: Tensor | None, extras: bool,
+        upstream: Tensor | None,
+    ) -> None:  # fmt: skip
         """All launches of the row kernel that the policy's exchange needs."""
         launch = self.policy
         partials = None
@@ -274,8 +274,8 @@ class Launch:
             partials = self.student.new_empty(
                 (slots, exchange.PARTIALS.value, launch.split), dtype=torch.float32
             )
-        for stage in _forward_stages(self.case(gradient, extras, upstream=False)):
-            self.run(stage, loss, statistics, gradient, partials, None)
+        for stage in _forward_stages(self.case(gradient, extras, upstream is not None)):
+            self.run(stage, loss, statistics, gradient, partials, upstream)
 
     def backward(self, statistics: Tensor, gradient: Tensor, upstream: Tensor) -> None:
         """The one launch that starts where the forward ended."""
@@ -469,9 +469,15 @@ def _phases(
     return same_teacher, own == student
 
 
+def _by_row(grad_output: Tensor) -> Tensor:
+    """[] or [rows]."""
+    return grad_output.reshape(-1) if grad_output.ndim else grad_output
+
+
 def forward(
     problem: Problem, *, want_gradient: bool, extras: bool, gradient_out: Tensor | None = None,
-    device: Device | None = None, launch_policy: LaunchPolicy | None = None,
+    grad_output: Tensor | None = None, device: Device | None = None,
+    launch_policy: LaunchPolicy | None = None,
 ) -> Result:  # fmt: skip
     """``Backend.forward``; the last two arguments are for tests and tuning."""
     student, rows = problem.student, problem.rows
@@ -489,7 +495,8 @@ def forward(
         swept = problem.options.divergence in functors.SWEPT
         sweeps = 1 + swept + (gradient is not None)
         launch = Launch(problem, device or describe(student), sweeps, launch_policy)
-        launch.forward(losses, statistics, gradient, extras)
+        upstream = None if grad_output is None else _by_row(grad_output)
+        launch.forward(losses, statistics, gradient, extras, upstream)
         if not reduce:
             return Result(losses, statistics, gradient)
         loss = empty(())
@@ -506,11 +513,9 @@ def backward(
     gradient = empty_gradient(problem.student) if gradient_out is None else gradient_out
     if problem.rows == 0:
         return gradient
-    if grad_output.ndim > 0:
-        grad_output = grad_output.reshape(-1)
     with _guard(problem.student):
         launch = Launch(problem, device or describe(problem.student), 1, launch_policy)
-        launch.backward(statistics.contiguous(), gradient, grad_output)
+        launch.backward(statistics.contiguous(), gradient, _by_row(grad_output))
     return gradient
 
 

@@ -414,7 +414,7 @@ def _rows(tensors, sizes, numbers, P: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
-def kd_rows(
+def kd_rows(  # noqa: PLR0913
     student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
     statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, rows, inner, vocab, width,
     gradient_row, student_outer, student_inner, student_column, teacher_outer, teacher_inner,
