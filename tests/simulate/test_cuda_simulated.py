@@ -208,7 +208,8 @@ def test_launches_of_many_rows(
 
     In a process of its own, since a device's limits are asked for once.
     """
-    folders = [str(simulator.ROOT / "tests"), str(Path(__file__).parent), str(simulator.ROOT)]
+    tests = simulator.ROOT / "tests"
+    folders = map(str, (tests, tests / "loss", tests / "simulate", simulator.ROOT))
     call = [sys.executable, "-c", "import test_cuda_simulated as t; t.run_many_rows()"]
     environment = {
         **os.environ,
