@@ -139,29 +139,27 @@ def fused_kd_loss(  # noqa: PLR0913
             there, and :func:`kdkernels.label_errors` tells the row.
         RuntimeError: the named backend cannot run this problem; the message says why and which can.
     """
-    call = prepare(
-        student_logits,
-        teacher_logits,
-        labels,
-        temperature=temperature,
-        alpha=alpha,
-        divergence=divergence,
-        beta=beta,
-        temperature_squared=temperature_squared,
-        reduction=reduction,
-        num_items=num_items,
-        token_weights=token_weights,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-        vocab_policy=vocab_policy,
-        shift=shift,
-        gradient=gradient,
-        backend=backend,
-        return_outputs=return_outputs,
+    # By position, which takes half the time; in the order of the signature.
+    given = Given(
+        temperature,
+        alpha,
+        divergence,
+        beta,
+        temperature_squared,
+        reduction,
+        None if isinstance(num_items, Tensor) else num_items,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_softcap,
+        logit_scale,
+        vocab_policy,
+        shift,
+        gradient,
+        backend,
+        return_outputs,
     )
+    call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, given)
     problem = call.problem
     differentiable = student_logits.requires_grad and torch.is_grad_enabled()
     foreseen = differentiable and call.gradient == "foreseen"
@@ -190,9 +188,20 @@ def prepare(
     token_weights: Tensor | None,
     **options: Any,
 ) -> Call:
-    """Check every argument of :func:`fused_kd_loss` and choose the backend."""
-    number = None if isinstance(num_items, Tensor) else num_items
-    settings = check(Given(num_items=number, **options), labels is not None)
+    """Check every argument of :func:`fused_kd_loss`, by its names, and choose the backend."""
+    given = Given(num_items=None if isinstance(num_items, Tensor) else num_items, **options)
+    return _prepared(student_logits, teacher_logits, labels, num_items, token_weights, given)
+
+
+def _prepared(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    num_items: float | Tensor | None,
+    token_weights: Tensor | None,
+    given: Given,
+) -> Call:
+    settings = check(given, labels is not None)
     _check_logits(student_logits, teacher_logits, settings.vocab_policy)
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
