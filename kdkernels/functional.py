@@ -238,8 +238,15 @@ def finish(
     return _outputs(call, loss, statistics) if return_outputs else loss
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """TypeError unless logits, or what they are made of, may have this dtype and layout."""
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a part of a tensor that several processes share."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    """TypeError unless logits, or what they are made of, may be of this kind, dtype and layout."""
+    if is_dtensor(tensor):
+        raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
     if tensor.dtype not in LOGIT_DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
         raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
@@ -251,9 +258,7 @@ def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor [..., vocab], got {type(tensor).__name__}")
-        check_dtype(name, tensor)
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
+        check_kind(name, tensor)
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
     same_shape = student.shape == teacher.shape

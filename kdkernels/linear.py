@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import Call, KDLossOutput, check_dtype, finish, fused_kd_loss, prepare
+from .functional import (
+    Call,
+    KDLossOutput,
+    check_kind,
+    finish,
+    fused_kd_loss,
+    is_dtensor,
+    prepare,
+)
 from .linear_op import linear_kd_forward
 from .linear_tiles import STUDENT, TEACHER
 from .options import check_chunk_bytes, with_options_of
@@ -159,13 +167,9 @@ class _Gather(torch.autograd.Function):
         return summed.redistribute(placements=ctx.placements) / ctx.mesh.size()
 
 
-def _is_dtensor(tensor: Any) -> bool:
-    return type(tensor).__name__ == "DTensor"
-
-
 def _gathered(tensor: Any) -> Any:
     """A sharded weight or bias as a whole; differentiable."""
-    return _Gather.apply(tensor) if _is_dtensor(tensor) else tensor
+    return _Gather.apply(tensor) if is_dtensor(tensor) else tensor
 
 
 def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
@@ -186,9 +190,7 @@ def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if _is_dtensor(tensor):
-        raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
-    check_dtype(name, tensor)
+    check_kind(name, tensor)
 
 
 def _check_layer(names: Sequence[str], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

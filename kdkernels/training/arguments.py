@@ -11,11 +11,10 @@ from transformers import TrainingArguments
 from .. import divergences
 from ..dispatch import available_backends
 from ..dtypes import WEIGHT_DTYPES
-from ..options import DIVISOR, divides
+from ..options import DIVISOR, VOCAB_POLICIES, divides
 from . import schedules
 from .terms import TermArguments
 
-VOCAB_POLICIES = ("error", "truncate")
 FUSED_LINEAR = ("auto", "true", "false")
 #: Options of ``TrainingArguments`` -> the least value with which training can start.
 _LEAST = {
