@@ -271,12 +271,12 @@ KD_INLINE X power_of(double exponent, X x) {
   return power;
 }
 
-// 2^-x - 1
+// 2^-x and 2^-x - 1
 template <class X>
-KD_INLINE X less_one_of(X x) {
-  X power, less_one;
-  grow(-x, power, less_one);
-  return less_one;
+KD_INLINE Decayed<X> lowered(X x) {
+  Decayed<X> of;
+  grow(-x, of.power, of.less_one);
+  return of;
 }
 
 // distance * power, where the power falls to 0 as the distance grows to infinity.
@@ -303,18 +303,22 @@ struct AlphaBeta : Uses<Ratio::none, true>, Uncentred {
     const X part = select(student_larger, X(a / s), X(b / s));
     // Both powers start from the same rounded exponent: where the two are small they must cancel.
     const X descent = X(s) * absolute(e.delta), part_of_it = part * descent;
-    X scale, smaller, crossed;
+    X scale;
+    Decayed<X> smaller, crossed;
     if constexpr (kFalls) {
       // Nothing becomes infinite, and entries that agree or are absent give 0 by themselves.
       decay_three(bounded(X(-s) * e.log_larger), bounded(descent), bounded(part_of_it), scale,
                   smaller, crossed);
     } else {
       scale = power_of<false>(s, e.log_larger);
-      smaller = less_one_of(descent);
-      crossed = less_one_of(part_of_it);
+      smaller = lowered(descent);
+      crossed = lowered(part_of_it);
     }
-    const X value = multiply_subtract(part, smaller, crossed);
-    const X slope = select(student_larger, X(0.0), smaller) - crossed;
+    const X value = multiply_subtract(part, smaller.less_one, crossed.less_one);
+    // Where the student is small beside the teacher both powers are, and near -1 without their 1.
+    const X apart = select(part_of_it > X(1.0), smaller.power - crossed.power,
+                           smaller.less_one - crossed.less_one);
+    const X slope = select(student_larger, -crossed.less_one, apart);
     if constexpr (kFalls) {
       return {scale * value, scale * slope};
     } else {
@@ -370,7 +374,7 @@ struct AlphaOpposite : Uses<Ratio::none>, Uncentred {
   KD_INLINE explicit AlphaOpposite(double given) : a(given) {}
   template <class X>
   KD_INLINE Term<X> operator()(const Entry<X>& e) const {
-    const X shortfall = less_one_of(X(a) * e.delta);
+    const X shortfall = lowered(X(a) * e.delta).less_one;
     return settle(e, multiply_add(X(a * kLn2), e.delta, shortfall), shortfall);
   }
   KD_INLINE Term<double> unit() const { return {1.0 / (a * a), -1.0 / a}; }

@@ -120,13 +120,19 @@ KD_INLINE float log_of_share(float u, float u_minus_one) {
                       f * horner<polynomial.kSize>(polynomial, f));
 }
 
-// 2^-a, 2^-b - 1 and 2^-c - 1, for which a SIMD register has a faster way.
+// 2^-a and 2^-a - 1.
 template <class X>
-KD_INLINE void decay_three(X a, X b, X c, X& power, X& b_less_one, X& c_less_one) {
+struct Decayed {
+  X power, less_one;
+};
+
+// Those of a, b and c, for which a SIMD register has a faster way.
+template <class X>
+KD_INLINE void decay_three(X a, X b, X c, X& of_a, Decayed<X>& of_b, Decayed<X>& of_c) {
   X unused;
-  decay(a, power, unused);
-  decay(b, unused, b_less_one);
-  decay(c, unused, c_less_one);
+  decay(a, of_a, unused);
+  decay(b, of_b.power, of_b.less_one);
+  decay(c, of_c.power, of_c.less_one);
 }
 
 }  // namespace kd

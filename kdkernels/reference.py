@@ -7,13 +7,15 @@ something that does not contain them. It is slow and meant for tests and for sma
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from .divergences import differentiable
-from .problem import STATISTICS, Problem, counted_rows, row_scale
+from .problem import STATISTICS, Options, Problem, counted_rows, row_scale
 
 
 def transformed(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -36,6 +38,50 @@ def top_hits(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
     return hits if labels is None else hits + 2.0 * (top == labels)
 
 
+def through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
+    """The gradient in z of a sum over the last dimension: ``slope - q * sum(slope)``, where
+    ``log_q = log_softmax(z)`` and ``slope`` is the sum's derivative in ``log_q``.
+
+    Where q is near 1 these two are equal but for what the other entries have, which a sum of all
+    has lost. Multiples of q that are added to the slopes cancel, so they are first moved to be 0
+    at the largest q, and the sum is that of the others.
+    """
+    q = log_q.exp()
+    top = log_q.argmax(-1, keepdim=True)
+    of_top = slope.gather(-1, top)
+    level = of_top / q.gather(-1, top)
+    known = level.isfinite()  # an infinite divergence has no digits to keep
+    slope = slope - q * torch.where(known, level, 0.0)
+    slope = slope.scatter_(-1, top, torch.where(known, 0.0, of_top))
+    return slope - q * slope.sum(-1, keepdim=True)
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """``F.log_softmax`` over the last dimension with the gradient of :func:`through_softmax`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor) -> Tensor:
+        log_q = F.log_softmax(z, -1)
+        ctx.save_for_backward(log_q)
+        return log_q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (log_q,) = ctx.saved_tensors
+        return through_softmax(grads[0], log_q)
+
+
+def _cross_entropy(log_q: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """Per row, with label smoothing; 0 where the label is the one to ignore."""
+    counted = labels != options.ignore_index
+    picked = log_q.gather(-1, torch.where(counted, labels, 0).unsqueeze(-1)).squeeze(-1)
+    smoothing = options.label_smoothing
+    ce = -picked if smoothing == 0 else -smoothing * log_q.mean(-1)
+    if 0 < smoothing < 1:
+        ce = ce - (1 - smoothing) * picked
+    return torch.where(counted, ce, 0.0)
+
+
 def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Tensor]:
     """The unweighted losses and statistics of each row, by name; differentiable in ``student``.
 
@@ -50,7 +96,7 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     if counted is not None:
         teacher = torch.where(counted[:, None], teacher, 0.0)
     out: dict[str, Tensor] = {}
-    log_q = F.log_softmax(student / options.temperature, -1)
+    log_q = cast(Tensor, _LogSoftmax.apply(student / options.temperature))
     log_p = F.log_softmax(teacher / options.temperature, -1)
     if options.alpha != 0 or extras:
         kd = problem.divergence.value(log_p, log_q).sum(-1)
@@ -60,13 +106,7 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
         kd = kd * torch.where(broken, math.nan, 1.0)
         out["kd"] = kd * options.kd_scale
     if labels is not None and (options.alpha != 1 or extras):
-        out["ce"] = F.cross_entropy(
-            student,
-            labels,
-            ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing,
-            reduction="none",
-        )
+        out["ce"] = _cross_entropy(cast(Tensor, _LogSoftmax.apply(student)), labels, options)
     out["student_lse"] = torch.logsumexp(student / options.temperature, -1)
     out["teacher_lse"] = torch.logsumexp(teacher / options.temperature, -1)
     out["label_lse"] = torch.logsumexp(student, -1)

@@ -19,6 +19,7 @@ Logit load(const Logits& logits, const char* row, int64_t column) {
 
 struct Sums {
   LogSumExp student, teacher, label;
+  LogSumExp others;  // the label's without the label
   double smoothed = 0.0, value = 0.0, slope = 0.0;
   double student_peak = -INFINITY, teacher_peak = -INFINITY;
   int64_t student_top = 0, teacher_top = 0;
@@ -42,6 +43,7 @@ void observe(const Problem& problem, const Row& row, const Columns& at, Sums& su
     sums.student.observe(s.z / problem.temperature);
     sums.teacher.observe(t.z / problem.temperature);
     sums.label.observe(s.z);
+    if (v != row.label) sums.others.observe(s.z);
     sums.smoothed += s.z / static_cast<double>(problem.vocab);
     if (s.z > sums.student_peak) sums.student_peak = s.z, sums.student_top = v;
     if (t.z > sums.teacher_peak) sums.teacher_peak = t.z, sums.teacher_top = v;
@@ -52,17 +54,30 @@ double log_probability(double z, double temperature, const LogSumExp& lse) {
   return z / temperature - lse.value();
 }
 
+// A multiple of q that is added to the slopes does not change slope - q sum(slope). The one that
+// makes the slope at the student's largest entry 0 keeps the digits of a row where the student is
+// sure: there the two are equal but for what the sum over the other entries is.
 void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatistics& statistics) {
   visit(problem.divergence, [&](auto functor) {
     const Term<double> unit = functor.unit();
+    const auto entry_at = [&](int64_t v, double& log_p, double& log_q) {
+      log_p = log_probability(at.teacher[v], problem.temperature, sums.teacher);
+      log_q = log_probability(at.student[v], problem.temperature, sums.student);
+      return make_entry<double>(functor, log_p, log_q);
+    };
+    double log_p, log_q;
+    const Entry<double> top = entry_at(sums.student_top, log_p, log_q);
+    double level = functor(top).slope / top.q;
+    // An infinite divergence has no digits to keep.
+    if (!(fabs(level) < INFINITY)) level = 0.0;
     for (int64_t v = 0; v < problem.vocab; ++v) {
-      const double log_p = log_probability(at.teacher[v], problem.temperature, sums.teacher);
-      const double log_q = log_probability(at.student[v], problem.temperature, sums.student);
-      const Entry<double> e = make_entry<double>(functor, log_p, log_q);
+      const Entry<double> e = entry_at(v, log_p, log_q);
       const Term<double> term = functor(e);
+      const bool is_level = v == sums.student_top && level != 0.0;
+      const double slope = is_level ? 0.0 : (term.slope - e.q * level) * unit.slope;
       sums.value += term.value * unit.value;
-      sums.slope += term.slope * unit.slope;
-      at.slope[v] = term.slope * unit.slope;
+      sums.slope += slope;
+      at.slope[v] = slope;
       statistics.student_entropy -= weigh(e.q, log_q);
       statistics.teacher_entropy -= weigh(e.p, log_p);
     }
@@ -75,13 +90,16 @@ void differentiate(const Problem& problem, const Row& row, const Columns& at, co
   const double t = problem.temperature, ce_weight = row.label < 0 ? 0.0 : problem.ce_weight();
   const double kd_factor = problem.alpha * problem.kd_scale() / t;
   const double pull = ce_weight + 2.0 * problem.z_loss * sums.label.value();
+  // The label's probability minus 1 is minus what the others have.
+  const double surplus = pull - ce_weight * (1.0 - problem.label_smoothing);
   const double constant = ce_weight * problem.label_smoothing / static_cast<double>(problem.vocab);
   for (int64_t v = 0; v < problem.vocab; ++v) {
     const double q = exp(log_probability(at.student[v], t, sums.student));
-    double g = pull == 0.0 ? 0.0 : pull * exp(at.student[v] - sums.label.value());
+    const double logit = v == row.label ? sums.others.value() : at.student[v];
+    double g = pull == 0.0 ? 0.0 : pull * exp(logit - sums.label.value());
+    if (v == row.label) g = surplus - g;
     g -= constant;
     if (problem.alpha != 0.0) g += kd_factor * (at.slope[v] - q * sums.slope);
-    if (v == row.label) g -= ce_weight * (1.0 - problem.label_smoothing);
     gradient[v] = g * row.gradient_scale * at.derivative[v];
   }
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problem import STATISTICS, Problem, check_labels, row_layout, row_scale, sum_rows
-from ..reference import entropy, top_hits, transformed
+from ..reference import entropy, through_softmax, top_hits, transformed
 from .base import Backend, Result, empty_gradient
 
 #: Bytes of one [rows, vocab] temporary in the math dtype. About ten are alive at once: 16 MiB keeps
@@ -129,23 +129,18 @@ class _Chunk:
         total = torch.zeros_like(self.student)
         if options.alpha:
             slope = self.divergence.slope(self.log_p, self.log_q)
-            slope = slope - self.log_q.exp() * slope.sum(-1, keepdim=True)
+            slope = through_softmax(slope, self.log_q)
             slope = torch.where(self.broken.unsqueeze(-1), math.nan, slope)
             total += slope * (options.kd_weight / options.temperature)
-        with_ce = self.labels is not None and options.alpha != 1
-        if with_ce or options.z_loss:
-            weight = torch.zeros_like(self.label_lse)
-            if with_ce:
-                weight = weight + options.ce_weight
-            if options.z_loss:
-                weight = weight + 2 * options.z_loss * self.label_lse
-            total += torch.softmax(self.student, -1) * weight.unsqueeze(-1)
-        if with_ce:
+        if self.labels is not None and options.alpha != 1:
             smoothing = options.ce_weight * options.label_smoothing
-            total -= smoothing / total.shape[-1]
-            assert self.labels is not None
+            slope = torch.full_like(total, -smoothing / total.shape[-1])
             of_label = torch.full_like(total[..., :1], smoothing - options.ce_weight)
-            total.scatter_add_(-1, self.labels.unsqueeze(-1), of_label)
+            slope.scatter_add_(-1, self.labels.unsqueeze(-1), of_label)
+            total += through_softmax(slope, log_softmax(self.student)[0])
+        if options.z_loss:
+            weight = 2 * options.z_loss * self.label_lse
+            total += torch.softmax(self.student, -1) * weight.unsqueeze(-1)
         if options.student_softcap:
             total *= 1 - (self.student / options.student_softcap) ** 2
         total *= (options.student_scale * upstream).unsqueeze(-1)
