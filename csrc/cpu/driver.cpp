@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "deputy.h"
 #include "kernel.h"
 
 #if defined(__linux__)
@@ -45,11 +46,15 @@ constexpr int64_t kSerialLogits = 64 * 1024;
 // Fresh gradients of at least this size ask for huge pages.
 constexpr int64_t kHugePageGradient = int64_t{4} << 20;
 
-// OpenMP's threads do not survive a fork, and a region in the child would wait for them for ever.
-bool in_forked_child = false;
+// OpenMP's threads do not survive a fork, but the thread that forked keeps its team in the child,
+// be it torch's work or ours, and would wait for it for ever. A new thread there gets a new team.
+thread_local bool forked = false;
+thread_local Deputy* deputy = nullptr;  // of a thread that forked
 
-[[maybe_unused]] const int fork_handler =
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
+  forked = true;
+  deputy = nullptr;  // the parent's, which did not survive either
+});
 
 bool counts(const Problem& problem, int64_t row) {
   return !problem.labels || problem.labels[row] != problem.ignore_index;
@@ -216,12 +221,19 @@ int64_t run_on_cpu(const Problem& given) {
   const int64_t rows = problem.rows();
   const int64_t extent = (rows - 1) * problem.gradient_stride + problem.gradient_columns;
   if (rows > 0) prefer_huge_pages(problem.gradient, extent * size_of(problem.student.dtype));
-  const bool serial = in_forked_child || rows * problem.vocab < kSerialLogits;
+  const bool serial = rows * problem.vocab < kSerialLogits;
   const int64_t useful = problem.threads < rows ? problem.threads : rows;
+  const int threads = serial ? 1 : static_cast<int>(useful);
   double few[64];
   std::vector<double> many(rows > 64 ? rows : 0);
   double* losses = rows > 64 ? many.data() : few;
-  run_rows(problem, function, denominator, losses, serial ? 1 : static_cast<int>(useful));
+  const auto work = [&] { run_rows(problem, function, denominator, losses, threads); };
+  if (forked && threads > 1) {
+    if (!deputy) deputy = new Deputy;
+    deputy->run(work);
+  } else {
+    work();
+  }
 
   double sum = 0.0;
   for (int64_t row = 0; row < rows; ++row) {
