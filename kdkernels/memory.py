@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 
 import torch
@@ -27,11 +28,16 @@ _HUGE_PAGE = 2 << 20
 
 
 class GradientMemory:
-    """One slot. A block is free when this slot holds the only reference to its storage."""
+    """One slot. A block is free when this slot holds the only reference to its storage.
+
+    torch counts the tensors (and NumPy arrays, DLPack capsules) that share a storage, but not who
+    holds its Python object, which ``untyped_storage()`` hands out: Python counts those.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: torch.UntypedStorage | None = None
+        self._alone = (0, 0)  # the references to a block that nobody else has
 
     def take(
         self, shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...] | None = None
@@ -50,6 +56,7 @@ class GradientMemory:
             if not self._fits(needed):
                 self._kept = None  # before the allocation: never two blocks of ours at a time
                 self._kept = torch.UntypedStorage(needed + _HUGE_PAGE)
+                self._alone = self._references()
             assert self._kept is not None
             offset = -self._kept.data_ptr() % _HUGE_PAGE // dtype.itemsize
             strides = strides or torch.empty(shape, device="meta").stride()
@@ -60,13 +67,18 @@ class GradientMemory:
             tensor.fill_(math.nan)
         return tensor
 
+    def _references(self) -> tuple[int, int]:
+        """To the block's memory and to its Python object, this slot's included."""
+        assert self._kept is not None
+        # Not through a variable, which would be one more.
+        return torch_private.storage_use_count(self._kept), sys.getrefcount(self._kept)
+
     def _fits(self, needed: int) -> bool:
-        kept = self._kept
         return (
-            kept is not None
-            and torch_private.storage_use_count(kept) == 1
-            and not kept.is_shared()  # another process may read it still
-            and needed + _HUGE_PAGE <= kept.nbytes() <= 2 * needed + _HUGE_PAGE
+            self._kept is not None
+            and self._references() == self._alone
+            and not self._kept.is_shared()  # another process may read it still
+            and needed + _HUGE_PAGE <= self._kept.nbytes() <= 2 * needed + _HUGE_PAGE
         )
 
     def release(self) -> None:
