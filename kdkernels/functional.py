@@ -17,11 +17,15 @@ from .problem import (
     STATISTICS,
     Problem,
     contiguous,
-    counted_rows,
     loss_dtype,
     row_scale,
+    rows_that_count,
     sum_rows,
 )
+
+
+#: ``ignore_index`` where a call without labels has rows that do not count.
+_NO_LABEL = -100
 
 
 class KDLossOutput(NamedTuple):
@@ -29,8 +33,10 @@ class KDLossOutput(NamedTuple):
 
     ``loss = alpha * kd_loss + (1 - alpha) * ce_loss + z_loss``, each reduced like the loss.
     ``kd_loss`` contains T^2 and ``ce_loss`` the label smoothing; ``ce_loss`` is None without
-    labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``); rows
-    that do not count hold 0. Entropies are in nats, of the distributions at temperature T.
+    labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``). Rows
+    that do not count, by their label or a token weight of 0, hold 0 there and are in no share,
+    whatever their logits are. Entropies are in nats, of the distributions at temperature T. Lse's,
+    entropies and shares are of the loss's dtype.
     """
 
     loss: Tensor
@@ -103,8 +109,8 @@ def fused_kd_loss(  # noqa: PLR0913
             accumulation: a number from 1e-18 to 1e18 or a tensor of one element (0 divides by 1).
             No device sync.
         token_weights: [...], weight of each row's loss; negative ones are allowed. Not
-            differentiable. They do not enter the denominator: for a weighted mean pass
-            ``num_items=token_weights.sum()``.
+            differentiable. A row of weight 0 is not read, as one that is ignored. They do not enter
+            the denominator: for a weighted mean pass ``num_items=token_weights.sum()``.
         ignore_index: the label of rows that do not count.
         label_smoothing: in [0, 1], of the cross-entropy; needs labels.
         z_loss: from 0 to 1e18, weight of logsumexp(z_s)^2 (PaLM, arXiv:2204.02311); independent of
@@ -205,13 +211,16 @@ def _prepared(
     _check_logits(student_logits, teacher_logits, settings.vocab_policy)
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
+    options = settings.options
     if settings.shift:
-        mask, weights = _shifted(student_logits, mask, weights, settings.options.ignore_index)
+        if mask is None:  # the mask that stands for them is ours: no index of a vocabulary
+            options = options._replace(ignore_index=_NO_LABEL)
+        mask, weights = _shifted(student_logits, mask, weights, options.ignore_index)
     items = None
     if isinstance(num_items, Tensor):
-        items = _item_tensor(num_items, student_logits, settings.options.reduction)
+        items = _item_tensor(num_items, student_logits, options.reduction)
     teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
-    problem = Problem(student_logits, teacher, mask, weights, items, settings.options)
+    problem = Problem(student_logits, teacher, mask, weights, items, options)
     name = choose_backend(problem, settings.backend, extras=settings.return_outputs)
     gradient = settings.gradient
     if gradient == "auto":
@@ -309,13 +318,13 @@ def _shifted(
 ) -> tuple[Tensor, Tensor | None]:
     """Labels and weights moved one position to the left: only these [B, S] tensors are copied.
 
-    Without labels the result is a mask: any index in the rows that count.
+    Without labels the result is a mask: 0, which any vocabulary has, in the rows that count.
     """
     if student.ndim != 3:
         raise ValueError(f"shift: needs logits [B, S, V], got shape {tuple(student.shape)}")
     shifted = torch.full(student.shape[:-1], ignore_index, dtype=torch.int64, device=student.device)
     if labels is None:
-        shifted[:, :-1] = 0 if ignore_index != 0 else 1
+        shifted[:, :-1] = 0
     else:
         shifted[:, :-1] = labels[:, 1:]
     if weights is not None:
@@ -333,7 +342,7 @@ def _item_tensor(num_items: Tensor, student: Tensor, reduction: str) -> Tensor:
 def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
     problem = call.problem
     rows = dict(zip(STATISTICS, statistics.detach()[: len(STATISTICS)], strict=True))
-    counted = counted_rows(problem)
+    counted = rows_that_count(problem)
     scale = row_scale(problem)
     if isinstance(scale, Tensor) and scale.ndim:
         scale = scale.reshape(problem.leading_shape)
@@ -346,9 +355,11 @@ def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
         return per_row(weighted) if problem.options.reduction == "none" else sum_rows(weighted)
 
     def share(hit: Tensor) -> Tensor:
-        if counted is None:
-            return hit.sum() / max(problem.rows, 1)
-        return (hit & counted.reshape(hit.shape)).sum() / counted.sum().clamp(min=1)
+        total: int | Tensor = max(problem.rows, 1)
+        if counted is not None:
+            hit, total = hit & counted.reshape(hit.shape), counted.sum().clamp(min=1)
+        # A quotient of integers would be of the default dtype, which may be bfloat16.
+        return hit.sum().to(problem.math_dtype) / total
 
     hits = rows["hits"]
     return KDLossOutput(

@@ -66,29 +66,34 @@ def _fake_gradients(
 
 
 class _LinearKdLoss(torch.autograd.Function):
-    """Autograd of linear_kd_forward: the loss, in the student's four inputs."""
+    """Autograd of linear_kd_forward: the loss, in the student's four inputs.
+
+    Its last output is for :func:`~kdkernels.ops.refuse_second_derivative`.
+    """
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
         outputs = ops.below_autograd(linear_kd_forward, keyset, arguments)
-        _, statistics, *gradients = outputs
+        loss, statistics, *gradients = outputs
+        anchor = loss.new_empty((0,))
         wanted = arguments[OPTIONS_END + 2]
         ctx.stored = any(wanted)
-        ops.save(ctx, gradients if ctx.stored else [*arguments[:_TENSORS], statistics])
+        kept = gradients if ctx.stored else [*arguments[:_TENSORS], statistics]
+        ops.save(ctx, [anchor, *kept])
         ctx.scalars = arguments[_TENSORS : OPTIONS_END + 2]
         ctx.wanted = [t is not None and t.requires_grad for t in arguments[:4]]
         ctx.dtypes = [None if t is None else t.dtype for t in arguments[:4]]
         ctx.inputs = len(arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        return (*outputs, anchor)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * (1 + ctx.inputs)
         with torch.no_grad():
-            tensors = ops.saved(ctx)
+            anchor, *tensors = ctx.saved_tensors
             if ctx.stored:
                 four = [ops.scaled(g, grad_output, ctx.scalars[-2]) for g in tensors]
             else:
@@ -96,10 +101,9 @@ class _LinearKdLoss(torch.autograd.Function):
                 four = linear_kd_backward(
                     *inputs, *ctx.scalars, ctx.wanted, statistics, grad_output
                 )
-        results = (
-            ops.refuse_second_derivative(gradient.to(dtype)) if want else None
-            for gradient, dtype, want in zip(four, ctx.dtypes, ctx.wanted, strict=True)
-        )
+            four = [one if to is None else one.to(to) for one, to in zip(four, ctx.dtypes)]
+        four = ops.refuse_second_derivative(four, anchor, grad_output)
+        results = (one if want else None for one, want in zip(four, ctx.wanted, strict=True))
         return (None, *results, *(None,) * (ctx.inputs - 4))
 
 
@@ -108,7 +112,7 @@ def _forward_autograd(keyset: Any, *arguments: Any) -> tuple[Tensor, ...]:
     for tensor in student:
         ops.refuse_transforms(tensor)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student):
-        return _LinearKdLoss.apply(keyset, *arguments)
+        return _LinearKdLoss.apply(keyset, *arguments)[:-1]
     return ops.below_autograd(linear_kd_forward, keyset, arguments)
 
 

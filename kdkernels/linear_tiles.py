@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import products
 from .backends import BACKENDS
-from .problem import Options, Problem, check_labels, loss_dtype, sum_rows
+from .problem import Options, Problem, check_labels, loss_dtype, rows_that_count, sum_rows
 
 #: The student's inputs, which have gradients, and the teacher's; in the order of the ops' schema.
 STUDENT = ("student_hidden", "student_weight", "student_bias", "student_logits")
@@ -249,17 +249,6 @@ def _waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _alive(problem: LinearProblem) -> Tensor | None:
-    """Bool [rows]: which rows count and have a weight; None: all of them, without a look."""
-    alive = None
-    if problem.labels is not None:
-        alive = problem.labels.reshape(-1) != problem.options.ignore_index
-    if problem.token_weights is not None:
-        weighs = problem.token_weights.reshape(-1) != 0
-        alive = weighs if alive is None else alive & weighs
-    return alive
-
-
 def _orders(problem: LinearProblem, max_chunk_bytes: int) -> bool:
     """Whether rows that count are brought together, where only a device knows their number."""
     hidden, weight, *_ = problem.student
@@ -328,7 +317,7 @@ class _Sweep:
         self.dead: Tensor | None = None
         #: int64 []: how many of ``counted`` count, the first ones; None: all.
         self.count: Tensor | None = None
-        alive = _alive(problem)
+        alive = rows_that_count(problem)
         if alive is not None and _waits(device):
             self.dead = ~alive.unsqueeze(-1)
             if problem.labels is not None and problem.token_weights is not None:

@@ -72,19 +72,10 @@ def below_autograd(op: Any, keyset: Any, arguments: Sequence[Any]) -> Any:
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """``ctx.save_for_backward``, also for inference tensors (a teacher run under inference_mode).
 
-    Those may not be saved; they cannot be changed behind autograd's back either, so a plain
-    reference is as safe.
+    Those are copied: they have no version by which autograd would notice, as it does of any other
+    tensor, that a teacher's next batch has overwritten them before the backward reads them again.
     """
-    ctx.plain = [t if t is not None and t.is_inference() else None for t in tensors]
-    ctx.save_for_backward(
-        *(None if plain is not None else t for t, plain in zip(tensors, ctx.plain, strict=True))
-    )
-
-
-def saved(ctx: Any) -> list[Any]:
-    """What :func:`save` saved."""
-    pairs = zip(ctx.saved_tensors, ctx.plain, strict=True)
-    return [tensor if plain is None else plain for tensor, plain in pairs]
+    ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
 
 
 def refuse_transforms(student: Tensor) -> None:
@@ -93,11 +84,20 @@ def refuse_transforms(student: Tensor) -> None:
         raise RuntimeError(_TRANSFORMS)
 
 
-def refuse_second_derivative(gradient: Tensor) -> Tensor:
-    """The gradient, made to raise if a graph is being created and somebody differentiates it."""
+def refuse_second_derivative(
+    gradients: Sequence[Tensor], anchor: Tensor, grad_output: Tensor
+) -> Sequence[Tensor]:
+    """The gradients, made to raise if a graph is being created and somebody differentiates them.
+
+    ``anchor`` is an output of the node whose backward this is, and needs no memory: through it the
+    refusal stands between the gradients and whatever the loss was computed from, so that it is met
+    from there, too: ``torch.autograd.grad(penalty, inputs)`` follows no other path.
+    """
     if not torch.is_grad_enabled():
-        return gradient
-    return torch_private.delayed_error(_DOUBLE_BACKWARD, 1)(gradient.detach().requires_grad_())
+        return gradients
+    refuse = torch_private.delayed_error(_DOUBLE_BACKWARD, len(gradients) + 2)
+    refused: Sequence[Tensor] = refuse(*gradients, anchor, grad_output)
+    return refused[: len(gradients)]
 
 
 def refuse_differentiation(arguments: Sequence[Any]) -> None:
@@ -203,10 +203,10 @@ class _GradOutput:
 GRAD_OUTPUT = _GradOutput()
 
 
-# Autograd of kd_forward: only the loss is differentiable, and only in the student's logits. Both
-# functions are handed the computation and hand its other results out in a tuple: autograd looks at
-# each tensor that goes in or comes out, and the statistics, the gradient and 20 arguments as such
-# would cost 12 us a call.
+# Autograd of kd_forward: only the loss is differentiable, and only in the student's logits; the
+# empty tensor behind it is for refuse_second_derivative. Both functions are handed the computation
+# and hand its other results out in a tuple: autograd looks at each tensor that goes in or comes
+# out, and the statistics, the gradient and 20 arguments as such would cost 12 us a call.
 
 
 class _StoredGradient(torch.autograd.Function):
@@ -215,15 +215,16 @@ class _StoredGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, compute: Callable[[], _Results], backend: str
-    ) -> tuple[Tensor, _Results]:
+    ) -> tuple[Tensor, _Results, Tensor]:
         results = compute()
-        ctx.save_for_backward(results[2])
+        anchor = results[0].new_empty((0,))
+        ctx.save_for_backward(anchor, results[2])
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        return results[0], results
+        return results[0], results, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         return _once(_stored, ctx, grad_output), None, None
 
 
@@ -233,25 +234,26 @@ class _RecomputedGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, compute: Callable[[], _Results], arguments: Sequence[Any]
-    ) -> tuple[Tensor, _Results]:
+    ) -> tuple[Tensor, _Results, Tensor]:
         results = compute()
-        save(ctx, [*arguments[:_TENSORS], *results[1:]])
+        anchor = results[0].new_empty((0,))
+        save(ctx, [anchor, *arguments[:_TENSORS], *results[1:]])
         ctx.scalars = arguments[_TENSORS : _OPTIONS_END + 1]
         ctx.expected = arguments[-1]
         ctx.set_materialize_grads(False)
-        return results[0], results
+        return results[0], results, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         return _once(_recomputed, ctx, grad_output), None, None
 
 
-def _stored(ctx: Any, grad_output: Tensor) -> Tensor:
-    return scaled(ctx.saved_tensors[0], grad_output, ctx.backend)
+def _stored(ctx: Any, kept: Sequence[Tensor], grad_output: Tensor) -> Tensor:
+    return scaled(kept[0], grad_output, ctx.backend)
 
 
-def _recomputed(ctx: Any, grad_output: Tensor) -> Tensor:
-    *inputs, statistics, foreseen = saved(ctx)
+def _recomputed(ctx: Any, kept: Sequence[Tensor], grad_output: Tensor) -> Tensor:
+    *inputs, statistics, foreseen = kept
     if GRAD_OUTPUT.is_as_expected(ctx.expected, grad_output):
         return foreseen.clone() if torch_private.keeps_graph() else foreseen
     arguments = (*inputs, *ctx.scalars, statistics, grad_output)
@@ -262,16 +264,19 @@ def _recomputed(ctx: Any, grad_output: Tensor) -> Tensor:
 
 
 def _once(
-    gradient: Callable[[Any, Tensor], Tensor], ctx: Any, grad_output: Tensor | None
+    gradient: Callable[[Any, Sequence[Tensor], Tensor], Tensor],
+    ctx: Any,
+    grad_output: Tensor | None,
 ) -> Tensor | None:
     """The gradient for this grad_output, made to have no derivative of its own."""
     if grad_output is None:
         return None
+    anchor, *kept = ctx.saved_tensors
     if not torch.is_grad_enabled():  # the rule; entering no_grad would take 6 us
-        return gradient(ctx, grad_output)
+        return gradient(ctx, kept, grad_output)
     with torch.no_grad():
-        result = gradient(ctx, grad_output)
-    return refuse_second_derivative(result)
+        result = gradient(ctx, kept, grad_output)
+    return refuse_second_derivative([result], anchor, grad_output)[0]
 
 
 def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
@@ -280,7 +285,8 @@ def scaled(gradient: Tensor, grad_output: Tensor, backend: str) -> Tensor:
         # A traced backward (fake or functional tensors): a plain multiplication, left to the
         # compiler.
         factor = grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1)
-        return (gradient * factor).to(gradient.dtype)
+        zero = (gradient == 0) | (factor == 0)  # as scale_gradient says
+        return (gradient * factor).to(gradient.dtype).masked_fill(zero, 0.0)
     # Not in place if the backward may be repeated; a leaf would also take the stored gradient for
     # its .grad, and accumulate into it.
     overwrite = not torch_private.keeps_graph()
@@ -299,9 +305,9 @@ def _differentiable(arguments: Sequence[Any], compute: Callable[[], _Results]) -
         return compute()
     want_gradient, _, expected = arguments[_OPTIONS_END + 1 :]
     if want_gradient and expected is None:
-        loss, others = _StoredGradient.apply(student, compute, backend)
+        loss, others, _ = _StoredGradient.apply(student, compute, backend)
     else:
-        loss, others = _RecomputedGradient.apply(student, compute, arguments)
+        loss, others, _ = _RecomputedGradient.apply(student, compute, arguments)
     return loss, *others[1:]
 
 

@@ -147,6 +147,19 @@ class Problem:
         return loss_dtype(self.student)
 
 
+class MaskedRows(Protocol):
+    """What says which rows of a problem count."""
+
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def token_weights(self) -> Tensor | None: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def options(self) -> Options: ...
+
+
 def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor itself or a copy that is contiguous and of this dtype."""
     # Asking first is cheaper than calling ops that have nothing to do.
@@ -160,11 +173,23 @@ def loss_dtype(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
-def counted_rows(problem: Problem) -> Tensor | None:
-    """Bool [rows]: which rows count; None: all of them."""
+def counted_rows(problem: MaskedRows) -> Tensor | None:
+    """Bool [rows]: which rows' labels count, as the denominator of "mean" does; None: all."""
     if problem.labels is None:
         return None
     return problem.labels.reshape(-1) != problem.options.ignore_index
+
+
+def rows_that_count(problem: MaskedRows) -> Tensor | None:
+    """Bool [rows]: which rows have a label and a weight, so that they are read; None: all of them.
+
+    One of weight 0 is no more than an ignored one, but for the denominator of "mean".
+    """
+    counted = counted_rows(problem)
+    if problem.token_weights is None:
+        return counted
+    weighs = problem.token_weights.reshape(-1) != 0
+    return weighs if counted is None else counted & weighs
 
 
 def row_scale(problem: Problem) -> Tensor | float:
@@ -201,18 +226,7 @@ def sum_rows(rows: Tensor) -> Tensor:
     return rows.sum(dtype=wide).to(rows.dtype)
 
 
-class LabelledRows(Protocol):
-    """What the check of labels needs of a problem."""
-
-    @property
-    def labels(self) -> Tensor | None: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def options(self) -> Options: ...
-
-
-def check_labels(problem: LabelledRows) -> None:
+def check_labels(problem: MaskedRows) -> None:
     """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
 
     On other devices the gather of the label's logit asserts on the device.
@@ -226,7 +240,7 @@ def check_labels(problem: LabelledRows) -> None:
         raise label_error(problem, int(bad.to(torch.uint8).argmax()))
 
 
-def label_error(problem: LabelledRows, row: int) -> IndexError:
+def label_error(problem: MaskedRows, row: int) -> IndexError:
     """The error for the label of this row, which is outside the vocabulary."""
     assert problem.labels is not None
     label = int(problem.labels.reshape(-1)[row])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .divergences import differentiable
-from .problem import STATISTICS, Options, Problem, counted_rows, row_scale
+from .problem import STATISTICS, Options, Problem, row_scale, rows_that_count
 
 
 def transformed(logits: Tensor, scale: float, softcap: float) -> Tensor:
@@ -91,7 +91,7 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     options, vocab = problem.options, problem.vocab
     teacher = problem.teacher.detach().to(student.dtype).reshape(-1, problem.teacher.shape[-1])
     teacher = transformed(teacher[:, :vocab], options.teacher_scale, options.teacher_softcap)
-    counted = counted_rows(problem)
+    counted = rows_that_count(problem)
     labels = None if problem.labels is None else problem.labels.reshape(-1)
     if counted is not None:
         teacher = torch.where(counted[:, None], teacher, 0.0)
@@ -138,7 +138,9 @@ def forward(
     if not isinstance(weight, Tensor):
         weight = torch.tensor(weight, dtype=torch.float64, device=problem.student.device)
     weight = weight.double().expand(problem.rows)
-    alive = weight != 0
+    alive = rows_that_count(problem)
+    if alive is None:
+        alive = torch.ones_like(weight, dtype=torch.bool)
     with differentiable():
         leaf = problem.student.detach().double().requires_grad_()
         student = leaf.reshape(-1, leaf.shape[-1])[:, : problem.vocab]
@@ -151,6 +153,10 @@ def forward(
         if want_gradient:
             seed = torch.ones_like(loss) if grad_output is None else grad_output.double()
             (gradient,) = torch.autograd.grad(loss, leaf, seed)
+            # 0 gives 0, also of a row whose gradient is NaN.
+            upstream = seed.reshape(-1) * torch.ones_like(weight)
+            silent = ~alive | (upstream == 0)
+            gradient = gradient.masked_fill(silent.reshape(*shape, 1), 0.0)
     statistics = torch.zeros((len(STATISTICS), problem.rows), dtype=torch.float64)
     statistics = statistics.to(leaf.device)
     token_weights = problem.token_weights

@@ -104,36 +104,32 @@ void store_statistics(const Problem& problem, int64_t row, double loss, const Ro
   }
 }
 
-// One row, from its label to its loss.
+// One row, from its label to its loss. Of a row that does not count, by its label or a weight of 0,
+// nothing is read: its results are 0.
 double run_row(const Problem& problem, int64_t row, RowFunction function, double denominator,
                Workspace& workspace) {
   const double weight = weight_of(problem, row);
-  const bool counted = counts(problem, row);
-  double share = weigh_term(weight, grad_output_of(problem, row)) / denominator;
+  const bool counted = counts(problem, row) && weight != 0.0;
+  double share = counted ? weight * grad_output_of(problem, row) / denominator : 0.0;
   // A NaN's payload could become any other number in a format with fewer bits.
   if (share != share) share = NAN;
-  char* gradient = problem.gradient_row(row);
-  const int64_t size = size_of(problem.student.dtype);
   RowStatistics statistics;
   double loss = 0.0;
-  if (gradient && (!counted || share == 0.0)) {
-    memset(gradient, 0, problem.vocab * size);
-    gradient = nullptr;
-  }
-  const bool observed = weight != 0.0 || problem.statistics != nullptr;
-  if (counted && observed) {
+  if (counted) {
     const Row work{row, problem.labels ? problem.labels[row] : -1, share};
-    if (gradient || !problem.gradient) {
+    if (share != 0.0 || !problem.gradient) {
       function(problem, work, workspace, statistics);
     } else {
       Problem value_only = problem;
       value_only.gradient = nullptr;
       function(value_only, work, workspace, statistics);
     }
-    loss = weight == 0.0 ? 0.0 : weight * loss_of(problem, statistics);
+    loss = weight * loss_of(problem, statistics);
   }
-  if (char* whole = problem.gradient_row(row)) {
-    memset(whole + problem.vocab * size, 0, (problem.gradient_columns - problem.vocab) * size);
+  // Only now: the gradient's memory may be the student's.
+  if (char* gradient = problem.gradient_row(row)) {
+    const int64_t size = size_of(problem.student.dtype), written = share == 0.0 ? 0 : problem.vocab;
+    memset(gradient + written * size, 0, (problem.gradient_columns - written) * size);
   }
   store_statistics(problem, row, loss, statistics);
   return loss;

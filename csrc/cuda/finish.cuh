@@ -150,6 +150,9 @@ struct Scaling {
   int64_t factor_stride;  // 0: one factor for all
 };
 
+// 0 as either factor gives 0: an entry that takes no part stays 0 beside inf or NaN.
+KD_DEVICE float scaled_entry(float x, float factor) { return x == 0.0f ? 0.0f : x * factor; }
+
 // In place, rows with the factor 1 are neither read nor written; nor is anything of a row with the
 // factor 0 read.
 static __global__ void __launch_bounds__(512) scale_kernel(const __grid_constant__ Scaling job) {
@@ -169,13 +172,13 @@ static __global__ void __launch_bounds__(512) scale_kernel(const __grid_constant
         if (factor != 0.0f) w = load_words<4>(job.from + at);
         if (job.dtype == DType::float32) {
 #pragma unroll
-          for (unsigned& word : w.at) word = __float_as_uint(__uint_as_float(word) * factor);
+          for (unsigned& word : w.at) word = __float_as_uint(scaled_entry(__uint_as_float(word), factor));
         } else {
 #pragma unroll
           for (unsigned& word : w.at) {
             float low, high;
             unpack(job.dtype, word, low, high);
-            word = pack(job.dtype, low * factor, high * factor);
+            word = pack(job.dtype, scaled_entry(low, factor), scaled_entry(high, factor));
           }
         }
         store_words(job.to + at, w);
@@ -183,7 +186,7 @@ static __global__ void __launch_bounds__(512) scale_kernel(const __grid_constant
       }
       for (int64_t i = at < begin ? begin : at; i < at + 16 && i < end; i += size) {
         const float x = factor == 0.0f ? 0.0f : load_one(job.from + i, job.dtype);
-        store_one(job.to + i, job.dtype, x * factor);
+        store_one(job.to + i, job.dtype, scaled_entry(x, factor));
       }
     }
   }

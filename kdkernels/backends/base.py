@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -93,13 +94,21 @@ class Backend(ABC):
         """gradient * grad_output, rounded once; ``overwrite`` allows the result in gradient's
         memory.
 
-        One number or one per row. The multiplication is skipped where reading the number costs
-        nothing (on the CPU) and it is 1.
+        One number or one per row. Where either is 0, so is the product, also beside inf or NaN: a
+        row that does not count, or an entry beyond the common vocabulary, takes no part whatever
+        the factor is. The multiplication is skipped where reading the number costs nothing (on the
+        CPU) and it is 1.
         """
-        if grad_output.ndim == 0 and grad_output.is_cpu and grad_output.item() == 1.0:
-            return gradient if overwrite else gradient.clone()
         out = gradient if overwrite else gradient.clone()
-        return out.mul_(grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1))
+        if grad_output.ndim == 0 and grad_output.is_cpu:
+            factor = grad_output.item()
+            if factor == 1.0:
+                return out
+            if factor != 0.0 and math.isfinite(factor):
+                return out.mul_(grad_output)
+        factors = grad_output if grad_output.ndim == 0 else grad_output.unsqueeze(-1)
+        zero = (gradient == 0) | (factors == 0)
+        return out.mul_(factors).masked_fill_(zero, 0.0)
 
 
 def gradient_strides(student: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import STATISTICS, Problem, check_labels, row_layout, row_scale, sum_rows
+from ..problem import (
+    STATISTICS,
+    Problem,
+    check_labels,
+    row_layout,
+    row_scale,
+    rows_that_count,
+    sum_rows,
+)
 from ..reference import entropy, through_softmax, top_hits, transformed
 from .base import Backend, Result, empty_gradient
 
@@ -57,7 +65,7 @@ class TorchBackend(Backend):
 
 
 class _Chunk:
-    """A few rows in the math dtype; those with scale 0 are zeroed before any arithmetic."""
+    """A few rows in the math dtype; those that do not count are zeroed before any arithmetic."""
 
     def __init__(
         self,
@@ -65,11 +73,11 @@ class _Chunk:
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        scale: Tensor,
+        alive: Tensor,
     ) -> None:
         options, dtype = problem.options, problem.math_dtype
         self.options, self.divergence = options, problem.divergence
-        self.alive = (scale != 0).unsqueeze(-1)
+        self.alive = alive.unsqueeze(-1)
         # Contiguous: how torch sums a row depends on the strides that it lies in.
         student, teacher = (
             torch.where(self.alive, logits.to(dtype), 0.0).contiguous()
@@ -144,7 +152,8 @@ class _Chunk:
         if options.student_softcap:
             total *= 1 - (self.student / options.student_softcap) ** 2
         total *= (options.student_scale * upstream).unsqueeze(-1)
-        return torch.where(self.alive, total, 0.0)
+        # 0 gives 0, also of a row whose gradient is NaN.
+        return torch.where(self.alive & (upstream != 0).unsqueeze(-1), total, 0.0)
 
 
 def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +181,10 @@ def _run(
     )
     scale = torch.as_tensor(row_scale(problem), dtype=dtype, device=device)
     scale = scale.expand(problem.rows).reshape(grid)
+    alive = rows_that_count(problem)
+    if alive is None:
+        alive = torch.ones(problem.rows, dtype=torch.bool, device=device)
+    alive = alive.reshape(grid)
     upstream = scale
     if grad_output is not None:
         upstream = scale * grad_output.to(dtype).expand(problem.leading_shape).reshape(grid)
@@ -184,11 +197,11 @@ def _run(
         grad_rows[..., vocab:] = 0
     for at in _tiles(grid, vocab * torch.finfo(dtype).bits // 8):
         chunk_labels = None if labels is None else labels[at]
-        chunk = _Chunk(problem, student[at], teacher[at], chunk_labels, scale[at])
+        chunk = _Chunk(problem, student[at], teacher[at], chunk_labels, alive[at])
         parts = chunk.losses(extras)
         rows[at] = parts["loss"] * scale[at]
         if weights is not None:
-            parts["loss"] = torch.where(scale[at] != 0, parts["loss"] * weights[at], 0.0)
+            parts["loss"] = torch.where(alive[at], parts["loss"] * weights[at], 0.0)
         for index, name in enumerate(STATISTICS):
             if name in parts:
                 statistics[(index, *at)] = parts[name]

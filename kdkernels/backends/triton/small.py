@@ -37,7 +37,8 @@ def scale_rows(
     source_ptr, out_ptr, upstream_ptr, rows, width, source_row, out_row, upstream_stride,
     BLOCK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = source * upstream, rounded once; in place, what is multiplied by 1 is not touched.
+    """out = source * upstream, rounded once; in place, what is multiplied by 1 is not touched. 0 as
+    either factor gives 0, also beside inf or NaN.
 
     Persistent: the grid does not grow with the work, so that a launch with none costs the same for
     any size.
@@ -59,5 +60,7 @@ def scale_rows(
         else:
             inside = column < width
         source = tl.load(source_ptr + row * source_row + column, mask=inside, other=0.0)
-        out = rounded(source.to(tl.float32) * factor, out_ptr.dtype.element_ty, INTERPRETED)
+        source = source.to(tl.float32)
+        product = tl.where((source == 0) | (factor == 0), 0.0, source * factor)
+        out = rounded(product, out_ptr.dtype.element_ty, INTERPRETED)
         tl.store(out_ptr + row * out_row + column, out, mask=inside)
