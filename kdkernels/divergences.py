@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,11 @@ from torch import Tensor
 
 from . import torch_private
 
+#: The latest class of each name, and every class by its key.
 _REGISTRY: dict[str, type[Divergence]] = {}
+_CLASSES: dict[str, type[Divergence]] = {}
+#: Called when a name comes to mean another class, by those who remember what it meant.
+WHEN_NAMED_ANEW: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -57,10 +62,14 @@ class Divergence:
 
     It runs on the backends that evaluate Python (``torch``, ``reference``); the native ones refuse
     it by name. ``slope`` is derived from ``value`` by autograd unless you write it, too. Parameters
-    are dataclass fields and must be floats.
+    are dataclass fields and must be floats: a backend makes the object anew from its class and
+    them. A second class of the same name (a cell of a notebook that runs again) takes over the
+    name; objects of the first keep their formula.
     """
 
     name: ClassVar[str] = ""
+    #: What a backend finds the class by: its name, and a number behind it if another class has it.
+    key: ClassVar[str] = ""
     #: True: rounding residue below 0 in a row's sum is returned as 0.
     nonnegative: ClassVar[bool] = False
     #: True: ``fused_kd_loss(divergence=name, beta=...)`` hands its beta to this class.
@@ -74,10 +83,16 @@ class Divergence:
         if known is not None and known.__module__ == __name__ and cls.__module__ != __name__:
             raise ValueError(f"name: {cls.name!r} is the name of a built-in divergence")
         _REGISTRY[cls.name] = cls
+        later = (f"{cls.name}#{n}" for n in itertools.count(2))
+        cls.key = next(k for k in itertools.chain([cls.name], later) if k not in _CLASSES)
+        _CLASSES[cls.key] = cls
+        if cls.key != cls.name:
+            for forget in WHEN_NAMED_ANEW:
+                forget()
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """The dataclass fields in order: together with ``name`` all that a backend receives."""
+        """The dataclass fields in order: together with ``key`` all that a backend receives."""
         return tuple(float(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -388,6 +403,31 @@ def names() -> tuple[str, ...]:
 def build(name: str, parameters: Sequence[float]) -> Divergence:
     """The divergence that has this ``name`` and these ``parameters``."""
     return _REGISTRY[name](*parameters)
+
+
+def by_key(key: str, parameters: Sequence[float]) -> Divergence:
+    """The divergence whose class has this ``key``, with these ``parameters``."""
+    return _CLASSES[key](*parameters)
+
+
+def check_parameters(divergence: Divergence) -> None:
+    """TypeError unless the class makes the same object of its parameters, as backends do."""
+    cls = type(divergence)
+    if cls.__module__ == __name__:
+        return
+    try:
+        again = vars(by_key(cls.key, divergence.parameters))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"divergence: {cls.__qualname__} cannot be made anew from its dataclass fields, which "
+            f"must be floats, in the order of its arguments ({error})"
+        ) from error
+    for name, value in vars(divergence).items():
+        if name in again and again[name] != value:
+            raise TypeError(
+                f"divergence: {name} of {cls.__qualname__} is {value!r}, which is no dataclass "
+                "field: a backend, which makes the object anew from its fields, would not have it"
+            )
 
 
 def resolve(divergence: str | Divergence, beta: float) -> Divergence:

@@ -68,6 +68,8 @@ def check(given: Given, with_labels: bool) -> Settings:
 
     From a cache, since a training loop passes the same ones at every step.
     """
+    if isinstance(given.divergence, Divergence):  # before the cache: such objects may seem equal
+        divergences.check_parameters(given.divergence)
     if not torch.compiler.is_compiling():  # Dynamo traces through a cache and warns of it
         try:
             return _cached(with_labels, *given)
@@ -101,6 +103,7 @@ def _check(with_labels: bool, *fields: Any) -> Settings:
 
 # typed: True and 1 are different options.
 _cached = functools.lru_cache(maxsize=512, typed=True)(_check)
+divergences.WHEN_NAMED_ANEW.append(_cached.cache_clear)
 
 
 def _options(given: Given, alpha: float) -> Options:
@@ -119,7 +122,7 @@ def _options(given: Given, alpha: float) -> Options:
         temperature=_number("temperature", given.temperature, DIVISOR, divides),
         temperature_squared=_flag("temperature_squared", given.temperature_squared),
         alpha=_number("alpha", alpha, "finite", lambda a: True),
-        divergence=resolved.name,
+        divergence=resolved.key,
         parameters=resolved.parameters,
         label_smoothing=_number(
             "label_smoothing", given.label_smoothing, "in [0, 1]", lambda e: 0 <= e <= 1

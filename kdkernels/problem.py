@@ -38,7 +38,7 @@ class Options(NamedTuple):
     temperature: float = 1.0
     temperature_squared: bool = True
     alpha: float = 1.0
-    divergence: str = "forward_kl"
+    divergence: str = "forward_kl"  # the key of its class
     parameters: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -139,7 +139,7 @@ class Problem:
 
     @property
     def divergence(self) -> Divergence:
-        return divergences.build(self.options.divergence, self.options.parameters)
+        return divergences.by_key(self.options.divergence, self.options.parameters)
 
     @property
     def math_dtype(self) -> torch.dtype:

@@ -57,8 +57,8 @@ class NativeBackend(Backend):
     ) -> None:
         """Compute the whole problem into the outputs that are given."""
         module, student, teacher = self.module, problem.student, problem.teacher
-        if torch.float64 in (student.dtype, teacher.dtype) and student.dtype != teacher.dtype:
-            teacher = teacher.to(student.dtype)
+        if torch.float64 in (student.dtype, teacher.dtype):
+            teacher = teacher.to(problem.math_dtype)  # no kernel has float64 beside another dtype
         layout = row_layout(student, teacher)  # kept: its tensors may be copies
         if grad_output is not None:
             grad_output = contiguous(grad_output, problem.math_dtype)
