@@ -35,8 +35,10 @@ class KDLossOutput(NamedTuple):
     ``kd_loss`` contains T^2 and ``ce_loss`` the label smoothing; ``ce_loss`` is None without
     labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``). Rows
     that do not count, by their label or a token weight of 0, hold 0 there and are in no share,
-    whatever their logits are. Entropies are in nats, of the distributions at temperature T. Lse's,
-    entropies and shares are of the loss's dtype.
+    whatever their logits are. A row in which a model's logits are no distribution (NaN, +inf,
+    nothing but -inf) has NaN in all of them and is a miss in both shares; with ``alpha=0``, where
+    the loss does not contain the teacher, such a teacher has it in what is the teacher's and is a
+    miss in ``agreement``. Entropies are in nats, of the distributions at temperature T.
     """
 
     loss: Tensor
@@ -130,7 +132,11 @@ def fused_kd_loss(  # noqa: PLR0913
             in float32 before rounding; ``"auto"`` is ``"forward"``, except for reduction ``"none"``
             and for float16, whose stored gradient would underflow under a GradScaler: on the
             backend "cpu" it is stored for the grad_output of the backward before this one and
-            recomputed if another one comes (to the same bits), elsewhere it is recomputed.
+            recomputed if another one comes (to the same bits), elsewhere it is recomputed. Where it
+            may be recomputed, a teacher (or labels, or weights) that was made under
+            ``inference_mode`` is copied until the backward: nothing tells when such a tensor is
+            overwritten. One that was made under ``no_grad`` is not copied, and an overwritten one
+            is an error, as everywhere in PyTorch.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``, or None for the
             fastest that can run it.
         return_outputs: return a :class:`KDLossOutput`.

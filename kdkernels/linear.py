@@ -104,7 +104,9 @@ def fused_linear_kd_loss(
             the CPU time), and a 32nd of a GPU's memory: a weight's gradient that needs several
             tiles is summed in float32, 4.2 GB of traffic each at [128256, 4096].
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
-            again in the backward instead of storing gradients; reduction "none" needs it.
+            again in the backward instead of storing gradients; reduction "none" needs it, and
+            "auto" is it for given float16 ``student_logits``. What the backward is to read then and
+            was made under ``inference_mode``, be it a weight, is copied until then.
 
     Returns:
         As ``fused_kd_loss``.
@@ -217,8 +219,12 @@ def _prepare(
 ) -> Call:
     """Checks and backend of the equivalent ``fused_kd_loss``, whose logits are stand-ins."""
     options = {**(fused_kd_loss.__kwdefaults__ or {}), **options}
+    logits = student[3]
     if options["gradient"] == "auto" and options["reduction"] != "none":
-        options["gradient"] = "forward"  # float16, too: it is stored in float32
+        # Of float16 hidden states, too, since it is stored in float32. But a given float16 tensor's
+        # gradient is a float16 tensor, in which a GradScaler's factor would come too late.
+        rounded = logits is not None and logits.dtype == torch.float16
+        options["gradient"] = "recompute" if rounded else "forward"
     if options["gradient"] == "forward" and options["reduction"] == "none":
         raise ValueError(
             "gradient: 'forward' is impossible with reduction 'none': the gradient of a weight "

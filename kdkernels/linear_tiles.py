@@ -49,7 +49,7 @@ class _Head(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """Logits that exist: [..., vocab], any strides."""
+    """Logits that exist: [..., vocab] with one leading dimension at least, any strides."""
 
     logits: Tensor
 
@@ -128,7 +128,7 @@ def _logits_of(
     """The common vocabulary's part of a model's logits, with memory for ``tile`` rows."""
     hidden, weight, bias, logits = source
     if logits is not None:
-        return _Given(logits[..., : problem.vocab])
+        return _Given(torch.atleast_2d(logits)[..., : problem.vocab])
     assert hidden is not None and weight is not None
     # Not -1: of no elements it could be anything.
     hidden = hidden.reshape(problem.leading_shape.numel(), hidden.shape[-1])
@@ -206,7 +206,7 @@ class _Gradients:
         """Propagate the gradient of a tile of logits, of which the first ``count`` rows count."""
         if isinstance(source, _Given):
             assert self.logits is not None
-            self.logits.flatten(0, -2)[rows, : self.vocab] = tile
+            torch.atleast_2d(self.logits).flatten(0, -2)[rows, : self.vocab] = tile
             return
         by_row = None if self.hidden is None else self.hidden.view(source.hidden.shape)
         to_weight = None if self.weight is None else self.weight[: self.vocab]
@@ -443,11 +443,12 @@ def run_backward(
     # Not -1: with no rows it could be anything.
     total = problem.leading_shape.numel()
     statistics = statistics.reshape(BACKENDS[backend].statistics_rows, total)
+    per_row = problem.options.reduction == "none"
     for rows, tile, count in sweep:
         gradient = BACKENDS[backend].backward(
             tile,
             statistics[:, rows],
-            grad_output if grad_output.ndim == 0 else grad_output.reshape(-1)[rows],
+            grad_output.reshape(-1)[rows] if per_row else grad_output,
             gradient_out=sweep.own_memory(rows, tile),
         )
         gradients.add(sweep.student, rows, gradient, count)

@@ -75,7 +75,9 @@ def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     Those are copied: they have no version by which autograd would notice, as it does of any other
     tensor, that a teacher's next batch has overwritten them before the backward reads them again.
     """
-    ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
+    ctx.save_for_backward(
+        *[t.clone() if t is not None and t.is_inference() else t for t in tensors]
+    )
 
 
 def refuse_transforms(student: Tensor) -> None:
@@ -224,7 +226,9 @@ class _StoredGradient(torch.autograd.Function):
         return results[0], results, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, None]:
         return _once(_stored, ctx, grad_output), None, None
 
 
@@ -244,7 +248,9 @@ class _RecomputedGradient(torch.autograd.Function):
         return results[0], results, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, None]:
         return _once(_recomputed, ctx, grad_output), None, None
 
 

@@ -38,6 +38,26 @@ def top_hits(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
     return hits if labels is None else hits + 2.0 * (top == labels)
 
 
+def spoil(parts: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The parts, with NaN and no hits where a model's logits are no distribution.
+
+    That is where they hold NaN, +inf or nothing but -inf. Without weight in the loss such a teacher
+    spoils no more than what is named after it.
+    """
+    no_teacher = ~parts["teacher_lse"].isfinite()
+    spoiled = ~parts["student_lse"].isfinite()
+    if alpha != 0:
+        spoiled = spoiled | no_teacher
+    out = {name: torch.where(spoiled, math.nan, part) for name, part in parts.items()}
+    for name in ("kd", "teacher_lse", "teacher_entropy"):
+        if name in out:
+            out[name] = torch.where(no_teacher, math.nan, out[name])
+    if "hits" in parts:
+        hits = parts["hits"] - torch.where(no_teacher, parts["hits"] % 2, 0.0)
+        out["hits"] = torch.where(spoiled, 0.0, hits)
+    return out
+
+
 def through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
     """The gradient in z of a sum over the last dimension: ``slope - q * sum(slope)``, where
     ``log_q = log_softmax(z)`` and ``slope`` is the sum's derivative in ``log_q``.
@@ -160,10 +180,11 @@ def forward(
     statistics = torch.zeros((len(STATISTICS), problem.rows), dtype=torch.float64)
     statistics = statistics.to(leaf.device)
     token_weights = problem.token_weights
+    parts = spoil({name: part.detach() for name, part in parts.items()}, options.alpha)
     for index, name in enumerate(STATISTICS):
         if name not in parts:
             continue
-        row = parts[name].detach()
+        row = parts[name]
         if name == "loss" and token_weights is not None:
             row = row * token_weights.reshape(-1)
         statistics[index] = torch.where(alive, row, 0.0)

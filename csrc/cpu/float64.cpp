@@ -139,10 +139,11 @@ void run_row_float64(const Problem& problem, const Row& row, Workspace& workspac
   statistics.kd = problem.kd_scale() * (sums.value < 0.0 ? 0.0 : sums.value);
   statistics.student_lse = sums.student.value();
   statistics.teacher_lse = sums.teacher.value();
+  statistics.top_agrees = sums.student_top == sums.teacher_top;
   if (is_bad(sums.teacher)) {
     statistics.kd = statistics.teacher_lse = statistics.teacher_entropy = NAN;
+    statistics.top_agrees = false;
   }
-  statistics.top_agrees = sums.student_top == sums.teacher_top;
   statistics.label_is_top = sums.student_top == row.label;
   label_terms(problem, row, at, sums, statistics);
   differentiate(problem, row, at, sums);

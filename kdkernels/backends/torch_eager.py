@@ -21,7 +21,7 @@ from ..problem import (
     rows_that_count,
     sum_rows,
 )
-from ..reference import entropy, through_softmax, top_hits, transformed
+from ..reference import entropy, spoil, through_softmax, top_hits, transformed
 from .base import Backend, Result, empty_gradient
 
 #: Bytes of one [rows, vocab] temporary in the math dtype. About ten are alive at once: 16 MiB keeps
@@ -84,9 +84,9 @@ class _Chunk:
             for logits in (student, teacher)
         )
         self.student = transformed(student, options.student_scale, options.student_softcap)
-        teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
+        self.teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
         self.log_q, self.student_lse = log_softmax(self.student / options.temperature)
-        self.log_p, self.teacher_lse = log_softmax(teacher / options.temperature)
+        self.log_p, self.teacher_lse = log_softmax(self.teacher / options.temperature)
         self.label_lse = torch.logsumexp(self.student, -1)
         self.labels = None
         if labels is not None:
@@ -101,6 +101,7 @@ class _Chunk:
             "student_lse": self.student_lse,
             "teacher_lse": self.teacher_lse,
             "label_lse": self.label_lse,
+            "z": torch.zeros_like(self.label_lse),
         }
         loss = torch.zeros_like(self.label_lse)
         if options.alpha != 0 or extras:
@@ -119,7 +120,9 @@ class _Chunk:
         if extras:
             out["student_entropy"] = entropy(self.log_q)
             out["teacher_entropy"] = entropy(self.log_p)
-            out["hits"] = top_hits(self.log_q, self.log_p, self.labels)
+            # Of the logits: of logarithms of probabilities more are equal, once rounded.
+            out["hits"] = top_hits(self.student, self.teacher, self.labels)
+        out = spoil(out, options.alpha)
         alive = self.alive.squeeze(-1)
         return {name: torch.where(alive, part, 0.0) for name, part in out.items()}
 
@@ -128,7 +131,8 @@ class _Chunk:
         of_label = self.student.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         ce = self.label_lse - of_label
         if smoothing:
-            ce = (1 - smoothing) * ce + smoothing * (self.label_lse - self.student.mean(-1))
+            hard = (1 - smoothing) * ce if smoothing != 1 else 0.0  # which 0 * inf is not
+            ce = hard + smoothing * (self.label_lse - self.student.mean(-1))
         return torch.where(self.label_lse.isfinite(), ce, math.nan)
 
     def gradient(self, upstream: Tensor) -> Tensor:

@@ -236,7 +236,8 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
         ce = (log_1 - scaled(z_label, LOG2E, top_1, P)) * LN2
         if P.terms.smoothing:
             smoothing = numbers.smoothing
-            ce = (1 - smoothing) * ce + smoothing * (label_lse - state.total / sizes.vocab)
+            hard = tl.where(smoothing == 1, 0.0, (1 - smoothing) * ce)  # 0 * inf is not 0
+            ce = hard + smoothing * (label_lse - state.total / sizes.vocab)
         if P.terms.ce_in_loss:
             loss += (1 - numbers.alpha) * ce
     if P.terms.z_loss:
@@ -245,24 +246,32 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
     if P.given.labels:
         loss = tl.where((row.label >= 0) & (row.label < sizes.vocab), loss, float("nan"))
     tl.store(tensors.loss + at, loss * row.scale)
+    # NaN where a model's logits are no distribution; 0 otherwise.
+    no_teacher = tl.where(finite(teacher_lse), 0.0, float("nan"))
+    spoiled = tl.where(finite(student_lse), 0.0, float("nan"))
+    if P.terms.kd_in_loss:
+        spoiled += no_teacher
+    no_teacher += spoiled
     hits, student_entropy, teacher_entropy = 0.0, 0.0, 0.0
     if P.terms.extras:
         student_entropy = LN2 * (log_s - state.student_extras.entropy / state.student.sum)
         teacher_entropy = LN2 * (log_t - state.teacher_extras.entropy / state.teacher.sum)
         at_s = state.student_extras.at
         hits = tl.where(at_s == state.teacher_extras.at, 1.0, 0.0)
+        hits = tl.where(no_teacher == 0, hits, 0.0)
         if P.given.labels:
             hits += tl.where(at_s == row.label.to(tl.float32), 2.0, 0.0)
+        hits = tl.where(spoiled == 0, hits, 0.0)
     seen = Statistics(
         loss=loss * row.weight,
-        kd=kd,
-        ce=ce,
-        z=z,
-        student_lse=student_lse,
-        teacher_lse=teacher_lse,
-        label_lse=label_lse,
-        student_entropy=student_entropy,
-        teacher_entropy=teacher_entropy,
+        kd=kd + no_teacher,
+        ce=ce + spoiled,
+        z=z + spoiled,
+        student_lse=student_lse + spoiled,
+        teacher_lse=teacher_lse + no_teacher,
+        label_lse=label_lse + spoiled,
+        student_entropy=student_entropy + spoiled,
+        teacher_entropy=teacher_entropy + no_teacher,
         hits=hits,
     )
     keep(tensors.statistics + at, sizes.rows.to(tl.int64), seen, state, sums.slope)

@@ -61,6 +61,7 @@ def scale_rows(
             inside = column < width
         source = tl.load(source_ptr + row * source_row + column, mask=inside, other=0.0)
         source = source.to(tl.float32)
-        product = tl.where((source == 0) | (factor == 0), 0.0, source * factor)
+        product = tl.where(factor == 0, 0.0, source * factor)
+        product = tl.where(source == 0, 0.0, product)
         out = rounded(product, out_ptr.dtype.element_ty, INTERPRETED)
         tl.store(out_ptr + row * out_row + column, out, mask=inside)
