@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +18,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..losses.relations import pooled
 from ..training import models
 from ..training.batches import batches
+from ..training.saving import not_finite
 from ..training.tasks import ENCODER
 from ..training.teachers import NoTeacher
 from ..training.trainer import DistillationTrainer
 from . import geometry, report
 from .data import TokenBlocks
-from .experiment import ARM_FOLDERS, Experiment, last_checkpoint
+from .experiment import Experiment
+from .output import ARM_FOLDERS, RESULTS, STUDENT_FOLDER, remove_checkpoints
 from .speed import forward_speeds
 
 #: Changes of the arguments that leave the labels as the only source of learning.
@@ -97,11 +103,7 @@ def make_trainer(
 def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict[str, Any]:
     """One row of the table: size of ``model``, and its quality on the held-out text."""
     is_teacher = model is experiment.teacher.model
-    row: dict[str, Any] = {
-        "name": title,
-        "parameters": models.parameter_count(model),
-        "megabytes": models.weight_bytes(model) / 1e6,
-    }
+    row: dict[str, Any] = {"name": title, **_size(model)}
     if experiment.task is ENCODER:
         ours = experiment.vectors[title] = sentence_vectors(experiment, model)
         return row if is_teacher else row | geometry.compare(ours, experiment.vectors["teacher"])
@@ -119,6 +121,13 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
     if "eval_perplexity" in metrics:
         row["perplexity"] = metrics["eval_perplexity"]
     return row
+
+
+def _size(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "parameters": models.parameter_count(model),
+        "megabytes": models.weight_bytes(model) / 1e6,
+    }
 
 
 def teacher_row(experiment: Experiment) -> dict[str, Any]:
@@ -144,47 +153,8 @@ def sentence_vectors(experiment: Experiment, model: PreTrainedModel) -> Tensor:
     return torch.cat(found)
 
 
-def train(
-    experiment: Experiment, arm: str, student: PreTrainedModel, changes: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
-    folder = experiment.output / ARM_FOLDERS[arm]
-    # Blocks have no padding, but may hold the token that batches of examples are padded with.
-    counted = "all" if isinstance(experiment.corpus.train, TokenBlocks) else "non_padding"
-    changes = changes | {"output_dir": str(folder), "include_num_input_tokens_seen": counted}
-    trainer = make_trainer(experiment, arm, student, True, **changes)
-    last = last_checkpoint(folder)
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - started
-    args = trainer.args
-    if args.process_index == 0 and not any(folder.iterdir()):
-        folder.rmdir()
-    first_step = 0 if last is None else int(last.rsplit("-", 1)[1])
-    tokens = trainer.state.num_input_tokens_seen
-    share = (result.global_step - first_step) / max(1, result.global_step)
-    row = {
-        "train_seconds": seconds,
-        "train_tokens_per_second": tokens * share / seconds,
-        "steps": result.global_step,
-        "tokens_seen": tokens,
-        "seed": args.seed,
-        "resumed_from_step": first_step,
-    }
-    return row, trainer.state.log_history
-
-
-def run(experiment: Experiment) -> dict[str, Any]:
-    """Evaluate, train, evaluate, write results; returns what ``results.json`` holds."""
-    started = time.perf_counter()
-    main_process = experiment.args.process_index == 0
-    if experiment.run_args.overwrite_output_dir and main_process:
-        report.remove(experiment.output)
-    rows = [
-        teacher_row(experiment),
-        evaluate(experiment, "student, untrained", experiment.student),
-    ]
-    curves: dict[str, list[dict[str, Any]]] = {}
+def arms_of(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
+    """The trainings of a run, and the changes of the arguments that each is made with."""
     arms: list[tuple[str, dict[str, Any]]] = []
     if experiment.task is ENCODER:
         if experiment.run_args.baseline:
@@ -193,18 +163,152 @@ def run(experiment: Experiment) -> dict[str, Any]:
         arms.append(("labels only", LABELS_ONLY))
     if experiment.args.uses_teacher:
         arms.append(("distilled", {}))
+    return arms
+
+
+def arm_trainer(
+    experiment: Experiment,
+    arm: str,
+    student: PreTrainedModel,
+    changes: dict[str, Any],
+    output: Path,
+) -> DistillationTrainer:
+    """The trainer of one arm, which writes its checkpoints into the arm's own folder."""
+    # Blocks have no padding, but may hold the token that batches of examples are padded with.
+    counted = "all" if isinstance(experiment.corpus.train, TokenBlocks) else "non_padding"
+    folder = output / ARM_FOLDERS[arm]
+    changes = changes | {"output_dir": str(folder), "include_num_input_tokens_seen": counted}
+    return make_trainer(experiment, arm, student, True, **changes)
+
+
+def train(
+    experiment: Experiment, arm: str, student: PreTrainedModel, changes: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train ``student`` in place; returns (training numbers of the table's row, log history)."""
+    trainer = arm_trainer(experiment, arm, student, changes, experiment.output)
+    last = trainer.newest_checkpoint()
+    started = time.perf_counter()
+    with contextlib.suppress(FloatingPointError):  # told of by diverged()
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    seconds = time.perf_counter() - started
+    args, folder = trainer.args, Path(str(trainer.args.output_dir))
+    if args.process_index == 0 and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    steps = trainer.state.global_step
+    first_step = 0 if last is None else int(last.name.rsplit("-", 1)[1])
+    tokens = trainer.state.num_input_tokens_seen
+    share = (steps - first_step) / max(1, steps)
+    row = {
+        "train_seconds": seconds,
+        "train_tokens_per_second": tokens * share / seconds,
+        "steps": steps,
+        "tokens_seen": tokens,
+        "seed": args.seed,
+        "resumed_from_step": first_step,
+    }
+    return row, trainer.state.log_history
+
+
+def diverged(student: PreTrainedModel, log: list[dict[str, Any]]) -> str | None:
+    """What is NaN or infinite after a training, in words; None: nothing is."""
+    weight = not_finite(student)
+    if weight is not None:
+        return f"its weights are not finite ({weight})"
+    for entry in log:
+        for name in ("loss", "train_loss"):
+            value = entry.get(name, 0.0)
+            if value is None or not math.isfinite(value):
+                return f"its {name} was not finite at step {entry['step']}"
+    return None
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a run has found so far."""
+
+    experiment: Experiment
+    started: float
+    rows: list[dict[str, Any]]
+    curves: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    saved: bool = False  #: the student
+
+    def results(self) -> dict[str, Any]:
+        """What ``results.json`` holds."""
+        seconds = time.perf_counter() - self.started
+        return report.results(self.experiment, self.rows, self.curves, self.problems, seconds)
+
+    def keep(self, weights: str | None) -> None:
+        """Write the trained student, and what is known of the run: whatever comes may fail.
+
+        Args:
+            weights: the name of one that is not finite.
+        """
+        if self.experiment.args.process_index != 0:
+            return
+        folder = self.experiment.output / STUDENT_FOLDER
+        if weights is None:
+            with report.told(self.problems, f"{folder}: not saved"):
+                report.save_student(self.experiment, folder)
+                self.saved = True
+        else:
+            self.problems.append(f"{folder}: not saved, since {weights} is not finite")
+        with report.told(self.problems, f"{RESULTS}: not written"):
+            report.write_results(self.experiment.output, self.results())
+
+    def write(self) -> None:
+        """Everything else."""
+        output = self.experiment.output
+        self.problems += report.write(self.experiment, self.results(), output, self.saved)
+
+    def measure(self, row: dict[str, Any], student: PreTrainedModel) -> None:
+        """Add what the held-out text says to the row of a trained student."""
+        with report.told(self.problems, f"{row['name']}: not evaluated"):
+            row |= evaluate(self.experiment, row["name"], student)
+            loss = row.get("loss", 0.0)
+            if not math.isfinite(loss):
+                self.problems.append(f"{row['name']}: its held-out loss is {loss}")
+
+    def measure_speeds(self, timed: dict[str, PreTrainedModel]) -> None:
+        """Add the models' speeds to their rows."""
+        with report.told(self.problems, "speeds: not measured"):
+            speeds = forward_speeds(self.experiment, timed)
+            for row in self.rows:
+                row |= speeds.get(row["name"], {})
+
+
+def run(experiment: Experiment) -> dict[str, Any]:
+    """Evaluate, train, evaluate, write results; returns what ``results.json`` holds.
+
+    A student is saved as soon as it is trained, unless it has diverged. What goes wrong from then
+    on is in ``problems``, a list of lines.
+    """
+    main_process = experiment.args.process_index == 0
+    started = time.perf_counter()
+    if experiment.run_args.overwrite_output_dir and main_process:
+        remove_checkpoints(experiment.output)
+    rows = [
+        teacher_row(experiment),
+        evaluate(experiment, "student, untrained", experiment.student),
+    ]
+    found = _Run(experiment, started, rows)
+    arms = arms_of(experiment)
     timed = experiment.teacher.models
     for position, (arm, changes) in enumerate(arms):
         last = position == len(arms) - 1
         student = experiment.student if last else copy.deepcopy(experiment.student)
-        training, curves[arm] = train(experiment, arm, student, changes)
+        training, found.curves[arm] = train(experiment, arm, student, changes)
         title = f"student, {arm}"
         timed[title] = student
-        rows.append(evaluate(experiment, title, student) | training)
+        row = {"name": title, **_size(student)} | training
+        rows.append(row)
+        wrong = diverged(student, found.curves[arm])
+        if wrong is not None:
+            found.problems.append(f"{title}: {wrong}")
+        if last:
+            found.keep(not_finite(student))
+        found.measure(row, student)
     if main_process:  # the others are idle, so that nothing competes
-        speeds = forward_speeds(experiment, timed)
-        rows = [row | speeds.get(row["name"], {}) for row in rows]
-    results = report.results(experiment, rows, curves, time.perf_counter() - started)
-    if main_process:
-        report.write(experiment, results)
-    return results
+        found.measure_speeds(timed)
+        found.write()
+    return found.results()

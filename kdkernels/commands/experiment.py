@@ -6,7 +6,7 @@ line) before anything is written or trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from transformers import (
 from ..dtypes import WEIGHT_DTYPES
 from ..training import models
 from ..training.arguments import DistillationArguments
-from ..training.folders import check_can_be_made
+from ..training.folders import plain
 from ..training.models import ModelSource
+from ..training.redaction import without_secrets
+from ..training.saving import not_finite, repair_generation
 from ..training.tasks import (
     CAUSAL_LM,
     ENCODER,
@@ -49,16 +51,11 @@ from .data import (
     split_tail,
     token_blocks,
 )
+from .geometry import FEWEST_VECTORS
+from .output import check_output
 
 #: Tasks that the command line has data for; token classifiers are trained from Python.
 CLI_TASKS = tuple(name for name in TASKS if name != TOKEN.name)
-
-#: Arm of the experiment -> folder of its training checkpoints.
-ARM_FOLDERS = {
-    "labels only": "labels-only",
-    "output only": "output-only",
-    "distilled": "distilled",
-}
 
 
 @dataclass
@@ -192,6 +189,8 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
     )
+    #: The YAML file that the options come from.
+    config_file: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.cache_top_k is not None and self.cache_top_k < 1:
@@ -211,6 +210,7 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     configuration: dict[str, Any]  #: the options that were given, for the record
+    notes: list[str] = field(default_factory=list)  #: what the user is told before it begins
     #: Encoders: title of a row -> sentence vectors [N, D] of the held-out examples.
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -271,6 +271,11 @@ def prepare_inputs(
     names = teacher.config().label2id or {} if task is SEQUENCE else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
     corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    if task is ENCODER and len(corpus.validation) < FEWEST_VECTORS:
+        raise ValueError(
+            f"train_text: {len(corpus.validation)} held-out example(s); the geometry of an encoder "
+            f"is measured on at least {FEWEST_VECTORS}"
+        )
     for source in sources:
         _check_length(source, corpus)
     return Inputs(task, teacher, student, tokenizer, corpus)
@@ -282,9 +287,22 @@ def prepare(
     run_args: RunArguments,
     args: DistillationArguments,
     configuration: dict[str, Any],
+    check_folder: Callable[[Path, bool, str | None, dict[str, Any]], None] = check_output,
 ) -> Experiment:
-    """Check and load; ValueError (one line) on bad input. Writes nothing."""
-    check_output(output_folder(args), run_args.overwrite_output_dir, args.resume_from_checkpoint)
+    """Check and load; ValueError (one line) on bad input. Writes nothing.
+
+    Args:
+        configuration: the options that were given.
+        check_folder: refuses an output folder; by default one that is not for ``distill``.
+    """
+    options = configuration | {"config": run_args.config_file}
+    overwrite = run_args.overwrite_output_dir
+    check_folder(output_folder(args), overwrite, args.resume_from_checkpoint, options)
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub: only a checkpoint of the training would be pushed; upload the folder "
+            "`student` of a finished run with `hf upload`"
+        )
     if args.max_steps <= 0 and (args.max_steps != -1 or args.num_train_epochs <= 0):
         raise ValueError(
             f"max_steps: {args.max_steps} with num_train_epochs: {args.num_train_epochs} is no "
@@ -298,6 +316,8 @@ def prepare(
     inputs = prepare_inputs(model_args, data_args, args)
     teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
+    _check_weights(teacher.models | {"student": student})
+    repaired = repair_generation(student)
     if model_args.student_dropout is not None:
         models.set_dropout(student, model_args.student_dropout)
     if inputs.task in (CAUSAL_LM, MASKED_LM):
@@ -313,7 +333,8 @@ def prepare(
         student=student,
         tokenizer=inputs.tokenizer,
         corpus=inputs.corpus,
-        configuration=configuration,
+        configuration=plain(without_secrets(configuration)),
+        notes=[] if repaired is None else [repaired],
     )
 
 
@@ -338,42 +359,19 @@ def items_of(corpus: Corpus) -> Iterator[dict[str, Any]]:
         yield from (part[i] for i in range(len(part)))
 
 
-def check_output(output: Path, overwrite: bool, resume: str | None) -> None:
-    """Refuse an output folder that holds something, unless the caller wants that."""
-    check_can_be_made("output_dir", output)
-    if resume is not None:
-        if overwrite:
-            raise ValueError("overwrite_output_dir: would delete what resume_from_checkpoint needs")
-        if resume.lower() not in ("true", "last"):
-            raise ValueError(
-                f"resume_from_checkpoint: {resume!r} is not `true` (which goes on from the last "
-                "checkpoints in output_dir)"
-            )
-        arms = [output / arm for arm in ARM_FOLDERS.values()]
-        if not any(map(last_checkpoint, arms)):
-            raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output)!r}")
-    elif output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(
-            f"output_dir: {str(output)!r} is not empty; choose another one, --overwrite_output_dir "
-            "or --resume_from_checkpoint true"
-        )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in ``folder``: a killed run leaves one without its last file."""
-    found = {
-        int(state.parent.name.rpartition("-")[2]): str(state.parent)
-        for state in folder.glob("checkpoint-*/trainer_state.json")
-        if state.parent.name.rpartition("-")[2].isdigit() and state.stat().st_size
-    }
-    return found[max(found)] if found else None
-
-
 def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without the special token that the task's batches are made with."""
     needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
     if needed is not None and getattr(tokenizer, needed) is None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
+
+
+def _check_weights(found: dict[str, PreTrainedModel]) -> None:
+    """Refuse weights that no training can mend, by the model's role."""
+    for role, model in found.items():
+        bad = not_finite(model)
+        if bad is not None:
+            raise ValueError(f"{role}: its weight {bad} holds NaN or an infinite number")
 
 
 def _check_length(source: ModelSource, corpus: Corpus) -> None:

@@ -11,6 +11,8 @@ from ..losses.masking import unit
 
 #: Neighbours of an example that are compared.
 NEIGHBOURS = 5
+#: With fewer vectors there are too few pairs for a correlation.
+FEWEST_VECTORS = 3
 
 
 def _cosines(vectors: Tensor) -> Tensor:

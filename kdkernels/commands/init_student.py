@@ -8,8 +8,10 @@ from transformers import PreTrainedModel
 
 from ..dtypes import WEIGHT_DTYPES
 from ..losses.features import layer_map
-from ..training.folders import check_new
+from ..training.folders import check_new, write_text, written_whole
 from ..training.models import ModelSource, in_dtype, keep_layers, parse_layers
+from ..training.redaction import redacted
+from ..training.saving import repair_generation
 from ..training.tasks import TASKS, check_config
 
 _CARD = """# Untrained student of {teacher}
@@ -52,10 +54,12 @@ def make_student(
     kept = choose(layers, config.num_hidden_layers)
     tokenizer, model = source.tokenizer(), source.model(dtype, TASKS[task])
     student = in_dtype(keep_layers(model, kept), dtype)
-    student.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    repair_generation(student)
     card = _CARD.format(
         teacher=teacher, layers=", ".join(map(str, kept)), available=config.num_hidden_layers
     )
-    (output / "README.md").write_text(card, encoding="utf-8")
+    with written_whole(output) as new:
+        student.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_text(new / "README.md", redacted(card))
     return student

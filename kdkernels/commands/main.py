@@ -1,7 +1,7 @@
 """The command line: ``kdkernels distill | sweep | cache-teacher | init-student | ...``.
 
-Exit code 0: done; 2: bad input, one line on stderr, nothing written. transformers is imported only
-by the commands that load models.
+Exit code 0: done; 1: begun, and something went wrong, which is said; 2: bad input, one line on
+stderr, nothing written. transformers is imported only by the commands that load models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +29,7 @@ from . import tune
 if TYPE_CHECKING:
     from .experiment import Experiment
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nkdkernels: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        from ..training.redaction import redacted
+
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return FAILED
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -100,13 +107,26 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        from ..training.redaction import redacted
+
+        told = redacted(" ".join(message.split()))
+        self.exit(BAD_INPUT, f"{self.prog}: error: {told} (see --help)\n")
 
 
 def _refuse(command: str, error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"kdkernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """One line about what is wrong with the input."""
+    message = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError | RuntimeError):  # others do not explain
+        message = f"{type(error).__name__}: {message}"
+    _say_error(command, message)
     return BAD_INPUT
+
+
+def _say_error(command: str, message: str) -> None:
+    from ..training.redaction import redacted
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kdkernels {command}: error: {redacted(message)}", file=sys.stderr)
 
 
 # ---- info, fetch --------------------------------------------------------------------------------
@@ -145,7 +165,7 @@ def fetch(demo: str) -> int:
     try:
         for folder in fetch_assets(demo):
             print(folder)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         return _refuse("fetch", error)
     return 0
 
@@ -163,9 +183,11 @@ def sweep(arguments: list[str]) -> int:
         model, data, run, args, settings, chosen = parse(
             arguments, "sweep", [trials.SweepArguments]
         )
-        experiment = prepare(model, data, run, args, chosen)
+        experiment = prepare(model, data, run, args, chosen, trials.check_folder)
         trials.check(experiment, settings)
-    except (ValueError, OSError) as error:
+        trials.trials_before(experiment)
+        trials.rehearse(experiment, settings)
+    except Exception as error:
         return _refuse("sweep", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
@@ -174,7 +196,9 @@ def sweep(arguments: list[str]) -> int:
     if experiment.args.process_index == 0:
         print(f"\n{trials.table(outcome)}\n")
         print(f"{outcome['seconds']:.0f} s; best.yaml and sweep.png in {experiment.output}")
-    return 0
+    for problem in outcome["problems"]:
+        _say_error("sweep", problem)
+    return FAILED if outcome["problems"] else 0
 
 
 def _student_options(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +228,7 @@ def init_student(options: argparse.Namespace) -> int:
             task=options.task,
             dtype=options.dtype,
         )
-    except (ValueError, OSError) as error:
+    except Exception as error:
         return _refuse("init-student", error)
     layers, size = student.config.num_hidden_layers, parameter_count(student) / 1e6
     print(f"{options.output_dir}: {layers} layers, {size:.1f} M parameters")
@@ -218,7 +242,7 @@ def cache(arguments: list[str]) -> int:
 
     try:
         info = write_cache(*parse(arguments, "cache-teacher"))
-    except (ValueError, OSError) as error:
+    except Exception as error:
         return _refuse("cache-teacher", error)
     kept = "all logits" if info.top_k is None else f"the top {info.top_k} at T = {info.temperature}"
     print(f"{info.examples} examples, {info.rows} rows, {kept} of {info.vocab}")
@@ -234,10 +258,12 @@ def distill(arguments: list[str]) -> int:
     from . import report
     from .distill import run
     from .experiment import prepare
+    from .rehearsal import rehearse
 
     try:
         experiment = prepare(*parse(arguments))
-    except (ValueError, OSError) as error:
+        rehearse(experiment)
+    except Exception as error:  # whatever a library raises about what it is given
         return _refuse("distill", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
@@ -246,7 +272,9 @@ def distill(arguments: list[str]) -> int:
     if experiment.args.process_index == 0:
         print(f"\n{report.table(outcome['rows'])}\n\n{report.legend(outcome['rows'])}")
         print(f"{outcome['seconds']:.0f} s; results in {experiment.args.output_dir}")
-    return 0
+    for problem in outcome["problems"]:
+        _say_error("distill", problem)
+    return FAILED if outcome["problems"] else 0
 
 
 def parse(
@@ -281,14 +309,18 @@ def parse(
         allow_abbrev=False,
     )
     fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.init}
-    options = list(arguments)
+    options, config = list(arguments), None
     if options and not options[0].startswith("-"):
-        options[:1] = yaml_options(Path(options[0]), fields)
+        config = options[0]
+        options[:1] = yaml_options(Path(config), fields)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         options, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(_unknown("option", unknown[0], [f"--{name}" for name in fields]))
+    for options_of in parsed:
+        if isinstance(options_of, RunArguments):
+            options_of.config_file = config
     return (*parsed, parser.chosen)
 
 
@@ -379,4 +411,5 @@ def _headline(experiment: Experiment) -> str:
         f"{experiment.teacher}, student {parameter_count(experiment.student) / 1e6:.1f} M "
         f"parameters; {corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
         + (note if slow else "")
+        + "".join(f"\nnote: {told}" for told in experiment.notes)
     )

@@ -1,25 +1,27 @@
-"""What a run leaves behind: report, ``results.json``, ``loss.png``, the student and its card."""
+"""What a run leaves behind: the student and its card, ``results.json``, report and pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib.metadata
-import json
+import math
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .experiment import ARM_FOLDERS, Experiment
+from ..training.folders import plain, write_json, write_text, written_file, written_whole
+from ..training.redaction import redacted
+from .experiment import Experiment
 from .geometry import pairwise_cosines
+from .output import GEOMETRY_FILE, RESULT_FILES, STUDENT_FOLDER
 
-STUDENT_FOLDER = "student"
-#: What a run writes beside the student; the picture of the geometry is an encoder's.
-RESULT_FILES = ("results.json", "loss.png", "report.md", "report.html")
-GEOMETRY_FILE = "geometry.png"
+RESULTS, CURVES, REPORT, PAGE = RESULT_FILES
 
 #: Okabe and Ito's palette: told apart by everyone.
 COLOURS = {
@@ -119,13 +121,15 @@ def results(
     experiment: Experiment,
     rows: list[dict[str, Any]],
     curves: dict[str, list[dict[str, Any]]],
+    problems: list[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of ``results.json``."""
+    """The content of ``results.json``; ``problems``: what went wrong, in lines."""
     names = ("kdkernels", "torch", "transformers", "accelerate", "datasets")
     corpus = experiment.corpus
     return {
         "rows": rows,
+        "problems": problems,
         "seconds": seconds,
         "configuration": experiment.configuration,
         "data": {
@@ -152,32 +156,60 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write(experiment: Experiment, outcome: dict[str, Any]) -> None:
-    """Save student, model card, report, ``results.json`` and ``loss.png`` in the output folder."""
-    output = experiment.output
-    output.mkdir(parents=True, exist_ok=True)
-    folder = output / STUDENT_FOLDER
+@contextlib.contextmanager
+def told(problems: list[str], what: str) -> Iterator[None]:
+    """Whatever is raised here becomes a line of ``problems`` that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        reason = redacted(" ".join(str(error).split()))
+        problems.append(f"{what} ({type(error).__name__}: {reason})")
+
+
+def save_student(experiment: Experiment, folder: Path) -> None:
+    """The student and its tokenizer, in the place of an earlier one once they are whole."""
     experiment.student.config.use_cache = True  # the trainer switches it off for training
-    experiment.student.save_pretrained(folder)
-    experiment.tokenizer.save_pretrained(folder)
-    plot(outcome, output / "loss.png")
+    with written_whole(folder) as new:
+        experiment.student.save_pretrained(new)
+        experiment.tokenizer.save_pretrained(new)
+
+
+def write_results(output: Path, outcome: dict[str, Any]) -> None:
+    """``results.json``."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RESULTS, outcome)
+
+
+def write(
+    experiment: Experiment, outcome: dict[str, Any], output: Path, with_card: bool = True
+) -> list[str]:
+    """Everything about the student that lies in ``output``; returns what cannot be written.
+
+    ``results.json`` first; then report, model card and pictures, each whether or not the others can
+    be made.
+
+    Args:
+        with_card: whether the student in ``output`` is this run's.
+    """
+    seed, problems = experiment.args.seed, list[str]()
+    folder = output / STUDENT_FOLDER
+    with told(problems, f"{RESULTS}: not written"):
+        write_results(output, outcome)
+    with told(problems, f"{REPORT}: not written"):
+        write_text(output / REPORT, redacted(report(outcome, seed)))
+    with told(problems, f"{PAGE}: not written"):
+        write_text(output / PAGE, redacted(_html(outcome, seed)))
+    with told(problems, f"{CURVES}: not drawn"):
+        plot(outcome, output / CURVES)
+    (output / GEOMETRY_FILE).unlink(missing_ok=True)  # of an earlier run
     if experiment.vectors:
-        plot_geometry(experiment.vectors, outcome["rows"], output / GEOMETRY_FILE)
-    shutil.copy(output / "loss.png", folder / "loss.png")
-    (folder / "README.md").write_text(model_card(experiment, outcome), encoding="utf-8")
-    text = json.dumps(outcome, indent=1, default=str)
-    (output / "results.json").write_text(text + "\n", encoding="utf-8")
-    seed = experiment.args.seed
-    (output / "report.md").write_text(report(outcome, seed), encoding="utf-8")
-    (output / "report.html").write_text(_html(outcome, seed), encoding="utf-8")
-
-
-def remove(output: Path) -> None:
-    """Delete what an earlier run wrote into ``output``, and nothing else."""
-    for name in (STUDENT_FOLDER, *ARM_FOLDERS.values()):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (*RESULT_FILES, GEOMETRY_FILE):
-        (output / name).unlink(missing_ok=True)
+        with told(problems, f"{GEOMETRY_FILE}: not drawn"):
+            plot_geometry(experiment.vectors, outcome["rows"], output / GEOMETRY_FILE)
+    if with_card:
+        with told(problems, "model card: not written"):
+            write_text(folder / "README.md", redacted(model_card(experiment, outcome)))
+            shutil.copy(output / CURVES, folder / CURVES)
+    return problems
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -220,7 +252,7 @@ _RATIOS = {
 
 def pictures(outcome: dict[str, Any]) -> dict[str, str]:
     """File -> title of the pictures of a run; only an encoder's has the second one."""
-    found = {"loss.png": "Curves"}
+    found = {CURVES: "Curves"}
     if "spearman" in outcome["rows"][-1]:
         found[GEOMETRY_FILE] = "Cosines of pairs of held-out sentences, student over teacher"
     return found
@@ -229,7 +261,8 @@ def pictures(outcome: dict[str, Any]) -> dict[str, str]:
 def ratios(rows: list[dict[str, Any]]) -> str:
     """The last row against the first, the teacher, in one sentence of measured numbers."""
     first, last = rows[0], rows[-1]
-    found = [t.format(last[k] / first[k]) for k, t in _RATIOS.items() if first.get(k)]
+    both = {key: t for key, t in _RATIOS.items() if first.get(key) and last.get(key) is not None}
+    found = [template.format(last[key] / first[key]) for key, template in both.items()]
     if first.get("loss") and last.get("loss"):
         found.append(f"a held-out loss of {last['loss']:.4f} against {first['loss']:.4f}")
     return f"{last['name'].capitalize()}, against the teacher: {', '.join(found)}."
@@ -248,7 +281,7 @@ def budget(rows: list[dict[str, Any]]) -> str:
 def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
     import yaml
 
-    settings = json.loads(json.dumps(outcome["configuration"], default=str))
+    settings = plain(outcome["configuration"])
     return {
         "title": f"Student of {settings.get('teacher')}",
         "table": table(outcome["rows"]),
@@ -261,7 +294,7 @@ def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
         "validation_tokens": outcome["data"]["validation_tokens"],
         "configuration": yaml.safe_dump(settings, sort_keys=True),
         "data": ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in outcome["data"].items()),
-        "machine": yaml.safe_dump(outcome["machine"]),
+        "machine": yaml.safe_dump(plain(outcome["machine"])),
     }
 
 
@@ -394,7 +427,7 @@ def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
         data=f"{notice}\n\n{data['train_tokens']} training tokens were available.",
         licence_text=f"The teacher's licence: {stated}. A student made from a teacher's layers or "
         "outputs is bound by it.",
-        configuration=yaml.safe_dump(outcome["configuration"], sort_keys=True),
+        configuration=yaml.safe_dump(plain(outcome["configuration"]), sort_keys=True),
         **data,
     )
     return f"---\n{header.to_yaml()}\n---\n\n{body}"
@@ -404,8 +437,25 @@ def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
 
 
 def _series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values; a resumed run's checkpoint has None where a value was not finite."""
     points = [(entry["step"], entry[key]) for entry in log if key in entry]
-    return [step for step, _ in points], [value for _, value in points]
+    values = [math.nan if value is None else value for _, value in points]
+    return [step for step, _ in points], values
+
+
+def _last_step(log: list[dict[str, Any]]) -> int:
+    return max((entry["step"] for entry in log), default=0)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """The picture as a file, in the place of an earlier one once it is drawn."""
+    from matplotlib import pyplot
+
+    try:
+        with written_file(path) as new:
+            figure.savefig(new, dpi=150, format="png")
+    finally:
+        pyplot.close(figure)
 
 
 def _smooth(values: list[float], window: int) -> list[float]:
@@ -419,9 +469,10 @@ def _held_out(outcome: dict[str, Any], arm: str, key: str, row_key: str) -> tupl
     by_name = {row["name"]: row for row in outcome["rows"]}
     log = outcome["curves"][arm]
     steps, values = _series(log, f"eval_{key}")
-    last = max(entry["step"] for entry in log)
+    last = _last_step(log)
     if not steps or steps[-1] != last:
-        steps, values = [*steps, last], [*values, by_name[f"student, {arm}"][row_key]]
+        after = by_name[f"student, {arm}"].get(row_key, math.nan)
+        steps, values = [*steps, last], [*values, after]
     return [0, *steps], [by_name["student, untrained"][row_key], *values]
 
 
@@ -432,8 +483,9 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][-1] else []
+    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][1] else []
     panels += [_plot_terms] if _term_names(outcome) else []
+    panels = panels or [_plot_nothing]
     size = (5.5 * len(panels), 4.4)
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=size, layout="constrained", squeeze=False
@@ -444,9 +496,15 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _plot_nothing(axes: Any, outcome: dict[str, Any]) -> None:
+    """An encoder that was trained for fewer steps than `logging_steps` has no curve."""
+    last = max(map(_last_step, outcome["curves"].values()), default=0)
+    axes.set(title=f"No loss was logged in {last} steps", yticks=[])
 
 
 def _plot_labels(axes: Any, outcome: dict[str, Any]) -> None:
@@ -465,10 +523,10 @@ def _plot_distance(axes: Any, outcome: dict[str, Any]) -> None:
             _draw(axes, outcome, arm, "kd_loss", "divergence")
             continue
         untrained, trained = (
-            next(row["divergence"] for row in outcome["rows"] if row["name"] == name)
+            next(row.get("divergence", math.nan) for row in outcome["rows"] if row["name"] == name)
             for name in ("student, untrained", f"student, {arm}")
         )
-        last = max(entry["step"] for entry in log)
+        last = _last_step(log)
         style = {"color": COLOURS[arm], "marker": "o", "markersize": 5, "linestyle": "--"}
         axes.plot([0, last], [untrained, trained], label=f"{arm}, held out", **style)
     axes.set(title="Distance from the teacher", ylabel="distillation term, nats")
@@ -505,12 +563,12 @@ def plot_geometry(vectors: dict[str, Tensor], rows: list[dict[str, Any]], path: 
         seen = numpy.ma.masked_equal(found, 0)
         drawn = axes.pcolormesh(edges, edges, seen, norm=scale, cmap="viridis")
         axes.plot(edges[[0, -1]], edges[[0, -1]], color=COLOURS["teacher"], linestyle=":")
-        axes.set(title=f"{name}\nSpearman {spearman[name]:.3f}", xlabel="teacher's cosine")
+        found_spearman = spearman.get(name, math.nan)
+        axes.set(title=f"{name}\nSpearman {found_spearman:.3f}", xlabel="teacher's cosine")
         axes.set_box_aspect(1)
     grid[0][0].set_ylabel("student's cosine")
     figure.colorbar(drawn, ax=list(grid[0]), label="pairs of held-out sentences")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _term_names(outcome: dict[str, Any]) -> list[str]:

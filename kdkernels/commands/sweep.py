@@ -15,21 +15,25 @@ import math
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .. import divergences
 from ..options import DIVISOR, divides
+from ..training.folders import check_can_be_made, content, plain, write_json, write_text
 from ..training.tasks import ENCODER
 from ..training.teachers import Student
 from . import report
 from .distill import evaluate, make_trainer
 from .experiment import Experiment
+from .output import check_inputs, check_replaced, check_resume, holds_keys
+from .rehearsal import check_training, on_first_process
 
 #: Metric -> whether larger is better.
 METRICS = {"loss": False, "agreement": True, "accuracy": True}
-RESULT_FILES = ("sweep.json", "sweep.md", "sweep.png", "best.yaml")
+SWEEP_FILE = "sweep.json"
+RESULT_FILES = (SWEEP_FILE, "sweep.md", "sweep.png", "best.yaml")
 
 
 @dataclass
@@ -122,48 +126,183 @@ def check(experiment: Experiment, sweep: SweepArguments) -> None:
     experiment.teacher.check(student._replace(temperatures=temperatures))
 
 
+def check_folder(
+    output: Path, overwrite: bool, resume: str | None, options: dict[str, Any]
+) -> None:
+    """ValueError unless a sweep may write into ``output``: a new one, or the rest of an old one.
+
+    Arguments as for :func:`kdkernels.commands.output.check_output`.
+    """
+    check_can_be_made("output_dir", output)
+    check_resume(overwrite, resume)
+    earlier = _earlier(output)
+    if resume is not None and earlier is None:
+        raise ValueError(f"resume_from_checkpoint: no {SWEEP_FILE} in {str(output)!r}")
+    if resume is None and content(output) and (overwrite or _is_finished(earlier)):
+        linked = any((output / name).is_symlink() for name in RESULT_FILES)
+        check_replaced(output, overwrite, earlier is not None and not linked)
+    check_inputs(output, RESULT_FILES, options)
+
+
+def _earlier(output: Path) -> dict[str, Any] | None:
+    """What the file of an earlier sweep in ``output`` holds; None: there is none."""
+    path = output / SWEEP_FILE
+    if not holds_keys(path, {"metric", "trials", "configuration"}):
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _is_finished(earlier: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do for the same command; a folder without a sweep counts so."""
+    return earlier is None or earlier.get("best") is not None
+
+
+def _same(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The options that a trial depends on, beside its own setting."""
+    varied = {field.name for field in fields(SweepArguments)} - {"sweep_steps"}
+    others = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+    return {name: v for name, v in configuration.items() if name not in varied | others}
+
+
+def trials_before(experiment: Experiment) -> list[dict[str, Any]]:
+    """The trials of an interrupted sweep in the output folder, those that failed left out.
+
+    ValueError if they were made with other options.
+    """
+    earlier = _earlier(experiment.output)
+    if experiment.run_args.overwrite_output_dir or earlier is None:
+        return []
+    then, now = _same(earlier["configuration"]), _same(experiment.configuration)
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"output_dir: the sweep in {str(experiment.output)!r} was made with another "
+            f"{', '.join(changed)}; choose another folder or --overwrite_output_dir"
+        )
+    return [row for row in earlier["trials"] if "error" not in row]
+
+
+def rehearse(experiment: Experiment, sweep: SweepArguments) -> None:
+    """ValueError (one line) if the trials, or the files of the sweep, cannot be made."""
+
+    def rehearsal(experiment: Experiment, scratch: Path) -> None:
+        settings = sweep.settings(experiment.args.seed)
+        changes = _changes(sweep, scratch) | settings[0]
+        check_training(make_trainer(experiment, "trial", experiment.student, True, **changes))
+        measured = dict.fromkeys(METRICS, 1.0)
+        rows = [_row(setting) | measured for setting in settings]
+        problems = _write(experiment, _outcome(experiment, sweep, rows, settings, 1.0), scratch)
+        if problems:
+            raise ValueError(problems[0])
+
+    on_first_process(experiment, rehearsal)
+
+
 def run(experiment: Experiment, sweep: SweepArguments) -> dict[str, Any]:
-    """Every trial, and their files in the output folder; returns what ``sweep.json`` holds."""
+    """Every trial, and their files in the output folder; returns what ``sweep.json`` holds.
+
+    A trial is written as soon as it is done. One that fails is written with its error, and the
+    others go on.
+    """
     started = time.perf_counter()
     settings = sweep.settings(experiment.args.seed)
-    output = experiment.output
-    scratch = output / "trials"
-    changes: dict[str, Any] = {"output_dir": str(scratch)}
-    changes |= {"save_strategy": "no", "eval_strategy": "no"}
-    if sweep.sweep_steps is not None:
-        changes |= {"max_steps": sweep.sweep_steps}
-    rows = []
+    done = {_key(row): row for row in trials_before(experiment)}
+    rows: list[dict[str, Any]] = []
+    scratch = experiment.output / "trials"
+    main_process = experiment.args.process_index == 0
     for number, setting in enumerate(settings, start=1):
-        student = copy.deepcopy(experiment.student)
         title = f"trial {number} of {len(settings)}"
-        trained = make_trainer(experiment, title, student, True, **changes | setting).train()
-        row = evaluate(experiment, title, student) | {"steps": trained.global_step}
-        # The table's "divergence" is a number: the setting's name goes beside it.
-        row |= {"temperature": setting["temperature"], "alpha": setting["alpha"]}
-        row["divergence_name"] = setting["divergence"]
+        if main_process:
+            _keep(experiment, _outcome(experiment, sweep, rows, [], time.perf_counter() - started))
+        row = done.get(_key(_row(setting)))
+        told = " (of the earlier sweep)" if row is not None else ""
+        if row is None:
+            row = _trial(experiment, title, setting, _changes(sweep, scratch))
         rows.append(row)
-        if experiment.args.process_index == 0:
-            print(f"{title}: {_words(setting)}: {sweep.sweep_metric} {row[sweep.sweep_metric]:.4f}")
+        if main_process:
+            found = (
+                row.get("error") or f"{sweep.sweep_metric} {_value(row, sweep.sweep_metric):.4f}"
+            )
+            print(f"{title}: {_words(setting)}: {found}{told}")
             sys.stdout.flush()
     if scratch.is_dir() and not any(scratch.iterdir()):
         scratch.rmdir()
-    best = min(range(len(rows)), key=lambda at: _rank(rows[at], sweep.sweep_metric))
-    outcome = {
-        "metric": sweep.sweep_metric,
-        "trials": rows,
-        "best": settings[best],
-        "seed": experiment.args.seed,
-        "seconds": time.perf_counter() - started,
-    }
-    if experiment.args.process_index == 0:
-        _write(experiment, outcome)
+    outcome = _outcome(experiment, sweep, rows, settings, time.perf_counter() - started)
+    if main_process:
+        _keep(experiment, outcome)
+        outcome["problems"] += _write(experiment, outcome, experiment.output)
     return outcome
 
 
+def _changes(sweep: SweepArguments, scratch: Path) -> dict[str, Any]:
+    """The changes of the run's arguments that are common to all trials."""
+    changes: dict[str, Any] = {"output_dir": str(scratch)}
+    changes |= {"save_strategy": "no", "eval_strategy": "no"}
+    return changes if sweep.sweep_steps is None else changes | {"max_steps": sweep.sweep_steps}
+
+
+def _row(setting: dict[str, Any]) -> dict[str, Any]:
+    """A trial's setting as a part of its row, whose "divergence" is a number."""
+    return {
+        "temperature": setting["temperature"],
+        "alpha": setting["alpha"],
+        "divergence_name": setting["divergence"],
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["temperature"], row["alpha"], row["divergence_name"]
+
+
+def _trial(
+    experiment: Experiment, title: str, setting: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Train a copy of the student; its row, or one with the ``error`` that stopped it."""
+    student = copy.deepcopy(experiment.student)
+    problems: list[str] = []
+    with report.told(problems, title):
+        trained = make_trainer(experiment, title, student, True, **changes | setting).train()
+        row = evaluate(experiment, title, student) | {"steps": trained.global_step}
+        return row | _row(setting)
+    return {"name": title, "error": problems[0]} | _row(setting)
+
+
+def _outcome(
+    experiment: Experiment,
+    sweep: SweepArguments,
+    rows: list[dict[str, Any]],
+    settings: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of ``sweep.json``; an unfinished one, without ``settings``, has no best."""
+    metric, best = sweep.sweep_metric, None
+    problems = [row["error"] for row in rows if "error" in row]
+    if settings:
+        ranks = [_rank(row, metric) for row in rows]
+        at = min(range(len(rows)), key=ranks.__getitem__)
+        best = settings[at] if math.isfinite(ranks[at]) else None
+        problems += [] if best is not None else [f"no trial has a finite {metric}"]
+    return {
+        "metric": metric,
+        "trials": rows,
+        "best": best,
+        "seed": experiment.args.seed,
+        "seconds": seconds,
+        "configuration": experiment.configuration,
+        "problems": problems,
+    }
+
+
+def _value(row: dict[str, Any], metric: str) -> float:
+    """The metric of a trial; NaN if it failed, or was NaN and is read from JSON."""
+    value = row.get(metric)
+    return math.nan if value is None else float(value)
+
+
 def _rank(row: dict[str, Any], metric: str) -> float:
-    """Smaller is better; NaN last."""
-    value: float = row[metric]
-    if math.isnan(value):
+    """Smaller is better; what is not finite last."""
+    value = _value(row, metric)
+    if not math.isfinite(value):
         return math.inf
     return -value if METRICS[metric] else value
 
@@ -178,35 +317,47 @@ def table(outcome: dict[str, Any]) -> str:
     ordered = sorted(outcome["trials"], key=lambda row: _rank(row, metric))
     lines = [["divergence", "T", "alpha", "held-out loss", "agreement", "accuracy"]]
     for row in ordered:
-        numbers = [f"{row['temperature']:g}", f"{row['alpha']:g}", f"{row['loss']:.4f}"]
-        numbers += [f"{row['agreement']:.1%}", f"{row['accuracy']:.1%}"]
+        numbers = [f"{row['temperature']:g}", f"{row['alpha']:g}", f"{_value(row, 'loss'):.4f}"]
+        numbers += [f"{_value(row, name):.1%}" for name in ("agreement", "accuracy")]
         lines.append([row["divergence_name"], *numbers])
     return report.markdown(lines)
 
 
-def _write(experiment: Experiment, outcome: dict[str, Any]) -> None:
+def _keep(experiment: Experiment, outcome: dict[str, Any]) -> None:
+    """``sweep.json`` as far as the sweep has come."""
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    write_json(experiment.output / SWEEP_FILE, outcome)
+
+
+def _write(experiment: Experiment, outcome: dict[str, Any], output: Path) -> list[str]:
+    """The files beside ``sweep.json``; returns what cannot be written."""
     import yaml
 
-    output = experiment.output
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "sweep.json").write_text(json.dumps(outcome, indent=1, default=str) + "\n")
-    _plot(outcome, output / "sweep.png")
-    best = {
-        name: value
-        for name, value in experiment.configuration.items()
-        if not name.startswith("sweep_") and name not in ("output_dir", "overwrite_output_dir")
-    }
-    comment = (
-        f"# Best of {len(outcome['trials'])} trials by {outcome['metric']} (one seed, "
-        f"{outcome['seed']}; a short budget): `kdkernels distill best.yaml --output_dir ...`\n"
-    )
-    text = yaml.safe_dump(json.loads(json.dumps(best | outcome["best"], default=str)))
-    (output / "best.yaml").write_text(comment + text, encoding="utf-8")
+    problems: list[str] = []
+    best, told = outcome["best"], "No trial has a finite result"
+    if best is not None:
+        told = f"Best: {_words(best)}, by {outcome['metric']}"
+        names = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+        options = {
+            name: value
+            for name, value in experiment.configuration.items()
+            if not name.startswith("sweep_") and name not in names
+        }
+        comment = (
+            f"# Best of {len(outcome['trials'])} trials by {outcome['metric']} (one seed, "
+            f"{outcome['seed']}; a short budget): `kdkernels distill best.yaml --output_dir ...`\n"
+        )
+        with report.told(problems, "best.yaml: not written"):
+            write_text(output / "best.yaml", comment + yaml.safe_dump(plain(options | best)))
     note = (
-        f"Best: {_words(outcome['best'])}, by {outcome['metric']}. One seed: trials that differ by "
-        "a few percent are not told apart.\n\n![Heat map](sweep.png)\n"
+        f"{told}. One seed: trials that differ by a few percent are not told apart.\n\n"
+        "![Heat map](sweep.png)\n"
     )
-    (output / "sweep.md").write_text(f"# Sweep\n\n{table(outcome)}\n\n{note}", encoding="utf-8")
+    with report.told(problems, "sweep.md: not written"):
+        write_text(output / "sweep.md", f"# Sweep\n\n{table(outcome)}\n\n{note}")
+    with report.told(problems, "sweep.png: not drawn"):
+        _plot(outcome, output / "sweep.png")
+    return problems
 
 
 def _plot(outcome: dict[str, Any], path: Path) -> None:
@@ -218,8 +369,9 @@ def _plot(outcome: dict[str, Any], path: Path) -> None:
 
     metric, rows = outcome["metric"], outcome["trials"]
     names = list(dict.fromkeys(row["divergence_name"] for row in rows))
-    values = [row[metric] for row in rows if math.isfinite(row[metric])] or [0.0]
-    style = {"vmin": min(values), "vmax": max(values)}
+    found = [_value(row, metric) for row in rows]
+    values = [value for value in found if math.isfinite(value)] or [0.0]
+    style: dict[str, Any] = {"vmin": min(values), "vmax": max(values)}
     style |= {"cmap": "viridis" if METRICS[metric] else "viridis_r"}
     figure, grid = pyplot.subplots(
         1, len(names), figsize=(4.6 * len(names) + 1, 4.2), layout="constrained", squeeze=False
@@ -229,8 +381,7 @@ def _plot(outcome: dict[str, Any], path: Path) -> None:
         drawn = _panel(axes, mine, metric, style)
         axes.set(title=name, xlabel="temperature", ylabel="alpha")
     figure.colorbar(drawn, ax=list(grid[0]), label=f"held-out {metric}")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    report.save_figure(figure, path)
 
 
 def _panel(axes: Any, rows: list[dict[str, Any]], metric: str, style: dict[str, Any]) -> Any:
@@ -238,9 +389,9 @@ def _panel(axes: Any, rows: list[dict[str, Any]], metric: str, style: dict[str, 
     temperatures, alphas = (sorted({row[key] for row in rows}) for key in ("temperature", "alpha"))
     if len(temperatures) * len(alphas) != len(rows):
         axes.set_xscale("log")
-        places = [[row[key] for row in rows] for key in ("temperature", "alpha", metric)]
+        places = [[_value(row, key) for row in rows] for key in ("temperature", "alpha", metric)]
         return axes.scatter(places[0], places[1], c=places[2], s=90, **style)
-    found = {(row["alpha"], row["temperature"]): row[metric] for row in rows}
+    found = {(row["alpha"], row["temperature"]): _value(row, metric) for row in rows}
     matrix = [[found[a, t] for t in temperatures] for a in alphas]
     axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
     axes.set_yticks(range(len(alphas)), [f"{a:g}" for a in alphas])

@@ -1,6 +1,6 @@
 """The teacher's outputs on disk, so that a second run needs no teacher.
 
-A cache is a folder: ``cache.json`` (written last: a folder without it is unfinished) and shards
+A cache is a folder, which takes its place when it is whole: ``cache.json`` and shards
 ``rows-00000.safetensors``. A row is one prediction: a token, or a classifier's example. Examples
 are found by their token ids, so order, batch size and padding do not matter; which examples a
 cache has is fixed.
@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import batches
-from .folders import check_new
+from .folders import check_new, write_json, written_whole
 from .models import output_width, parameter_count
 from .tasks import SEQUENCE, Task, task_of
 
@@ -211,27 +211,27 @@ def cache_teacher(
     vocab = output_width(teacher, task)
     if top_k is not None and not 1 <= top_k < vocab:
         raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
-    output.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(output, top_k, temperature)
-    for batch in batches(items, batch_size):
-        inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
-        moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
-        writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
-    writer.flush()
-    info = CacheInfo(
-        format=FORMAT,
-        task=task.name,
-        model=fingerprint or model_fingerprint(teacher),
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        name=name,
-        parameters=parameter_count(teacher),
-        vocab=vocab,
-        top_k=top_k,
-        temperature=temperature,
-        examples=len(writer.keys),
-        rows=writer.rows,
-    )
-    (output / META_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n")
+    with written_whole(output) as scratch:
+        writer = _Writer(scratch, top_k, temperature)
+        for batch in batches(items, batch_size):
+            inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
+            moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
+            writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
+        writer.flush()
+        info = CacheInfo(
+            format=FORMAT,
+            task=task.name,
+            model=fingerprint or model_fingerprint(teacher),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            name=name,
+            parameters=parameter_count(teacher),
+            vocab=vocab,
+            top_k=top_k,
+            temperature=temperature,
+            examples=len(writer.keys),
+            rows=writer.rows,
+        )
+        write_json(scratch / META_FILE, asdict(info))
     return info
 
 

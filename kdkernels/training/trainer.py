@@ -11,6 +11,7 @@ optimizer and of the checkpoints.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..functional import KDLossOutput, fused_kd_loss
 from ..linear import fused_linear_kd_loss
+from . import checkpoints
 from .arguments import DistillationArguments
+from .folders import plain
 from .output_layer import Heads, Hidden, find_heads
 from .recorder import Features, run_without
+from .redaction import is_secret
+from .saving import not_finite, repair_generation
 from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
 from .teacher_cache import TeacherCache
 from .teachers import Student, teacher_of
@@ -98,6 +103,10 @@ class DistillationTrainer(Trainer):
     exp(ce_loss)`` of language models; there, labels are never smoothed. Every other term is logged
     as ``<term>_loss``, without its weight.
 
+    Training goes on (``train(resume_from_checkpoint=...)``) from a whole checkpoint only: ``True``
+    takes the newest whole one and logs what is wrong with newer ones. A checkpoint of weights that
+    are not finite is not written. ``hub_token`` is in no checkpoint.
+
     Args:
         model: the student; or leave it out and give ``model_init``.
         args: :class:`DistillationArguments`.
@@ -112,7 +121,8 @@ class DistillationTrainer(Trainer):
         TypeError: ``args`` is not a :class:`DistillationArguments`.
         ValueError: no teacher, another task, different vocabularies, labels or tokenizers, a
             teacher that shares parameters with the student, layers that do not exist, or
-            ``compute_loss_func``.
+            ``compute_loss_func``; by ``train``: a checkpoint that is damaged or incomplete.
+        FloatingPointError: by ``train``: a checkpoint is due, and weights are NaN or infinite.
     """
 
     args: DistillationArguments
@@ -137,6 +147,9 @@ class DistillationTrainer(Trainer):
         # the labels are shifted inside the loss, whatever the model's own loss would do.
         self.task = task_of(self.model)
         check_config(self.task, self.model.config, "model")
+        repaired = repair_generation(self.model)
+        if repaired is not None:
+            logger.warning(repaired)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.task.shift
         student = Student.of(self.model, self.task, args, self.processing_class)
@@ -148,6 +161,7 @@ class DistillationTrainer(Trainer):
         self._evaluated = Sums()
         self._update: Counts | None = None
         self._starts_update = True
+        self._resumes = False
         self._teacher = teacher_of(teacher, teacher_processing_class, teacher_cache)
         self._teacher.check(student)
         self.terms = self._teacher.begin(student)
@@ -500,6 +514,15 @@ class DistillationTrainer(Trainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def metric_names(self) -> list[str]:
+        """What an evaluation measures, without the prefix ``eval_``."""
+        names = ["loss"]
+        if self.task.labels is not None:
+            names += ["ce_loss", "accuracy"]
+            names += ["kd_loss", "agreement"] if self._response_has_teacher else []
+            names += [] if self.task in (SEQUENCE, TOKEN) else ["perplexity"]
+        return names + [f"{name}_loss" for name in self._weights if name != "response"]
+
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
         """Every sum over its own denominator; ``loss`` is of all terms, at end weights."""
         counts = {name: sums.pop(name, 0.0) for name in ("tokens", "positions", "examples")}
@@ -559,16 +582,111 @@ class DistillationTrainer(Trainer):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         return loss
 
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """The base class's training, which goes on from a whole checkpoint or not at all."""
+        given: str | None = None
+        if resume_from_checkpoint is True:
+            given = str(self.newest_checkpoint(required=True))
+        elif resume_from_checkpoint:
+            given = str(resume_from_checkpoint)
+            reason = checkpoints.damage(Path(given), *self.checkpoint_files())
+            if reason is not None:
+                raise ValueError(f"resume_from_checkpoint: {given!r}: {reason}")
+        return super().train(given, *args, **kwargs)
+
+    def newest_checkpoint(self, required: bool = False) -> Path | None:
+        """The newest whole checkpoint in ``output_dir``; newer ones are told of in the log.
+
+        ValueError if there is none and one is ``required``.
+        """
+        folder = Path(str(self.args.output_dir))
+        newest, damaged = checkpoints.newest_whole(folder, *self.checkpoint_files())
+        told = "; ".join(damaged)
+        if newest is None and required:
+            why = f" ({told})" if damaged else ""
+            raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {str(folder)!r}{why}")
+        if damaged and self.is_world_process_zero():
+            start = "the beginning" if newest is None else newest.name
+            logger.warning(f"{folder}: training goes on from {start}; {told}")
+        return newest
+
+    def checkpoint_files(self) -> tuple[list[str], bool]:
+        """What a checkpoint of this training holds, as :func:`checkpoints.damage` takes it."""
+        needed = checkpoints.rng_files(self.args.world_size)
+        # DeepSpeed and FSDP have formats of their own for weights and optimizer.
+        if self.is_deepspeed_enabled:
+            return needed, False
+        needed.append(checkpoints.SCHEDULER_FILE)
+        if not self.is_fsdp_enabled:
+            needed.append(checkpoints.OPTIMIZER_FILE)
+        if getattr(self.accelerator, "scaler", None) is not None:
+            needed.append(checkpoints.SCALER_FILE)
+        if self.terms is not None:
+            needed.append(TERMS_FILE)
+        return needed, not self.is_fsdp_enabled
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's checkpoint, of finite weights and in JSON that every parser reads."""
+        name = not_finite(self.model)
+        # A process may hold a part of the weights: all of them stop, or none.
+        bad = torch.tensor(float(name is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        if bad > 0:
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {name or 'a weight of another process'} is not "
+                "finite; no checkpoint is written of it"
+            )
+        state = self.state
+        history, best = state.log_history, state.best_metric
+        state.log_history, state.best_metric = plain(history), plain(best)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            state.log_history, state.best_metric = history, best
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The student alone, and what the terms have learnt in a file of its own."""
         if state_dict is not None:
             prefix = f"{_TERMS_NAME}."
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-        with self._attached_terms(False):
+        with self._attached_terms(False), self._without_secrets():
             super()._save(output_dir, state_dict)
         if self.terms is not None and self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             save_file(self.terms.state_dict(), folder / TERMS_FILE)
+
+    @contextlib.contextmanager
+    def _without_secrets(self) -> Iterator[None]:
+        """The arguments as they are pickled beside the weights, which may be published."""
+        given = self.args
+        self.args = copy.copy(given)
+        for name in vars(given):
+            if is_secret(name):
+                setattr(self.args, name, None)
+        try:
+            yield
+        finally:
+            self.args = given
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuses to go on from a checkpoint that lacks weights: they would stay as they are."""
+        if not self._resumes:
+            super()._issue_warnings_after_load(load_result)
+            return
+        tensors = self.model.state_dict(keep_vars=True)
+        missing = [name for name in load_result.missing_keys if name in tensors]
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+        lacking = [name for name in missing if id(tensors[name]) not in loaded]  # else: tied
+        if lacking:
+            raise ValueError(
+                f"resume_from_checkpoint: the checkpoint lacks {len(lacking)} weights of the "
+                f"student ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
+            )
 
     def _load_terms(self, folder: str) -> None:
         if self.terms is not None and (Path(folder) / TERMS_FILE).exists():
@@ -577,8 +695,12 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        with self._attached_terms(False):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumes = True
+        try:
+            with self._attached_terms(False):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            self._resumes = False
         self._load_terms(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
