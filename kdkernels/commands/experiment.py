@@ -149,6 +149,9 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        for name in ("train_text", "validation_text"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: '' names no text")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length: {self.sequence_length} is not at least 2")
         if not 0 < self.validation_fraction < 1:

@@ -145,9 +145,11 @@ class DistillationArguments(TermArguments, TrainingArguments):
                 raise ValueError(f"{name}: {value} is not at least {least}")
         if self.seed >= 2**32:
             raise ValueError(f"seed: {self.seed} is not less than 2^32")
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            self._check_number(name, value, value >= 0, ">= 0")
+            if value is not None:
+                self._check_number(name, value, value >= 0, ">= 0")
+        self._check_number("num_train_epochs", self.num_train_epochs, True, "a number")
 
     @staticmethod
     def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..dtypes import AUTO, DTYPES
-from .tasks import CAUSAL_LM, SEQUENCE, TOKEN, Task, check_config
+from .tasks import CAUSAL_LM, ENCODER, SEQUENCE, TOKEN, Task, check_config
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,19 @@ class ModelSource:
         loader = task.auto_class.from_pretrained
         if self.is_gguf:
             return _without_gguf(self._load(loader, "model", dtype=dtype))
+        if (self.path / "generation_config.json").exists():  # transformers passes a bad one over
+            self._load(GenerationConfig.from_pretrained, "generation configuration")
         model, loading = self._load(loader, "model", dtype=dtype, output_loading_info=True)
-        # What a file lacks starts at random. A student may: a classifier's layer on a language
-        # model. The pooler of an encoder is not used.
+        # What a file lacks starts at random. The pooler of an encoder is not used.
         lacking = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
-        if lacking and self.option == "teacher":
+        if self.option == "student":  # may get a new head: a classifier's on a language model
+            body = f"{model.base_model_prefix}."
+            lacking = [name for name in lacking if name.startswith(body) or task is ENCODER]
+        if lacking:
             raise ValueError(
-                f"teacher: {self.name!r} lacks {len(lacking)} weights of a {type(model).__name__} "
-                f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}); they would be "
-                "random numbers"
+                f"{self.option}: {self.name!r} lacks {len(lacking)} weights of a "
+                f"{type(model).__name__} ({', '.join(lacking[:3])}"
+                f"{', ...' if len(lacking) > 3 else ''}); they would be random numbers"
             )
         return model
 
@@ -177,14 +182,17 @@ def parse_layers(text: str, available: int) -> list[int]:
     layers: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            layers.extend(range(int(first), int(last or first) + 1))
+            first, dash, last = part.strip().partition("-")
+            ends = int(first), int(last if dash else first)
+            if max(ends) >= available:  # before a range of any length is made
+                raise IndexError(f"student_layers: {max(ends)} is outside 0..{available - 1}")
+            layers.extend(range(ends[0], ends[1] + 1))
+    except IndexError as error:
+        raise ValueError(str(error)) from None
     except ValueError as error:
         raise ValueError(f"student_layers: {text!r} is not a list such as 0,1,5-7") from error
     if layers != sorted(set(layers)) or not layers:
         raise ValueError(f"student_layers: {text!r} is not strictly increasing")
-    if layers[-1] >= available:
-        raise ValueError(f"student_layers: {layers[-1]} is outside 0..{available - 1}")
     return layers
 
 

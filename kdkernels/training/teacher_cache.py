@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,6 +62,13 @@ class CacheInfo:
     temperature: float  #: of a top-k cache
     examples: int
     rows: int
+
+    def check_types(self) -> None:
+        """TypeError unless every field has the type that it is declared with."""
+        for name, kind in get_type_hints(CacheInfo).items():
+            value = getattr(self, name)
+            if not isinstance(value, float | int if kind is float else kind):
+                raise TypeError(f"{name}: {value!r}")
 
 
 # ---- fingerprints -------------------------------------------------------------------------------
@@ -261,6 +268,7 @@ class TeacherCache:
         try:
             settings = json.loads((self.folder / META_FILE).read_text())
             self.info = CacheInfo(**settings)
+            self.info.check_types()
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{where} holds no finished cache (no {META_FILE})") from None
         except (TypeError, ValueError) as error:
@@ -299,6 +307,8 @@ class TeacherCache:
             names = shard.keys()
             shapes = {name: shard.get_slice(name).get_shape() for name in names}
             rows = sum(lengths)
+            if any(length < 0 for length in lengths):
+                raise ValueError(f"lengths: {lengths}")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is damaged, or no part of a cache ({error})") from error
         vocab, top_k = self.info.vocab, self.info.top_k
@@ -366,8 +376,15 @@ class TeacherCache:
         shard = self._shards[shard_index]
         if self.info.top_k is None:
             return shard.get_slice("logits")[first:last]
-        parts = (shard.get_slice(name)[first:last] for name in ("log_probs", "ids", "tail"))
-        log_p = spread(*parts, vocab=self.info.vocab)
+        log_probs, ids, tail = (
+            shard.get_slice(name)[first:last] for name in ("log_probs", "ids", "tail")
+        )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.info.vocab:
+            raise ValueError(
+                f"teacher_cache: {str(self.folder)!r} is damaged: its ids are not all in "
+                f"0..{self.info.vocab - 1}"
+            )
+        log_p = spread(log_probs, ids, tail, vocab=self.info.vocab)
         return log_p * self.info.temperature  # softmax(z / T) is what was kept
 
 
