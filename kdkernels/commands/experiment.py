@@ -24,6 +24,7 @@ from ..dtypes import WEIGHT_DTYPES
 from ..training import models
 from ..training.arguments import DistillationArguments
 from ..training.folders import plain
+from ..training.layer_configs import layer_count
 from ..training.models import ModelSource
 from ..training.redaction import without_secrets
 from ..training.saving import not_finite, repair_generation
@@ -452,7 +453,7 @@ def build_student(
     dtype = model_args.student_dtype
     if source is None:
         assert teacher.model is not None
-        available = teacher.model.config.num_hidden_layers
+        available = layer_count(teacher.model.config, "teacher")
         layers = models.parse_layers(model_args.student_layers or "", available)
         return models.in_dtype(models.keep_layers(teacher.model, layers), dtype)
     set_seed(seed)

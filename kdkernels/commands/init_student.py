@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..dtypes import WEIGHT_DTYPES
 from ..losses.features import layer_map
 from ..training.folders import check_new, write_text, written_whole
+from ..training.layer_configs import layer_count
 from ..training.models import ModelSource, in_dtype, keep_layers, parse_layers
 from ..training.redaction import redacted
 from ..training.saving import repair_generation
@@ -51,12 +52,13 @@ def make_student(
     source.check()
     config = source.config()
     check_config(TASKS[task], config, "teacher")
-    kept = choose(layers, config.num_hidden_layers)
+    available = layer_count(config, "teacher")
+    kept = choose(layers, available)
     tokenizer, model = source.tokenizer(), source.model(dtype, TASKS[task])
     student = in_dtype(keep_layers(model, kept), dtype)
     repair_generation(student)
     card = _CARD.format(
-        teacher=teacher, layers=", ".join(map(str, kept)), available=config.num_hidden_layers
+        teacher=teacher, layers=", ".join(map(str, kept)), available=available
     )
     with written_whole(output) as new:
         student.save_pretrained(new)

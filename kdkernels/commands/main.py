@@ -217,6 +217,7 @@ def _student_options(parser: argparse.ArgumentParser) -> None:
 def init_student(options: argparse.Namespace) -> int:
     """``kdkernels init-student --teacher X --layers 0,2,5 --output_dir OUT``."""
     _quiet_libraries()
+    from ..training.layer_configs import layer_count
     from ..training.models import parameter_count
     from .init_student import make_student
 
@@ -230,7 +231,7 @@ def init_student(options: argparse.Namespace) -> int:
         )
     except Exception as error:
         return _refuse("init-student", error)
-    layers, size = student.config.num_hidden_layers, parameter_count(student) / 1e6
+    layers, size = layer_count(student.config, "layers"), parameter_count(student) / 1e6
     print(f"{options.output_dir}: {layers} layers, {size:.1f} M parameters")
     return 0
 

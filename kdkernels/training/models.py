@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from ..dtypes import AUTO, DTYPES
+from .layer_configs import layer_count, parts, shortened, text_config
 from .tasks import CAUSAL_LM, ENCODER, SEQUENCE, TOKEN, Task, check_config
 
 
@@ -136,7 +139,7 @@ def tokenizer_difference(
 def vocab_size(model: PreTrainedModel) -> int:
     """Width of a language model's logits: rows of the output embedding, else of the config."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    return int(model.config.vocab_size if weight is None else weight.shape[0])
+    return int(text_config(model.config).vocab_size if weight is None else weight.shape[0])
 
 
 def output_width(model: PreTrainedModel, task: Task) -> int:
@@ -150,31 +153,50 @@ def from_config(source: ModelSource, dtype: str, task: Task = CAUSAL_LM) -> PreT
     """A student with random weights from the configuration of ``source``."""
     config = source.config()
     check_config(task, config, source.option)
-    torch_dtype = torch.float32 if dtype == AUTO else DTYPES[dtype]
-    return task.auto_class.from_config(config, dtype=torch_dtype)
+    return in_dtype(task.auto_class.from_config(config, dtype=torch.float32), dtype)
 
 
 def in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """``model`` itself, its weights in the dtype of this name; "auto": as they are."""
-    module: nn.Module = model  # transformers hides the signature of `to`
-    if dtype != AUTO:
-        module.to(DTYPES[dtype])
+    """``model`` itself, its weights in the dtype of this name; "auto": as they are.
+
+    As ``from_pretrained`` would load them: what an architecture keeps in float32 stays, and so do
+    buffers that are not saved (rounded frequencies of rotary embeddings are other positions).
+    """
+    if dtype == AUTO:
+        return model
+    wanted = DTYPES[dtype]
+    wide = model._get_dtype_plan(wanted)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(next((wide[k] for k in wide if k in name), wanted))
     return model
 
 
 def decoder_layers(model: PreTrainedModel, option: str = "student_layers") -> tuple[nn.Module, str]:
     """The module that owns the list of transformer layers, and the list's attribute name.
 
+    Of a vision-language model: the layers of the text model.
     ValueError, naming ``option``, if no list has exactly ``num_hidden_layers`` modules.
     """
-    count = model.config.num_hidden_layers
-    for module in model.modules():
+    count = layer_count(model.config, option)
+    for module in _text_model(model).modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, name
     raise ValueError(
         f"{option}: {type(model).__name__} has no list of {count} layers to choose from"
     )
+
+
+def _text_model(model: PreTrainedModel) -> nn.Module:
+    """The part of ``model`` that its text configuration describes."""
+    kind = type(text_config(model.config))
+    if kind is type(model.config):
+        return model
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module.config) is kind:
+            return module
+    return model.get_decoder()
 
 
 def parse_layers(text: str, available: int) -> list[int]:
@@ -197,26 +219,215 @@ def parse_layers(text: str, available: int) -> list[int]:
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A copy of ``teacher`` that has only the given layers, renumbered; nothing is shared."""
+    """A model of only the given layers of ``teacher``, renumbered; nothing is shared.
+
+    It is made from the configuration that will be saved with it, as its folder will be loaded, and
+    gets the teacher's weights. Then it has to be the teacher without the other layers, in each
+    property of a layer and in the outputs for some tokens: layers may depend on their number
+    (dense ones among those with experts, windows, scales), and not every configuration can say so.
+
+    Raises:
+        ValueError: it is not; with the first difference.
+    """
     owner, attribute = decoder_layers(teacher)
-    original = getattr(owner, attribute)
-    try:  # Copy only what is kept.
-        setattr(owner, attribute, nn.ModuleList(original[i] for i in layers))
-        student = copy.deepcopy(teacher)
+    try:
+        if getattr(teacher.config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised; name the model that it was made from")
+        student = _rebuilt(teacher, owner, attribute, layers)
+        ours = getattr(*decoder_layers(student))
+        _check_properties(ours, getattr(owner, attribute), layers)
+        _check_outputs(student, teacher, layers)
+    except ValueError as error:
+        raise ValueError(
+            f"student_layers: {','.join(map(str, layers))} of {describe(teacher)} would be another "
+            f"model when it is loaded: {error}"
+        ) from error
+    return student.requires_grad_(True).train(teacher.training)
+
+
+def _rebuilt(
+    teacher: PreTrainedModel, owner: nn.Module, attribute: str, layers: Sequence[int]
+) -> PreTrainedModel:
+    """The model of the shortened configuration with the teacher's weights, all of them."""
+    name = next(name for name, module in teacher.named_modules() if module is owner)
+    prefix = f"{name}.{attribute}." if name else f"{attribute}."
+    weights: dict[str, Tensor] = {}
+    for key, tensor in teacher.state_dict().items():
+        number, dot, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix) or not dot:
+            weights[key] = tensor
+        elif int(number) in layers:
+            weights[f"{prefix}{layers.index(int(number))}.{rest}"] = tensor
+    config = shortened(teacher.config, layers)
+    options = {"attn_implementation": teacher.config._attn_implementation}
+    try:
+        with torch.random.fork_rng(devices=[]):  # the random weights are not kept
+            student = type(teacher)._from_config(config, dtype=teacher.dtype, **options)
+    except Exception as error:  # an architecture may fail at a configuration as it likes
+        raise ValueError(f"no model of its configuration ({_in_short(error)})") from error
+    ours = student.to(teacher.device).state_dict(keep_vars=True)
+    for key in sorted(ours.keys() ^ weights.keys()):
+        fate = "random, the teacher has none" if key in ours else "lost, the student has none"
+        raise ValueError(f"{key} would be {fate} there")
+    for key, tensor in ours.items():
+        weight = _of_layers(weights[key].detach(), tensor.shape, layers)
+        if weight.shape != tensor.shape:
+            shapes = tuple(tensor.shape), tuple(weight.shape)
+            raise ValueError(f"{key} would be {shapes[0]}, the teacher's is {shapes[1]}")
+        tensor.data = weight.clone()
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
+def _of_layers(weight: Tensor, shape: torch.Size, layers: Sequence[int]) -> Tensor:
+    """The parts of these layers, if that is what makes a weight that holds all layers' fit.
+
+    Gemma's embeddings of each layer are one matrix, one layer's columns after the other's.
+    """
+    unequal = [at for at, (a, b) in enumerate(zip(weight.shape, shape, strict=False)) if a != b]
+    if weight.ndim != len(shape) or len(unequal) != 1 or shape[unequal[0]] % len(layers):
+        return weight
+    wide = shape[unequal[0]] // len(layers)  # of one layer
+    if weight.shape[unequal[0]] % wide or weight.shape[unequal[0]] // wide <= max(layers):
+        return weight
+    pieces = weight.split(wide, dim=unequal[0])
+    return torch.cat([pieces[i] for i in layers], dim=unequal[0])
+
+
+def _in_short(error: Exception) -> str:
+    """A library's error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+#: Names of integers that say where a layer is and not what it does.
+_NUMBERS = re.compile(r"(^|_)(idx|index|id|num|number|layers|seed)$")
+
+
+def _properties(module: nn.Module) -> dict[str, Any]:
+    """What a module is beside its weights: scalars, and buffers that no file holds."""
+    kinds = (bool, int, float, str, type(None))
+    found = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+    found = {n: v for n, v in found.items() if "cached" not in n and n != "training"}
+    saved = module._non_persistent_buffers_set
+    buffers = {n: b for n, b in module.named_buffers(recurse=False) if n in saved}
+    return {"class": type(module).__name__} | found | buffers
+
+
+def _check_properties(ours: nn.ModuleList, theirs: nn.ModuleList, layers: Sequence[int]) -> None:
+    """ValueError unless each layer is what it was; outputs for a few tokens do not show windows."""
+    for new, old in enumerate(layers):
+        modules = dict(ours[new].named_modules())
+        for name, module in theirs[old].named_modules():
+            want = _properties(module)
+            have = _properties(modules[name]) if name in modules else {}
+            for key, value in want.items():
+                if key not in have:
+                    raise ValueError(f"layer {new} has no {name or 'layer'}.{key}")
+                if not _same(have[key], value) and not (
+                    isinstance(value, int) and _NUMBERS.search(key)
+                ):
+                    where = ".".join(part for part in (name, key) if part)
+                    raise ValueError(
+                        f"{where} of its layer {new} is {_shown(have[key])}, of the teacher's "
+                        f"layer {old} {_shown(value)}"
+                    )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.shape != theirs.shape or torch.equal(ours, theirs)  # some grow with their input
+    return isinstance(ours, Tensor) == isinstance(theirs, Tensor) and ours == theirs
+
+
+def _shown(value: Any) -> str:
+    return "another tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def _check_outputs(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: Sequence[int]
+) -> None:
+    """ValueError unless the student computes what the teacher does without the other layers."""
+    ids = _probe(teacher)
+    try:
+        with without_layers(teacher, layers):
+            theirs = _outputs(teacher, ids)
+        ours = _outputs(student, ids)
+    except Exception as error:  # whatever a model does with a few tokens
+        raise ValueError(f"it cannot be run on tokens alone ({_in_short(error)})") from error
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"its outputs are {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)}"
+        )
+    # The same operations on the same numbers: mostly the same bits, whatever the dtype.
+    largest = float(theirs.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    tolerance = max(1e-5, 2 * torch.finfo(teacher.dtype).eps) * largest
+    if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance, equal_nan=True):
+        difference = float((ours - theirs).nan_to_num(0.0, 0.0, 0.0).abs().max())
+        raise ValueError(
+            f"its outputs differ by {difference:.3g} (the largest is {largest:.3g}) from those of "
+            "the teacher without the other layers"
+        )
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Token ids [1, S] from all over the vocabulary, none of them special."""
+    size = int(text_config(model.config).vocab_size)
+    special = {
+        value
+        for config in parts(model.config)
+        for name, value in vars(config).items()
+        if isinstance(value, int) and name.endswith(("token_id", "token_index"))
+    }
+    plain = torch.tensor([i for i in range(min(size, 4096)) if i not in special] or [0])
+    ids = plain[torch.linspace(0, len(plain) - 1, min(24, len(plain))).long()]
+    return ids[None].to(model.device)
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits, or the last hidden states, of ids [1, S], in ``eval()``, in float32."""
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = model(input_ids=ids, **without_cache(model))
+    return outputs[0 if outputs.get("logits") is None else "logits"].float()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While this is open, ``model`` is in ``eval()``; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
-        setattr(owner, attribute, original)
-    config = student.config
-    # Some architectures list a property of each layer (sliding or full attention) in their config.
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, name, [value[i] for i in layers])
-    config.num_hidden_layers = len(layers)
-    student_owner, _ = decoder_layers(student)
-    for position, layer in enumerate(getattr(student_owner, attribute)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
-    return student.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def without_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
+    """While this is open, only these layers change the hidden states; the others pass them on."""
+
+    def pass_on(_: nn.Module, args: tuple, options: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else options.get("hidden_states")
+        several = isinstance(output, tuple | list)
+        first = output[0] if several else output
+        if not isinstance(hidden, Tensor) or getattr(first, "shape", None) != hidden.shape:
+            raise ValueError(f"a layer of {describe(model)} does not give what it takes")
+        return type(output)([hidden, *output[1:]]) if several else hidden
+
+    layers = getattr(*decoder_layers(model))
+    handles = [
+        layer.register_forward_hook(pass_on, with_kwargs=True)
+        for number, layer in enumerate(layers)
+        if number not in kept
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -230,25 +441,18 @@ def choose_layers(
         keep: how many layers stay.
     """
     model.eval()
-    owner, attribute = decoder_layers(model)
-    original, config = getattr(owner, attribute), model.config
-    kept = list(range(len(original)))
+    kept = list(range(layer_count(model.config, "model")))
 
     def loss(layers: list[int]) -> float:
-        setattr(owner, attribute, nn.ModuleList(original[i] for i in layers))
-        config.num_hidden_layers = len(layers)
-        logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
+        with without_layers(model, layers):
+            logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
         return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
 
-    try:
-        while len(kept) > keep:
-            losses = {drop: loss([i for i in kept if i != drop]) for drop in kept}
-            worst = min(losses, key=losses.__getitem__)
-            kept.remove(worst)
-            report(f"{len(kept)} layers, loss {losses[worst]:.3f}: {','.join(map(str, kept))}")
-    finally:
-        setattr(owner, attribute, original)
-        config.num_hidden_layers = len(original)
+    while len(kept) > keep:
+        losses = {drop: loss([i for i in kept if i != drop]) for drop in kept}
+        worst = min(losses, key=losses.__getitem__)
+        kept.remove(worst)
+        report(f"{len(kept)} layers, loss {losses[worst]:.3f}: {','.join(map(str, kept))}")
     return kept
 
 
@@ -274,9 +478,10 @@ ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn
 
 def attention_dropout(model: PreTrainedModel) -> tuple[str, float]:
     """The config's name and value of the attention dropout; ("", 0.0) if it has none."""
+    config = text_config(model.config)
     for name in ATTENTION_DROPOUTS:
-        if getattr(model.config, name, None):
-            return name, float(getattr(model.config, name))
+        if getattr(config, name, None):
+            return name, float(getattr(config, name))
     return "", 0.0
 
 
@@ -288,9 +493,10 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
         for name in ATTENTION_DROPOUTS:  # Llama and others keep a number instead of a module
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, probability)
-    for name, value in vars(model.config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(model.config, name, probability)
+    for config in parts(model.config):
+        for name, value in vars(config).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(config, name, probability)
 
 
 def describe(model: PreTrainedModel) -> str:

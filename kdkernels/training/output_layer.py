@@ -16,7 +16,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..problem import LOGIT_DTYPES
-from .models import describe
+from .layer_configs import text_config
+from .models import describe, evaluating
 
 #: Logits given to a model to see what it does to them behind its output layer. The last is large
 #: enough for a soft cap to give the cap; one that the cap leaves alone comes first.
@@ -57,7 +58,7 @@ class Head:
     def __init__(self, model: PreTrainedModel) -> None:
         layer = _layer(model)
         self.name = next(name for name, module in model.named_modules() if module is layer)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             self.softcap, self.scale = _after_the_layer(model)
             self._check(model)
 
@@ -201,7 +202,7 @@ def _after_the_layer(model: PreTrainedModel) -> tuple[float | None, float | None
 def _configured(model: PreTrainedModel, measured: float, rounding: float) -> float:
     """The number of the model's configuration, or 1 / it, that was seen here after rounding."""
     candidates = [1.0]
-    for value in vars(model.config).values():
+    for value in vars(text_config(model.config)).values():
         if isinstance(value, float | int) and value:
             candidates += [float(value), 1 / value]
     nearest = min(candidates, key=lambda c: abs(c - measured))
@@ -221,14 +222,3 @@ def _replaced(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
         yield
     finally:
         del layer.forward
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

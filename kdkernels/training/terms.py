@@ -29,6 +29,7 @@ from ..losses.features import (
 )
 from ..losses.relations import POOLINGS, pooled
 from . import schedules
+from .layer_configs import layer_count, text_config
 from .models import attention_dropout, describe
 from .recorder import Features, Needs, Recorder
 from .schedules import Schedule
@@ -173,8 +174,8 @@ def layer_pairs(
     """The pairs of ``args.layer_map``; ValueError, naming both models, if one does not exist."""
     return layer_map(
         args.layer_map,
-        student.config.num_hidden_layers,
-        teacher.config.num_hidden_layers,
+        layer_count(student.config, "student"),
+        layer_count(teacher.config, "teacher"),
         student=f"the student {describe(student)}",
         teacher=f"the teacher {describe(teacher)}",
     )
@@ -230,7 +231,7 @@ class DistillationTerms(nn.Module):
         self.args, self.weights = args, args.resolved_terms() if weights is None else weights
         names = [name for name in self.weights if name != "response"]
         self.names = tuple(names)
-        layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        layers = layer_count(student.config, "student"), layer_count(teacher.config, "teacher")
         pairs = layer_pairs(args, student, teacher) if LAYER_TERMS & set(names) else ()
         self.pairs, self.last = pairs, layers
         self.attention_pairs = tuple(pair for pair in pairs if 0 not in pair)
@@ -247,7 +248,7 @@ class DistillationTerms(nn.Module):
         )
         ours, theirs = self.student.probe(student), self.teacher.probe(teacher)
         self._check(student, ours, theirs)
-        self.heads = args.relation_heads or teacher.config.num_attention_heads
+        self.heads = args.relation_heads or text_config(teacher.config).num_attention_heads
         self._check_heads(ours, theirs)
         projected: list[LayerPair] = list(pairs) if "hidden" in names else []
         projected += [(0, 0)] if "embedding" in names else []
