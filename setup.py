@@ -13,6 +13,8 @@ need (tests/simulate).
 
 import os
 import platform
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,6 +30,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+ENVIRONMENT = runpy.run_path(str(ROOT / "kdkernels" / "environment.py"))  # without torch
 
 # Contraction is off because a*b - c*d must be exactly zero for equal operands (a student that
 # equals its teacher); the kernels ask for a fused multiply-add where they want one.
@@ -74,6 +78,15 @@ def units() -> list[Unit]:
     return found
 
 
+def setting(name: str) -> str | None:
+    """An environment variable of the package; a bad value ends the build with its name."""
+    try:
+        value: str | None = ENVIRONMENT["setting"](name)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return value
+
+
 def compiler() -> list[str]:
     """The C++ compiler as a command line: $CXX if it is set, else the first usual name on PATH."""
     if chosen := os.environ.get("CXX"):
@@ -118,9 +131,7 @@ def gpu_architectures() -> list[str]:
 
 def why_no_cuda() -> str | None:
     """The reason why this build leaves the CUDA kernels out, or None."""
-    wish = os.environ.get("KDKERNELS_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"KDKERNELS_CUDA={wish!r} is not one of auto, 0, 1")
+    wish = setting("KDKERNELS_CUDA") or "auto"
     if wish == "0":
         return "KDKERNELS_CUDA=0"
     reason = None
@@ -139,10 +150,13 @@ def why_no_cuda() -> str | None:
 
 def cuda_architectures() -> list[str]:
     """From KDKERNELS_CUDA_ARCHS, this machine's GPUs, or all that this nvcc knows."""
-    if chosen := os.environ.get("KDKERNELS_CUDA_ARCHS"):
-        return chosen.replace(",", ";").split(";")
+    if chosen := setting("KDKERNELS_CUDA_ARCHS"):
+        archs = [arch.strip() for arch in chosen.replace(",", ";").split(";")]
+        if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+            raise SystemExit(f"KDKERNELS_CUDA_ARCHS={chosen!r} is no list like '80;90'")
+        return archs
     wanted = DEFAULT_CUDA_ARCHS
-    if os.environ.get("KDKERNELS_CUDA", "auto") == "auto":
+    if setting("KDKERNELS_CUDA") in (None, "auto"):
         wanted = tuple(gpu_architectures())
     known = subprocess.run([str(nvcc()), "--list-gpu-code"], capture_output=True, text=True).stdout
     found = [arch for arch in wanted if f"sm_{arch}" in known.split()]
@@ -263,7 +277,7 @@ class NinjaBuild(build_ext):
         if reason := why_no_cuda():
             print(f"kdkernels: building without the CUDA kernels: {reason}", file=sys.stderr)
             return [], []
-        shared = os.environ.get("KDKERNELS_CUDART", "static") == "shared"
+        shared = setting("KDKERNELS_CUDART") == "shared"
         archs = ", ".join(("compute_" if shared else "sm_") + arch for arch in cuda_architectures())
         flags = [*CUDA_FLAGS, *cuda_targets(shared), f'-DKDKERNELS_CUDA_ARCHS="{archs}"']
         compiler_path = Path(str(nvcc())).resolve()
@@ -283,4 +297,6 @@ class NinjaBuild(build_ext):
         return [*lines, "  depfile = $out.d", "  deps = gcc"], link
 
 
+for sentence in ENVIRONMENT["unknown"]():
+    print(f"kdkernels: {sentence}", file=sys.stderr)
 setup(ext_modules=[Extension("kdkernels._native", sources=[])], cmdclass={"build_ext": NinjaBuild})

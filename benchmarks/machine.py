@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import kdkernels
-from kdkernels.backends import cpu, native
+from kdkernels.backends import native
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "numpy", "kdkernels", "liger-kernel", "torchtune", "triton")
@@ -61,7 +61,7 @@ def describe(device: str) -> dict[str, Any]:
     flags = re.search(r"^flags\s*:\s*(.*)$", info, re.MULTILINE)
     wanted = re.compile(r"avx|fma|f16c|amx|sse4_2")
     total = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
-    native = getattr(cpu, "_native", None)
+    module = native.MODULE
     return {
         "cpu": model.group(1) if model else platform.processor(),
         "family_model": [
@@ -70,9 +70,9 @@ def describe(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "isa_flags": [f for f in (flags.group(1).split() if flags else []) if wanted.search(f)],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "kernel_isa": native.cpu_isa() if native else "none",
+        "kernel_isa": module.cpu_isa() if module else "none",
         "kernel_isa_forced": os.environ.get("KDKERNELS_CPU_ISA"),
-        "kernel_build": native.build_info() if native else None,
+        "kernel_build": module.build_info() if module else None,
         "caches": _caches(),
         "memory_bytes": int(total.group(1)) * 1024 if total else None,
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),

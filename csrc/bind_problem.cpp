@@ -103,8 +103,9 @@ int64_t kd_loss(const Logits& student, const Logits& teacher, const Rows& rows,
                 const GivenOptions& options, const Results& results, int threads) {
   Problem problem = make_problem(student, teacher, rows, options, results);
   problem.threads = threads;
+  const InstructionSet& instructions = instruction_set();
   py::gil_scoped_release release;
-  return run_on_cpu(problem);
+  return run_on_cpu(problem, instructions);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 # that both share one thread pool and torch.set_num_threads is obeyed.
 import torch  # noqa: F401  isort: skip
 
+from . import environment
 from ._version import __version__
 from .backends.gpu import label_errors
 from .dispatch import available_backends
@@ -25,3 +26,5 @@ __all__ = [
     "label_errors",
     "release_memory",
 ]
+
+environment.warn_of_unknown()

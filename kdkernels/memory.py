@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from . import torch_private
+from .environment import setting
 
 #: Smaller gradients stay with the allocator, which keeps their memory itself.
 _SMALLEST = 1 << 20
@@ -48,7 +49,7 @@ class GradientMemory:
         """
         elements = math.prod(shape) if strides is None else shape[0] * strides[0]
         needed = elements * dtype.itemsize
-        if needed < _SMALLEST or os.environ.get("KDKERNELS_KEEP_GRADIENT_MEMORY") == "0":
+        if needed < _SMALLEST or setting("KDKERNELS_KEEP_GRADIENT_MEMORY") == "0":
             if strides is not None:
                 return torch.empty_strided(shape, strides, dtype=dtype)
             return torch.empty(*shape, dtype=dtype)  # a Size as one argument takes twice as long

@@ -1,4 +1,4 @@
-// Which instruction set runs: chosen once, forcible by name.
+// Which instruction set runs: the fastest, forcible by name.
 #include <stdlib.h>
 
 #include <stdexcept>
@@ -29,7 +29,13 @@ const InstructionSet kInstructionSets[] = {
 #endif
 };
 
-const InstructionSet& choose() {
+}  // namespace
+
+InstructionSets instruction_sets() {
+  return {kInstructionSets, sizeof(kInstructionSets) / sizeof(kInstructionSets[0])};
+}
+
+const InstructionSet& instruction_set() {
   const InstructionSet* best = &kInstructionSets[0];
   const char* forced = getenv("KDKERNELS_CPU_ISA");
   std::string possible;
@@ -45,17 +51,6 @@ const InstructionSet& choose() {
         "' is not an instruction set that can run here; possible: " + possible);
   }
   return *best;
-}
-
-}  // namespace
-
-InstructionSets instruction_sets() {
-  return {kInstructionSets, sizeof(kInstructionSets) / sizeof(kInstructionSets[0])};
-}
-
-const InstructionSet& instruction_set() {
-  static const InstructionSet& chosen = choose();
-  return chosen;
 }
 
 }  // namespace kd

@@ -203,9 +203,9 @@ int64_t first_bad_label(const Problem& problem, int64_t& counted) {
 
 }  // namespace
 
-int64_t run_on_cpu(const Problem& given) {
+int64_t run_on_cpu(const Problem& given, const InstructionSet& instructions) {
   Problem problem = given;
-  const RowFunction function = problem.is_double() ? run_row_float64 : instruction_set().run_row;
+  const RowFunction function = problem.is_double() ? run_row_float64 : instructions.run_row;
   int64_t counted;
   const int64_t bad = first_bad_label(problem, counted);
   if (bad >= 0) return bad;

@@ -44,12 +44,13 @@ struct InstructionSets {
 
 // Every instruction set this build knows, slowest first.
 InstructionSets instruction_sets();
-// The one in force: the fastest that runs here, or the one that KDKERNELS_CPU_ISA names. Throws
-// std::invalid_argument where that name is unknown or cannot run.
+// The one in force: the fastest that runs here, or the one that KDKERNELS_CPU_ISA names now. Throws
+// std::invalid_argument where that name is unknown or cannot run. To be called with the GIL, under
+// which Python changes the environment.
 const InstructionSet& instruction_set();
 
 // Runs the whole problem; returns -1, or the first row whose label is out of range, and then
 // nothing has been computed.
-int64_t run_on_cpu(const Problem& problem);
+int64_t run_on_cpu(const Problem& problem, const InstructionSet& instructions);
 
 }  // namespace kd

@@ -396,10 +396,21 @@ struct Forced {
 
   Forced() {
     if (const char* name = getenv("KDKERNELS_CUDA_KERNEL")) kernel = name;
-    if (const char* blocks = getenv("KDKERNELS_CUDA_CLUSTER")) cluster = atoi(blocks);
     if (!kernel.empty() && kernel != "stream" && kernel != "shared" && kernel != "registers") {
       throw std::invalid_argument("KDKERNELS_CUDA_KERNEL='" + kernel +
                                   "' is not one of stream, shared, registers");
+    }
+    const char* given = getenv("KDKERNELS_CUDA_CLUSTER");
+    const std::string blocks = given ? given : "";
+    bool known = blocks.empty();
+    for (const int possible : {0, 1, 2, 4, 8, 16}) {
+      if (blocks != std::to_string(possible)) continue;
+      cluster = possible;
+      known = true;
+    }
+    if (!known) {
+      throw std::invalid_argument("KDKERNELS_CUDA_CLUSTER='" + blocks +
+                                  "' is not one of 0 (chosen here), 1, 2, 4, 8, 16");
     }
   }
   bool allows(const char* name) const { return kernel.empty() || kernel == name; }
@@ -413,7 +424,10 @@ struct Forced {
 
 void run_rows(const Problem& problem, Task& task, const Launch& launch) {
   const Forced forced;
-  if (forced.kernel == "stream") return stream_rows(problem, task, launch);
+  if (forced.kernel == "stream") {
+    if (forced.cluster) forced.refuse("that kernel has no clusters");
+    return stream_rows(problem, task, launch);
+  }
   const char* reason = why_not_resident(task, limits_of(launch.device));
   if (!reason) {
     const char* not_registers = why_not_registers(problem, task);

@@ -7,7 +7,6 @@ scale: the two modes give the same bits when grad_output is 1.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,10 +15,6 @@ from torch import Tensor
 from ..problem import Problem, label_error
 from .base import empty_gradient
 from .native import DIVERGENCES, WHY_NOT, NativeBackend
-from .native import MODULE as _native
-
-# Asked once, as the divergences are.
-_ISAS: tuple[str, ...] = () if _native is None else tuple(_native.cpu_isas())
 
 
 class CpuBackend(NativeBackend):
@@ -27,12 +22,7 @@ class CpuBackend(NativeBackend):
     foresees = True
 
     def unavailable(self) -> list[str]:
-        if WHY_NOT is not None:
-            return [WHY_NOT]
-        forced = os.environ.get("KDKERNELS_CPU_ISA")
-        if forced and forced not in _ISAS:
-            return [f"KDKERNELS_CPU_ISA={forced} is not one of {', '.join(_ISAS)} (this CPU's)"]
-        return []
+        return [] if WHY_NOT is None else [WHY_NOT]
 
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..environment import setting
 from ..problem import LOGIT_DTYPES, STATISTICS, Options, Problem, contiguous, row_layout
 from .base import Backend, Result, empty_gradient, row_stride
 
@@ -29,6 +31,8 @@ try:
     MOST_REGISTER_COLUMNS = {size: MODULE.cuda_most_columns(size) for size in (2, 4, 8)}
 except ImportError as error:  # a pure Python install, or a build for another Python
     WHY_NOT = f"the native module was not built ({error})"
+    if setting("KDKERNELS_CPU_ISA") is not None:
+        warnings.warn(f"KDKERNELS_CPU_ISA has no effect: {WHY_NOT}", stacklevel=2)
 
 
 class NativeBackend(Backend):

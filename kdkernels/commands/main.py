@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from .._version import __version__
+from ..backends import native
 from ..dispatch import available_backends
 from . import tune
 
@@ -138,6 +139,7 @@ def info() -> int:
     print(f"torch      {torch.__version__}")
     print(f"python     {platform.python_version()} ({sys.executable})")
     print(f"cpu        {_processor()}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"kernels    {_instruction_set()}")
     print(f"threads    {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
         print(f"gpu {index}      {torch.cuda.get_device_name(index)}")
@@ -145,6 +147,14 @@ def info() -> int:
     for name, reasons in available_backends().items():
         print(f"  {name:<10} {'cannot run: ' + '; '.join(reasons) if reasons else 'can run'}")
     return 0
+
+
+def _instruction_set() -> str:
+    """What the CPU's kernels run on, or why that cannot be."""
+    try:
+        return str(native.MODULE.cpu_isa()) if native.MODULE else "not built"
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _processor() -> str:

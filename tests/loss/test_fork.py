@@ -1,8 +1,8 @@
-"""A forked process computes on as many threads as it is asked for, to the same bits, and never hangs.
+"""A forked process computes on as many threads as it is asked for, to the same bits.
 
-OpenMP's threads do not survive a fork. What had started them (this library, torch, nothing yet), who
-forks, and how often, must make no difference. Each scenario runs in an interpreter of its own, whose
-hang is a failure.
+OpenMP's threads do not survive a fork. What had started them (this library, torch, nothing yet),
+who forks, and how often, must make no difference. Each scenario runs in an interpreter of its own,
+whose hang is a failure.
 """
 
 import os
@@ -128,8 +128,8 @@ SCENARIOS = {
                 return loss_and_gradient()
         assert passes_in_child(child)
     """,
-    # Not after torch.set_num_threads, which starts another pool of torch's: its destructor waits for
-    # threads that the child does not have, or crashes, without this library, too.
+    # Not after torch.set_num_threads, which starts another pool of torch's: its destructor waits
+    # for threads that the child does not have, or crashes, without this library, too.
     "that ends by itself": """
         loss_and_gradient()
         child = os.fork()

@@ -24,15 +24,17 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from kdkernels.environment import setting
+
 ROOT = Path(__file__).resolve().parents[2]
 #: The setting that runs every case on every architecture.
 ALL = "KDKERNELS_SIMULATE=all"
-WANTS_ALL = os.environ.get("KDKERNELS_SIMULATE") == "all"
+WANTS_ALL = setting("KDKERNELS_SIMULATE") == "all"
 
 
 def folder() -> Path:
     """Of ptxsim: KDKERNELS_PTXSIM, or ``../shared/ptxsim`` beside the checkout."""
-    chosen = os.environ.get("KDKERNELS_PTXSIM")
+    chosen = setting("KDKERNELS_PTXSIM")
     return Path(chosen) if chosen else ROOT.parent / "shared" / "ptxsim"
 
 

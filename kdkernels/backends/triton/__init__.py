@@ -44,6 +44,8 @@ class TritonBackend(Backend):
             return [f"Triton cannot be imported ({_IMPORT_ERROR})"]
         if launch.INTERPRETED or gpu.is_available():
             return []
+        if launch.asked_to_interpret():
+            return ["TRITON_INTERPRET was set after the kernels had been imported: set it before"]
         return ["there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"]
 
     def why_not(self, problem: Problem) -> list[str]:

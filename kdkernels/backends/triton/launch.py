@@ -34,6 +34,12 @@ from .policy import (
 #: Whether Triton interprets its kernels on the CPU; decided when the kernels are imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+
+def asked_to_interpret() -> bool:
+    """Whether TRITON_INTERPRET is set now; the kernels are what it was when they were imported."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 #: Of every launch. Triton 3.9 warns where it is left open, and 3.10 leaves it out: a fused multiply
 #: and add is one instruction of two (at T = 2 33.3 instead of 36.1 an element, 132 of 160 for JSD).
 FUSED = {"enable_fp_fusion": True}

@@ -10,9 +10,12 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ...environment import setting
 
 
 class Device(NamedTuple):
@@ -148,21 +151,33 @@ def key(
 
 def tuned_file() -> Path:
     """Where ``kdkernels tune`` keeps what it measured: ``$KDKERNELS_TUNE``, or the user's cache."""
-    named = os.environ.get("KDKERNELS_TUNE")
-    if named:
-        return Path(named)
+    named = setting("KDKERNELS_TUNE")
+    if named is not None:
+        return Path(named).expanduser()
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "kdkernels" / "tune.json"
 
 
 @functools.lru_cache
 def all_tuned() -> dict[str, dict[str, Any]]:
-    """The measured launches by key; read once in a process. A file that is none counts as empty."""
+    """The measured launches by key; read once in a process.
+
+    A file that is none counts as empty, with a warning; so does the lack of one that is named.
+    """
+    path = tuned_file()
     try:
-        found = json.loads(tuned_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        why = "it holds no JSON object"
+    except FileNotFoundError as error:
+        if setting("KDKERNELS_TUNE") is None:
+            return {}
+        why = str(error)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    warnings.warn(f"the measured launches in {path} are not used: {why}", stacklevel=2)
+    return {}
 
 
 def tuned(device: Device, rows: int, name: str) -> LaunchPolicy | None:
