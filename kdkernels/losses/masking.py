@@ -59,5 +59,7 @@ def masked_mean(values: Tensor, mask: Tensor, num_items: float | Tensor | None =
     Nothing counted (or ``num_items`` 0) gives 0, connected to the graph.
     """
     total = torch.where(mask, values, 0.0).sum()
-    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=values.device)
-    return total / torch.where(count == 0, 1, count).to(values.dtype)
+    given = mask.sum() if num_items is None else num_items
+    # Of a number torch would else make one of the default dtype, which may be bfloat16.
+    count = torch.as_tensor(given, dtype=values.dtype, device=values.device)
+    return total / torch.where(count == 0, 1.0, count)

@@ -779,6 +779,43 @@ def test_row20_a_scalar_grad_output(
 
 
 @cases.each_mode
+@REDUCTIONS
+@pytest.mark.parametrize("factor", (0.0, INF, -INF, math.nan))
+def test_row20_what_takes_no_part_stays_0_whatever_the_grad_output(
+    backend: str, device: str, gradient: str, reduction: str, factor: float
+) -> None:
+    """Ignored rows, rows of weight 0, columns beyond the common vocabulary; 0 times NaN is NaN."""
+    student, teacher = pair((6, 45), device=device)
+    student[1], student[4] = math.nan, INF
+    options = {"backend": backend, "gradient": gradient, "reduction": reduction}
+    measured = evaluate(
+        student,
+        teacher[:, :40],
+        torch.tensor([1, -100, 3, 4, 5, 6], device=device),
+        token_weights=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0], device=device),
+        vocab_policy="truncate",
+        grad_output=torch.full((6,) if reduction == "none" else (), factor, device=device),
+        **options,
+    ).gradient
+    assert (measured[[1, 4]] == 0).all() and (measured[:, 40:] == 0).all()
+    counted = measured[[0, 2, 3, 5], :40]
+    assert (counted == 0).all() if factor == 0 else not counted.isfinite().any()
+
+
+@cases.each_mode
+@pytest.mark.parametrize("per_row", (False, True))
+def test_row20_a_grad_output_of_0_gives_0_of_a_row_without_a_distribution(
+    backend: str, device: str, gradient: str, per_row: bool
+) -> None:
+    student, teacher = pair((3, 45), device=device)
+    student[1, 7], teacher[2, 7] = math.nan, INF
+    options = {"gradient": gradient, "reduction": "none" if per_row else "mean"}
+    zero = torch.zeros((3,) if per_row else (), device=device)
+    measured = evaluate(student, teacher, backend=backend, grad_output=zero, **options)
+    assert (measured.gradient == 0).all()
+
+
+@cases.each_mode
 @pytest.mark.parametrize("leaf", (True, False), ids=("leaf", "non-leaf"))
 @pytest.mark.parametrize("factor", (1.0, 2.0))
 def test_row21_three_backwards_accumulate_three_gradients(
@@ -839,6 +876,73 @@ def test_row22_double_backward_raises(
     )
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.square().sum().backward()
+
+
+#: A penalty on the gradient, from wherever it is differentiated.
+PENALTIES: dict[str, Callable[[Tensor, Sequence[Tensor]], Any]] = {
+    "backward": lambda penalty, inputs: penalty.backward(),
+    "backward to inputs": lambda penalty, inputs: penalty.backward(inputs=list(inputs)),
+    "grad": lambda penalty, inputs: torch.autograd.grad(penalty, inputs),
+    "grad beside another use": lambda penalty, inputs: torch.autograd.grad(
+        penalty + sum(one.sum() for one in inputs), inputs
+    ),
+    "grad of what may be unused": lambda penalty, inputs: torch.autograd.grad(
+        penalty, inputs, allow_unused=True, materialize_grads=True
+    ),
+}
+
+
+@cases.each_mode
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("penalise", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("through", ("the logits", "a layer", "the loss's factor"))
+def test_row22_a_penalty_on_the_gradient_is_refused(
+    backend: str, device: str, gradient: str, dtype: torch.dtype, reduction: str, penalise: Any,
+    through: str,
+) -> None:  # fmt: skip
+    """``torch.autograd.grad(penalty, inputs)`` goes only where the inputs are: it was 0 there."""
+    student, teacher = pair((5, 45), dtype, device=device)
+    student.requires_grad_()
+    factor = torch.ones((), device=device, requires_grad=True)
+    z = student * 1.5 if through == "a layer" else student
+    options = {"gradient": gradient, "reduction": reduction, "backend": backend}
+    loss = (cases.call(z, teacher, **options) * factor).sum()
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    inputs = (factor,) if through == "the loss's factor" else (student,)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalise(first.float().square().sum(), inputs)
+
+
+@cases.each_mode
+def test_row22_what_the_loss_does_not_depend_on_is_not_refused(
+    backend: str, device: str, gradient: str
+) -> None:
+    student, teacher = pair((5, 45), device=device)
+    student.requires_grad_()
+    other = torch.ones((), device=device, requires_grad=True)
+    loss = cases.call(student, teacher, backend=backend, gradient=gradient)
+    loss /= 2  # in place: what the refusal hangs on is not the loss itself
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    (of_other,) = torch.autograd.grad(first.square().sum() + other**2, other)
+    assert of_other == 2
+
+
+@pytest.mark.parametrize(
+    "product",
+    (
+        torch.autograd.functional.hessian,
+        lambda f, z: torch.autograd.functional.hvp(f, z, torch.ones_like(z)),
+        lambda f, z: torch.autograd.functional.vhp(f, z, torch.ones_like(z)),
+    ),
+    ids=("hessian", "hvp", "vhp"),
+)
+def test_row22_products_with_the_hessian_are_refused(
+    backend: str, device: str, product: Any
+) -> None:
+    student, teacher = pair((2, 5), device=device)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        product(lambda z: cases.call(z, teacher, backend=backend), student)
 
 
 @cases.each_mode
@@ -902,6 +1006,42 @@ def test_row25_inference_mode_teacher_trains(backend: str, device: str, gradient
     measured = evaluate(student, inference, backend=backend, gradient=gradient)
     assert torch.equal(measured.loss, expected.loss)
     assert torch.equal(measured.gradient, expected.gradient)
+
+
+@pytest.mark.parametrize("gradient", ("auto", "forward", "recompute"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("who", ("teacher", "labels", "token_weights", "num_items"))
+def test_row25_an_inference_tensor_may_be_overwritten_before_the_backward(
+    backend: str, device: str, gradient: str, dtype: torch.dtype, reduction: str, who: str
+) -> None:
+    """A buffer for every batch of a teacher, say: such a tensor has no version to be compared."""
+    student, teacher = pair((6, 45), dtype, device=device)
+    with torch.inference_mode():
+        given = {
+            "teacher": teacher.clone(),
+            "labels": labels_for((6,), 45, device=device),
+            "token_weights": torch.linspace(-1, 2, 6, device=device),
+            "num_items": torch.tensor(3.0, device=device),
+        }
+    options = {"backend": backend, "gradient": gradient, "reduction": reduction}
+    if reduction == "none":
+        del given["num_items"]
+        if who == "num_items":
+            pytest.skip("rows have no denominator")
+    leaf = student.requires_grad_()
+
+    def loss() -> Tensor:
+        tensors = dict(given)
+        teacher, labels = tensors.pop("teacher"), tensors.pop("labels")
+        return cases.call(leaf, teacher, labels, **tensors, **options).sum()
+
+    (expected,) = torch.autograd.grad(loss(), leaf)
+    latest = loss()
+    with torch.inference_mode():
+        given[who].copy_(given[who].flip(0) if who != "num_items" else given[who] * 2)
+    (measured,) = torch.autograd.grad(latest, leaf)
+    assert torch.equal(measured, expected)
 
 
 @cases.each_dtype
