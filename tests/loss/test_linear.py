@@ -29,6 +29,15 @@ from kdkernels import (
 ROWS, H_STUDENT, H_TEACHER, VOCAB = 37, 24, 17, 211
 ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
 CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 5, 36, 1000])
+OPTIONS_OF_A_TERM: dict[str, dict[str, Any]] = {
+    "cross-entropy": {},
+    "T = 1.7": {"temperature": 1.7},
+    "smoothed": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 0.01},
+    "soft cap of the student": {"logit_softcap": (9.0, None)},
+    "jsd": {"divergence": "jsd"},
+    "reverse_kl": {"divergence": "reverse_kl"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +291,109 @@ def test_outputs_are_those_of_the_loss_on_logits(backend: str) -> None:
     want = fused_kd_loss(student, teacher, given["labels"], return_outputs=True)
     for name, one, other in zip(got._fields, got, want, strict=True):
         torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_A_TERM.values(), ids=OPTIONS_OF_A_TERM)
+@pytest.mark.parametrize("columns", [[7], [0, VOCAB - 1], list(range(VOCAB))])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bad_teacher_without_weight_spoils_nothing(
+    backend: str, dtype: torch.dtype, value: float, columns: list[int], options: dict[str, Any]
+) -> None:
+    """A row that is looked at twice, the second time without its teacher, where its gradient is to
+    take the student's memory."""
+    if dtype == torch.float64:
+        cases.needs_float64(backend, str(torch.get_default_device()))
+    given = inputs(dtype)
+    student = given["student_hidden"] @ given["student_weight"].t() + given["student_bias"]
+    teacher = given.pop("teacher_hidden") @ given.pop("teacher_weight").t()
+    teacher[10, columns], teacher[20, columns] = value, value
+    teacher[11, columns[:1]] = 1e4
+    options = {"alpha": 0.0, "return_outputs": True, **options}
+    want = fused_kd_loss(student, teacher, given["labels"], **options, backend="reference")
+    got = fused_linear_kd_loss(
+        **given, teacher_logits=teacher, **options, backend=backend, max_chunk_bytes=9 * ROW_BYTES
+    )
+    for name, one, other in zip(got._fields, got, want, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True, msg=name, rtol=1e-4, atol=1e-5)
+    named = [given[name] for name in STUDENT]
+    for one, other in zip(
+        torch.autograd.grad(got.loss, named), torch.autograd.grad(want.loss, named), strict=True
+    ):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["neither", "student", "teacher"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label", [None, 3, -100])
+def test_no_leading_dimension(
+    backend: str, which: str, reduction: str, label: int | None
+) -> None:
+    """Hidden states [H], beside logits [V] of the other model."""
+    given = inputs(lead=(7,))
+    del given["student_bias"]
+    given = {name: t.detach()[0] if "hidden" in name else t.detach() for name, t in given.items()}
+    given["labels"] = None if label is None else torch.tensor(label)
+    student, teacher = (
+        given[f"{model}_hidden"] @ given[f"{model}_weight"].t() for model in ("student", "teacher")
+    )
+    leaf = student.clone().requires_grad_()
+    want = fused_kd_loss(leaf, teacher, given["labels"], reduction=reduction, backend=backend)
+    want.backward()
+    if which == "neither":
+        source = given["student_hidden"].requires_grad_()
+        gradient = leaf.grad @ given["student_weight"]
+    else:
+        for name in ("hidden", "weight"):
+            del given[f"{which}_{name}"]
+        logits = {"student": student, "teacher": teacher}[which]
+        source = given[f"{which}_logits"] = logits.clone().requires_grad_(which == "student")
+        gradient = leaf.grad
+        if which == "teacher":
+            source = given["student_hidden"].requires_grad_()
+            gradient = leaf.grad @ given["student_weight"]
+    got = fused_linear_kd_loss(**given, reduction=reduction, backend=backend)
+    assert got.shape == ()
+    got.backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(source.grad, gradient)
+
+
+@pytest.mark.parametrize("scale", [65536.0, 2.0**20])
+def test_given_float16_logits_meet_a_scalers_factor_before_they_are_rounded(
+    backend: str, scale: float
+) -> None:
+    """As in ``fused_kd_loss``: gradients near 1e-8 are 0 in float16."""
+    student, teacher = cases.pair((300, 500), torch.float16, scale=0.5)
+    head = {"teacher_hidden": teacher.float(), "teacher_weight": torch.eye(500)}
+    exact = cases.oracle(student, teacher).gradient * scale
+    leaf = student.requires_grad_()
+    loss = fused_linear_kd_loss(**head, student_logits=leaf, backend=backend)
+    (loss * scale).backward()
+    error = (leaf.grad.double() - exact).abs()
+    tiny = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    rounding = 0.51 * torch.finfo(torch.float16).eps * exact.abs()
+    assert (error <= rounding + tiny + 1e-6 * exact.abs().max()).all()
+    assert (leaf.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("factor", [0.0, torch.inf, torch.nan])
+def test_what_takes_no_part_has_a_gradient_of_0_whatever_the_factor(
+    backend: str, factor: float, mode: str
+) -> None:
+    given = inputs()
+    given["teacher_weight"] = given["teacher_weight"][: VOCAB - 9]
+    given["labels"].clamp_(max=VOCAB - 10)
+    weights = torch.ones(ROWS).index_fill(0, torch.tensor([20, 21]), 0.0)
+    loss = fused_linear_kd_loss(
+        **given, token_weights=weights, vocab_policy="truncate", backend=backend, gradient=mode
+    )
+    (loss * factor).backward()
+    hidden, weight, bias = (given[name].grad for name in STUDENT)
+    assert (hidden[[2, 3, 4, 5, 6, 20, 21]] == 0).all()
+    assert (weight[VOCAB - 9 :] == 0).all() and (bias[VOCAB - 9 :] == 0).all()
 
 
 @pytest.mark.parametrize("as_if_on", ["cpu", "device"])
@@ -687,12 +799,42 @@ def test_changed_inputs_are_noticed_where_they_are_read_again() -> None:
     assert all(torch.equal(given[n].grad, g) for n, g in zip(STUDENT, want, strict=True))
 
 
-def test_the_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("who", ["teacher_hidden", "teacher_weight", "labels", "student_weight"])
+def test_inference_tensors_may_be_overwritten_before_the_backward(
+    backend: str, who: str, mode: str
+) -> None:
     given = inputs()
-    loss = fused_linear_kd_loss(**given)
-    (gradient,) = torch.autograd.grad(loss, given["student_weight"], create_graph=True)
+    with torch.inference_mode():
+        given[who] = given[who].detach().clone()
+
+    def hidden_gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, given["student_hidden"])[0]
+
+    want = hidden_gradient(fused_linear_kd_loss(**given, backend=backend, gradient=mode))
+    loss = fused_linear_kd_loss(**given, backend=backend, gradient=mode)
+    with torch.inference_mode():
+        given[who].copy_(given[who].flip(0))
+    assert torch.equal(hidden_gradient(loss), want)
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("of", STUDENT)
+@pytest.mark.parametrize("to", STUDENT)
+def test_the_second_derivative_is_refused(of: str, to: str, mode: str) -> None:
+    """Also along a path that only ``torch.autograd.grad(penalty, inputs)`` goes."""
+    given = inputs()
+    loss = fused_linear_kd_loss(**given, gradient=mode)
+    (gradient,) = torch.autograd.grad(loss, given[of], create_graph=True)
+    penalty = gradient.square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.sum().backward()
+        torch.autograd.grad(penalty + given[to].sum(), given[to], retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalty.backward()
+
+
+def test_function_transforms_are_refused() -> None:
+    given = inputs()
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda h: fused_linear_kd_loss(**{**given, "student_hidden": h}))(
             given["student_hidden"].detach()
