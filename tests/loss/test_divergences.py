@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cases
 import pytest
@@ -257,6 +257,102 @@ def test_registration_rules(registry: dict[str, type[Divergence]]) -> None:
     assert divergences.build("mine", ()).__class__ is second is not first
     with pytest.raises(NotImplementedError, match="'mine'"):
         second().value(LOG_P, LOG_Q)
+
+
+def powered(exponent: float, base: type = Divergence, **fields: Any) -> type[Divergence]:
+    """A class whose name all of them have."""
+    body = {
+        "name": "mine",
+        "value": lambda self, log_p, log_q: (log_p.exp() - log_q.exp()).abs() ** exponent,
+    }
+    return dataclass(frozen=True)(type("Mine", (base,), body | fields))
+
+
+@pytest.mark.parametrize("relation", ("two packages", "a cell run again", "a subclass"))
+@cases.each_mode
+def test_divergences_of_one_name_keep_their_formulas(
+    gradient: str, relation: str, registry: dict[str, type[Divergence]]
+) -> None:
+    student, teacher = cases.pair((6, 50))
+    base = powered(2.0)
+    before = cases.evaluate(student, teacher, divergence=base(), gradient=gradient)
+    by_name = cases.evaluate(student, teacher, divergence="mine", gradient=gradient)
+    assert torch.equal(before.loss, by_name.loss)
+    leaf = student.clone().requires_grad_()
+    pending = fused_kd_loss(leaf, teacher, divergence=base(), gradient=gradient)
+    if relation == "a subclass":
+        later = powered(3.0, base)
+    else:
+        later = powered(3.0, __module__="another" if relation == "two packages" else __name__)
+    pending.backward()
+    assert torch.equal(leaf.grad, before.gradient)
+    for backend in ("torch", "reference"):
+        again = cases.evaluate(student, teacher, divergence=base(), backend=backend)
+        torch.testing.assert_close(again.loss, before.loss)
+        other = cases.evaluate(student, teacher, divergence=later(), backend=backend)
+        log_p, log_q = (torch.log_softmax(z, -1) for z in (teacher, student))
+        torch.testing.assert_close(other.loss, later().value(log_p, log_q).sum(-1).mean())
+        named = cases.evaluate(student, teacher, divergence="mine", backend=backend)
+        assert torch.equal(named.loss, other.loss), "a name is the latest class that has it"
+    with pytest.raises(RuntimeError, match=r"no kernel for the divergence 'mine"):
+        fused_kd_loss(student, teacher, divergence=later(), backend="cpu")
+
+
+def test_a_name_that_looks_like_a_key_is_another_class(
+    registry: dict[str, type[Divergence]],
+) -> None:
+    classes = [powered(2.0), powered(3.0)]
+    classes.append(powered(4.0, name=classes[1].key))
+    classes.append(powered(5.0))
+    assert len({cls.key for cls in classes}) == 4
+    for cls in classes:
+        assert type(divergences.by_key(cls.key, ())) is cls
+
+
+class _Stateful(Divergence):
+    """What is no field of a dataclass does not reach a backend."""
+
+    name = "stateful"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        object.__setattr__(self, "weight", weight)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self.weight * (log_p.exp() - log_q.exp()) ** 2
+
+
+class _Needy(_Stateful):
+    name = "needy"
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(weight)
+
+
+@dataclass(frozen=True)
+class _KeywordOnly(Divergence):
+    name = "keyword_only"
+    weight: float = field(default=1.0, kw_only=True)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self.weight * (log_p.exp() - log_q.exp()) ** 2
+
+
+@pytest.mark.parametrize(
+    ("divergence", "match"),
+    (
+        (_Stateful(2.0), r"weight of _Stateful is 2\.0, which is no dataclass field"),
+        (_Needy(2.0), "_Needy cannot be made anew"),
+        (_KeywordOnly(weight=2.0), "_KeywordOnly cannot be made anew"),
+    ),
+)
+@pytest.mark.parametrize("backend", ("torch", "reference", None))
+def test_an_object_that_a_backend_would_not_make_again_is_refused(
+    divergence: Divergence, match: str, backend: str | None
+) -> None:
+    student, teacher = cases.pair((6, 50))
+    fused_kd_loss(student, teacher, divergence=_Stateful(), backend=backend)  # and is kept
+    with pytest.raises(TypeError, match=f"divergence: .*{match}"):
+        fused_kd_loss(student, teacher, divergence=divergence, backend=backend)
 
 
 def test_a_slope_is_zero_where_value_does_not_depend_on_the_student(
