@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from kdkernels import Divergence, KDLoss, fused_kd_loss, ops
 from kdkernels.functional import prepare
@@ -218,6 +221,65 @@ def test_outputs_under_compile(backend: str, device: str, plain_memory: None) ->
         compiled(student, teacher, labels), function(student, teacher, labels), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("factor", (0.0, math.inf, math.nan))
+@cases.each_mode
+def test_what_takes_no_part_stays_0_under_compile(
+    gradient: str, factor: float, plain_memory: None
+) -> None:
+    student, teacher = cases.pair((4, 9))
+    student[1] = math.nan
+    labels = torch.tensor([0, -100, 2, -100])
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def loss(z: Tensor) -> Tensor:
+        return fused_kd_loss(z, teacher, labels, gradient=gradient)
+
+    leaf = student.requires_grad_()
+    (measured,) = torch.autograd.grad(loss(leaf), leaf, torch.tensor(factor))
+    assert (measured[[1, 3]] == 0).all()
+    assert (measured == 0).all() if factor == 0 else not measured[[0, 2]].isfinite().any()
+
+
+@pytest.mark.parametrize("compiler", ("eager", "aot_eager"))
+@cases.each_mode
+def test_the_second_derivative_is_refused_under_compile(
+    gradient: str, compiler: str, plain_memory: None
+) -> None:
+    """By the op where autograd records it, by torch where it has traced the backward."""
+    student, teacher = cases.pair((4, 9))
+    loss = torch.compile(
+        lambda z: fused_kd_loss(z, teacher, gradient=gradient), fullgraph=True, backend=compiler
+    )
+    leaf = student.requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative|double backward"):
+        first.square().sum().backward()
+
+
+@cases.each_mode
+@pytest.mark.parametrize("how", ("hooks", "checkpoint", "on the CPU"))
+def test_the_second_derivative_is_refused_of_tensors_that_were_put_away(
+    backend: str, device: str, gradient: str, how: str
+) -> None:
+    student, teacher = cases.pair((4, 9), device=device)
+    leaf = student.requires_grad_()
+
+    def loss(z: Tensor) -> Tensor:
+        return cases.call(z, teacher, backend=backend, gradient=gradient)
+
+    if how == "checkpoint":
+        value = checkpoint(loss, leaf, use_reentrant=False)
+    elif how == "hooks":
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            value = loss(leaf)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            value = loss(leaf)
+    (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(first.square().sum(), leaf)
 
 
 @dataclass(frozen=True)
