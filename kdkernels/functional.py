@@ -23,7 +23,6 @@ from .problem import (
     sum_rows,
 )
 
-
 #: ``ignore_index`` where a call without labels has rows that do not count.
 _NO_LABEL = -100
 
@@ -133,10 +132,9 @@ def fused_kd_loss(  # noqa: PLR0913
             and for float16, whose stored gradient would underflow under a GradScaler: on the
             backend "cpu" it is stored for the grad_output of the backward before this one and
             recomputed if another one comes (to the same bits), elsewhere it is recomputed. Where it
-            may be recomputed, a teacher (or labels, or weights) that was made under
-            ``inference_mode`` is copied until the backward: nothing tells when such a tensor is
-            overwritten. One that was made under ``no_grad`` is not copied, and an overwritten one
-            is an error, as everywhere in PyTorch.
+            may be recomputed, teacher logits, labels and weights that were made under
+            ``inference_mode`` are copied until the backward, since nothing tells when they are
+            overwritten; overwriting those of ``no_grad`` is an error, as elsewhere in PyTorch.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"``, or None for the
             fastest that can run it.
         return_outputs: return a :class:`KDLossOutput`.

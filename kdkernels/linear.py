@@ -105,8 +105,8 @@ def fused_linear_kd_loss(
             tiles is summed in float32, 4.2 GB of traffic each at [128256, 4096].
         return_outputs, options: as ``fused_kd_loss``. ``gradient="recompute"`` multiplies the heads
             again in the backward instead of storing gradients; reduction "none" needs it, and
-            "auto" is it for given float16 ``student_logits``. What the backward is to read then and
-            was made under ``inference_mode``, be it a weight, is copied until then.
+            "auto" is it for given float16 ``student_logits``. Inputs that were made under
+            ``inference_mode``, weights too, are then copied until the backward.
 
     Returns:
         As ``fused_kd_loss``.

@@ -101,7 +101,8 @@ class _LinearKdLoss(torch.autograd.Function):
                 four = linear_kd_backward(
                     *inputs, *ctx.scalars, ctx.wanted, statistics, grad_output
                 )
-            four = [one if to is None else one.to(to) for one, to in zip(four, ctx.dtypes)]
+            pairs = zip(four, ctx.dtypes, strict=True)
+            four = [one if to is None else one.to(to) for one, to in pairs]
         four = ops.refuse_second_derivative(four, anchor, grad_output)
         results = (one if want else None for one, want in zip(four, ctx.wanted, strict=True))
         return (None, *results, *(None,) * (ctx.inputs - 4))

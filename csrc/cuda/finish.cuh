@@ -172,7 +172,8 @@ static __global__ void __launch_bounds__(512) scale_kernel(const __grid_constant
         if (factor != 0.0f) w = load_words<4>(job.from + at);
         if (job.dtype == DType::float32) {
 #pragma unroll
-          for (unsigned& word : w.at) word = __float_as_uint(scaled_entry(__uint_as_float(word), factor));
+          for (unsigned& word : w.at)
+            word = __float_as_uint(scaled_entry(__uint_as_float(word), factor));
         } else {
 #pragma unroll
           for (unsigned& word : w.at) {

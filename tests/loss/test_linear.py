@@ -327,9 +327,7 @@ def test_a_bad_teacher_without_weight_spoils_nothing(
 @pytest.mark.parametrize("which", ["neither", "student", "teacher"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label", [None, 3, -100])
-def test_no_leading_dimension(
-    backend: str, which: str, reduction: str, label: int | None
-) -> None:
+def test_no_leading_dimension(backend: str, which: str, reduction: str, label: int | None) -> None:
     """Hidden states [H], beside logits [V] of the other model."""
     given = inputs(lead=(7,))
     del given["student_bias"]
