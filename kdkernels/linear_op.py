@@ -103,8 +103,8 @@ class _LinearKdLoss(torch.autograd.Function):
                 )
             pairs = zip(four, ctx.dtypes, strict=True)
             four = [one if to is None else one.to(to) for one, to in pairs]
-        four = ops.refuse_second_derivative(four, anchor, grad_output)
-        results = (one if want else None for one, want in zip(four, ctx.wanted, strict=True))
+        refused = ops.refuse_second_derivative(four, anchor, grad_output)
+        results = (one if want else None for one, want in zip(refused, ctx.wanted, strict=True))
         return (None, *results, *(None,) * (ctx.inputs - 4))
 
 
