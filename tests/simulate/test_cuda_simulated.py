@@ -359,6 +359,21 @@ def test_stored_gradients_are_scaled_on_the_device(
     assert torch.equal(rows[:, 333:], between)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("factor", (0.0, math.inf, math.nan))
+def test_what_is_0_in_a_stored_gradient_stays_0(dtype: torch.dtype, factor: float) -> None:
+    from kdkernels.backends import BACKENDS
+
+    gradient = cases.logits((4, 333), dtype)
+    gradient[1], gradient[2, ::5] = 0.0, 0.0
+    gradient[3, 7] = math.nan
+    zero = (gradient == 0) | (torch.tensor(factor) == 0)
+    want = (gradient.float() * factor).masked_fill(zero, 0.0).to(dtype)
+    with simulator.simulated():
+        scaled = BACKENDS["cuda"].scale_gradient(gradient, torch.tensor(factor), overwrite=False)
+    torch.testing.assert_close(scaled, want, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("columns", (333, 344))
 def test_a_factor_of_1_leaves_the_gradient_unread(columns: int) -> None:
     from kdkernels.backends import BACKENDS
