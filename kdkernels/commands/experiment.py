@@ -320,7 +320,9 @@ def prepare(
     inputs = prepare_inputs(model_args, data_args, args)
     teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
-    _check_weights(teacher.models | {"student": student})
+    bad = not_finite(student)
+    if bad is not None:  # as it is after --student_dtype
+        raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
     repaired = repair_generation(student)
     if model_args.student_dropout is not None:
         models.set_dropout(student, model_args.student_dropout)
@@ -368,14 +370,6 @@ def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     needed = {MASKED_LM: "mask_token", SEQUENCE: "pad_token", ENCODER: "pad_token"}.get(task)
     if needed is not None and getattr(tokenizer, needed) is None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
-
-
-def _check_weights(found: dict[str, PreTrainedModel]) -> None:
-    """Refuse weights that no training can mend, by the model's role."""
-    for role, model in found.items():
-        bad = not_finite(model)
-        if bad is not None:
-            raise ValueError(f"{role}: its weight {bad} holds NaN or an infinite number")
 
 
 def _check_length(source: ModelSource, corpus: Corpus) -> None:

@@ -78,14 +78,22 @@ def _rehearse(experiment: Experiment, scratch: Path) -> None:
 
 
 def check_training(trainer: DistillationTrainer) -> None:
-    """ValueError if optimizer, schedule or the metric of the best checkpoint cannot be had."""
+    """ValueError if batches, optimizer, schedule or metric of a training cannot be had."""
     args = trainer.args
+    try:
+        batches = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
+        trainer.get_eval_dataloader()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"dataloader: {error}") from error
+    steps = args.max_steps
+    if steps <= 0:
+        steps = max(1, math.ceil(batches * args.num_train_epochs))
     try:
         kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         # Some are made of the model itself; its parameters must not get their hooks twice.
         if not {"params", "model", "optimizer_dict"} & options.keys():
             optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
-            trainer.create_scheduler(_steps(trainer), optimizer)
+            trainer.create_scheduler(steps, optimizer)
     except Exception as error:  # each package has its own
         raise ValueError(f"optim, lr_scheduler_type: {type(error).__name__}: {error}") from error
     metric = args.metric_for_best_model
@@ -96,15 +104,6 @@ def check_training(trainer: DistillationTrainer) -> None:
                 f"metric_for_best_model: {metric!r} is not one of {', '.join(known)} "
                 f"({Path(str(args.output_dir)).name})"
             )
-
-
-def _steps(trainer: DistillationTrainer) -> int:
-    """The updates of a training, about."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batches = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
-    return max(1, math.ceil(batches * args.num_train_epochs))
 
 
 def _check_space(experiment: Experiment, arms: int, place: Path) -> None:

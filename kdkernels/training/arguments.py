@@ -143,8 +143,14 @@ class DistillationArguments(TermArguments, TrainingArguments):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name}: {value} is not at least {least}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: {self.seed} is not less than 2^32")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise ValueError(f"{name}: {value} is not in 0..2^32 - 1")
+        for name in ("logging", "eval", "save"):
+            value = getattr(self, f"{name}_steps")
+            if getattr(self, f"{name}_strategy") == "steps" and not value > 0:
+                raise ValueError(f"{name}_steps: {value} is not greater than 0")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None:

@@ -25,6 +25,7 @@ from transformers import (
 
 from ..dtypes import AUTO, DTYPES
 from .layer_configs import layer_count, parts, shortened, text_config
+from .saving import not_finite
 from .tasks import CAUSAL_LM, ENCODER, SEQUENCE, TOKEN, Task, check_config
 
 
@@ -82,6 +83,14 @@ class ModelSource:
 
     def model(self, dtype: str, task: Task = CAUSAL_LM) -> PreTrainedModel:
         """The model for ``task`` in ``dtype`` ("auto": as stored), on the CPU."""
+        model = self._model(dtype, task)
+        bad = not_finite(model)
+        if bad is not None:
+            raise ValueError(f"{self.option}: {bad} of {self.name!r} holds NaN or infinite numbers")
+        return model
+
+    def _model(self, dtype: str, task: Task) -> PreTrainedModel:
+        """The model as it is read; ValueError if a part of it is missing."""
         loader = task.auto_class.from_pretrained
         if self.is_gguf:
             return _without_gguf(self._load(loader, "model", dtype=dtype))
