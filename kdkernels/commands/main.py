@@ -99,7 +99,7 @@ def _run_command(arguments: list[str]) -> int:
     info_parser.set_defaults(command=lambda _: info())
     tune_parser = commands.add_parser("tune", help="measure the Triton kernels on this GPU")
     tune.add_arguments(tune_parser)
-    tune_parser.set_defaults(command=tune.run)
+    tune_parser.set_defaults(command=measure)
     namespace = parser.parse_args(arguments)
     return int(namespace.command(namespace))
 
@@ -166,6 +166,14 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def measure(options: argparse.Namespace) -> int:
+    """``kdkernels tune``."""
+    try:
+        return tune.run(options)
+    except ValueError as error:
+        return _refuse("tune", error)
 
 
 def fetch(demo: str) -> int:

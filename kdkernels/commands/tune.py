@@ -108,10 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``kdkernels tune``; the exit status."""
+    """``kdkernels tune``; the exit status. ValueError on bad input."""
     from ..backends import BACKENDS
     from ..divergences import resolve
 
+    for name in arguments.divergence:
+        resolve(name, 0.5)
+    for name, values in (("rows", [arguments.rows]), ("vocab", arguments.vocab)):
+        if min(values) < 1:
+            raise ValueError(f"{name}: {min(values)} is not at least 1")
     backend = BACKENDS["triton"]
     reasons = backend.unavailable()
     if reasons or not torch.cuda.is_available():

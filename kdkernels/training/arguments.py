@@ -139,6 +139,8 @@ class DistillationArguments(TermArguments, TrainingArguments):
 
     def _check_inherited(self) -> None:
         """Numbers of the base class that would only fail, or do nothing, once training starts."""
+        if self.output_dir == "":
+            raise ValueError("output_dir: '' names no folder")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value < least:

@@ -34,9 +34,10 @@ def test_an_interrupted_asset_leaves_nothing(tmp_path: Path) -> None:
         (folder / "whole").write_text("")
 
     target = tmp_path / "asset"
+    target.mkdir()  # made by hand: nothing is there yet
     with pytest.raises(KeyboardInterrupt):
         fetch._cached(target, interrupted)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [target] and not any(target.iterdir())
     assert fetch._cached(target, complete) == target
     assert fetch._cached(target, interrupted) == target  # not built again
     assert [p.name for p in target.iterdir()] == ["whole"]
