@@ -81,13 +81,21 @@ def check_training(trainer: DistillationTrainer) -> None:
     """ValueError if batches, optimizer, schedule or metric of a training cannot be had."""
     args = trainer.args
     try:
-        batches = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
-        trainer.get_eval_dataloader()
+        batches, held_out = (
+            len(loader()) for loader in (trainer.get_train_dataloader, trainer.get_eval_dataloader)
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"dataloader: {error}") from error
+    if min(batches, held_out) < 1:
+        raise ValueError(
+            "dataloader_drop_last: the text does not fill one batch of "
+            f"{args.per_device_train_batch_size} for training, or of "
+            f"{args.per_device_eval_batch_size} held out"
+        )
     steps = args.max_steps
     if steps <= 0:
-        steps = max(1, math.ceil(batches * args.num_train_epochs))
+        updates = batches / args.gradient_accumulation_steps
+        steps = max(1, math.ceil(updates * args.num_train_epochs))
     try:
         kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         # Some are made of the model itself; its parameters must not get their hooks twice.

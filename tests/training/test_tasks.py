@@ -126,11 +126,12 @@ def test_masked_blocks() -> None:
 
 def test_a_student_that_diverges_is_reported_as_such(assets: Path, tmp_path: Path) -> None:
     changes = {"terms": "hidden=1", "learning_rate": 1e30, "baseline": "false"}
-    assert cli.main(command(assets, "encoder", tmp_path / "out", **changes)) == 0
+    assert cli.main(command(assets, "encoder", tmp_path / "out", **changes)) == 1
     row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][-1]
     for name in ("spearman", "pearson", "cosine", "neighbours"):
-        assert math.isnan(row[name])
+        assert row[name] is None  # NaN is no JSON
     assert (tmp_path / "out" / "geometry.png").exists()
+    assert not (tmp_path / "out" / "student").exists()
 
 
 def test_geometry() -> None:
