@@ -13,6 +13,7 @@ from .experiment import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    check_length,
     collator_for,
     items_of,
     prepare_inputs,
@@ -33,7 +34,9 @@ def write_cache(
         raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
     check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
     inputs = prepare_inputs(model_args, data_args, args)
-    teacher = ModelTeacher(inputs.teacher.model(args.teacher_dtype, inputs.task))
+    model = inputs.teacher.model(args.teacher_dtype, inputs.task)
+    check_length("teacher", model, inputs.corpus)
+    teacher = ModelTeacher(model)
     teacher.place(args)
     return cache_teacher(
         teacher.model,

@@ -148,7 +148,7 @@ def sentence_vectors(experiment: Experiment, model: PreTrainedModel) -> Tensor:
     for batch in batches(items, experiment.args.per_device_eval_batch_size):
         moved = {k: v.to(model.device) for k, v in experiment.collator(batch).items()}
         hidden = model(**moved).last_hidden_state
-        how = experiment.args.pooling
+        how = experiment.args.pooling or "mean"
         found.append(pooled(hidden, moved["attention_mask"], how=how).cpu())
     return torch.cat(found)
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import (
     DataCollatorWithPadding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from ..dtypes import WEIGHT_DTYPES
-from ..training import models
+from ..training import models, sentences
 from ..training.arguments import DistillationArguments
 from ..training.folders import plain
 from ..training.layer_configs import layer_count
@@ -36,6 +37,7 @@ from ..training.tasks import (
     TASKS,
     TOKEN,
     Task,
+    check_can_be_loaded,
     check_config,
 )
 from ..training.teacher_cache import TeacherCache, fingerprint_of
@@ -268,6 +270,8 @@ def prepare_inputs(
     for source in sources:
         check_config(task, source.config(), source.option)
     args.resolved_terms(task is not ENCODER)
+    if task is ENCODER:
+        sentences.settle(teacher, student, args)
     tokenizer = teacher.tokenizer()
     _check_tokens(task, tokenizer)
     if student is not None and model_args.student is not None:
@@ -280,8 +284,8 @@ def prepare_inputs(
             f"train_text: {len(corpus.validation)} held-out example(s); the geometry of an encoder "
             f"is measured on at least {FEWEST_VECTORS}"
         )
-    for source in sources:
-        _check_length(source, corpus)
+    for source in sources:  # its file says most of it; its model, once it is loaded, the rest
+        check_length(source.option, source.config(), corpus)
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 
@@ -320,6 +324,8 @@ def prepare(
     inputs = prepare_inputs(model_args, data_args, args)
     teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
+    check_can_be_loaded(inputs.task, student.config, "student")
+    check_length("student", student, inputs.corpus)
     bad = not_finite(student)
     if bad is not None:  # as it is after --student_dtype
         raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
@@ -347,7 +353,9 @@ def prepare(
 def load_teacher(inputs: Inputs, cache: str | None, dtype: str) -> Teacher:
     """The teacher itself, or what the folder ``cache`` holds of it; ValueError if it cannot be."""
     if cache is None:
-        return ModelTeacher(inputs.teacher.model(dtype, inputs.task))
+        model = inputs.teacher.model(dtype, inputs.task)
+        check_length("teacher", model, inputs.corpus)
+        return ModelTeacher(model)
     fingerprint = fingerprint_of(inputs.teacher.name)
     return CachedTeacher(TeacherCache(cache, inputs.tokenizer, fingerprint))
 
@@ -372,13 +380,14 @@ def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
 
 
-def _check_length(source: ModelSource, corpus: Corpus) -> None:
+def check_length(role: str, model: PretrainedConfig | PreTrainedModel, corpus: Corpus) -> None:
+    """ValueError if an example is longer than ``model``, the one of this role, has positions."""
     longest = max(corpus.train.sequence_length, corpus.validation.sequence_length)
-    positions = getattr(source.config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:
+    positions = models.positions(model)
+    if positions is not None and positions < longest:
         raise ValueError(
-            f"sequence_length: {longest} tokens are more than the {positions} positions of "
-            f"{source.option} {source.name!r}"
+            f"sequence_length: {longest} tokens are more than the {positions} positions of the "
+            f"{role}"
         )
 
 

@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from ..dtypes import WEIGHT_DTYPES
 from ..losses.features import layer_map
+from ..training import sentences
 from ..training.folders import check_new, write_text, written_whole
 from ..training.layer_configs import layer_count
 from ..training.models import ModelSource, in_dtype, keep_layers, parse_layers
 from ..training.redaction import redacted
 from ..training.saving import repair_generation
-from ..training.tasks import TASKS, check_config
+from ..training.tasks import ENCODER, TASKS, check_can_be_loaded, check_config
 
 _CARD = """# Untrained student of {teacher}
 
@@ -56,12 +57,14 @@ def make_student(
     kept = choose(layers, available)
     tokenizer, model = source.tokenizer(), source.model(dtype, TASKS[task])
     student = in_dtype(keep_layers(model, kept), dtype)
+    check_can_be_loaded(TASKS[task], student.config, "teacher")
     repair_generation(student)
-    card = _CARD.format(
-        teacher=teacher, layers=", ".join(map(str, kept)), available=available
-    )
+    card = _CARD.format(teacher=teacher, layers=", ".join(map(str, kept)), available=available)
+    said = sentences.read(source) if TASKS[task] is ENCODER else None
     with written_whole(output) as new:
         student.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        if said is not None and said.pooling is not None:
+            sentences.write(new, said, student, source)
         write_text(new / "README.md", redacted(card))
     return student

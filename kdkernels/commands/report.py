@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..training import sentences
 from ..training.folders import plain, write_json, write_text, written_file, written_whole
+from ..training.models import ModelSource
 from ..training.redaction import redacted
+from ..training.sentences import Sentences
+from ..training.tasks import ENCODER
 from .experiment import Experiment
 from .geometry import pairwise_cosines
 from .output import GEOMETRY_FILE, RESULT_FILES, STUDENT_FOLDER
@@ -172,6 +176,9 @@ def save_student(experiment: Experiment, folder: Path) -> None:
     with written_whole(folder) as new:
         experiment.student.save_pretrained(new)
         experiment.tokenizer.save_pretrained(new)
+        if experiment.task is ENCODER:
+            teacher = ModelSource("teacher", experiment.model_args.teacher)
+            sentences.write(new, Sentences.of(experiment.args), experiment.student, teacher)
 
 
 def write_results(output: Path, outcome: dict[str, Any]) -> None:

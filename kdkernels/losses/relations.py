@@ -22,13 +22,31 @@ from torch.nn import functional
 from .features import row_kl
 from .masking import check_mask, check_pair, full_precision, masked_mean, unit, widened
 
-POOLINGS = ("mean", "first", "last")
+#: sentence-transformers' names; "first" and "last" are "cls" and "lasttoken".
+POOLINGS = (
+    "mean",
+    "first",
+    "last",
+    "cls",
+    "lasttoken",
+    "max",
+    "weightedmean",
+    "mean_sqrt_len_tokens",
+)
+_SHORT = {"first": "cls", "last": "lasttoken"}
+
+
+def same_pooling(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one pooling."""
+    return _SHORT.get(one or "", one) == _SHORT.get(other or "", other)
 
 
 def pooled(hidden: Tensor, mask: Tensor | None = None, *, how: str = "mean") -> Tensor:
     """One vector [B, D] for each example, from hidden states [B, S, D] and mask [B, S].
 
-    ``mean`` over the tokens that count, the ``first`` or the ``last`` of them; 0 if there is none.
+    ``mean`` over the tokens that count, x_1 to x_n; the first (``first``, ``cls``) or last of them
+    (``last``, ``lasttoken``); ``max``, of each entry; ``weightedmean``: ``sum_i i x_i / sum_i i``;
+    ``mean_sqrt_len_tokens``: ``sum_i x_i / sqrt(n)``. 0 if there is none.
     float32 (float64 for float64 input).
     """
     if how not in POOLINGS:
@@ -36,10 +54,19 @@ def pooled(hidden: Tensor, mask: Tensor | None = None, *, how: str = "mean") -> 
     counted = check_mask(mask, hidden.shape[:-1], hidden.device)
     with full_precision(hidden):
         wide = widened(hidden, counted)
+        number = counted.sum(-1, keepdim=True).clamp(min=1)
         if how == "mean":
-            return wide.sum(-2) / counted.sum(-1, keepdim=True).clamp(min=1)
+            return wide.sum(-2) / number
+        if how == "mean_sqrt_len_tokens":
+            return wide.sum(-2) / number.sqrt()
+        if how == "max":
+            largest = wide.masked_fill(~counted.unsqueeze(-1), -math.inf).amax(-2)
+            return torch.where(counted.any(-1, keepdim=True), largest, 0.0)
         order = counted.cumsum(-1)
-        wanted = order == (1 if how == "first" else order[..., -1:])
+        if how == "weightedmean":
+            weights = (order * counted).unsqueeze(-1)
+            return (wide * weights).sum(-2) / weights.sum(-2).clamp(min=1)
+        wanted = order == (1 if same_pooling(how, "cls") else order[..., -1:])
         return (wide * (wanted & counted).unsqueeze(-1)).sum(-2)
 
 

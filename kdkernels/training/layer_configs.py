@@ -41,7 +41,7 @@ def parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def layer_count(config: PretrainedConfig, option: str) -> int:
-    """Layers of the text model; ValueError, naming ``option``, if its configuration has no number."""
+    """Layers of the text model; ValueError, naming ``option``, if its configuration has none."""
     count = getattr(text_config(config), "num_hidden_layers", None)
     if not isinstance(count, int):
         raise ValueError(
@@ -199,11 +199,10 @@ def _periods(kept: _Kept) -> None:
             continue
         offset, period = int(kept.settings[other]), int(kept.settings[name])
         wanted, new = kept.positions(range(offset, kept.count, period)), len(kept.layers)
-        for p, o in ((p, o) for p in range(1, new + 2) for o in range(p)):
-            if list(range(o, new, p)) == wanted:
-                kept.set(name, p)
-                kept.set(other, o)
-                break
+        pairs = ((every, first) for every in range(1, new + 2) for first in range(every))
+        found = (pair for pair in pairs if list(range(pair[1], new, pair[0])) == wanted)
+        for key, value in zip((name, other), next(found, ()), strict=False):
+            kept.set(key, value)
 
 
 def _depth(kept: _Kept) -> None:

@@ -79,6 +79,18 @@ def task_of(model: PreTrainedModel) -> Task:
     return CAUSAL_LM
 
 
+def check_can_be_loaded(task: Task, config: PretrainedConfig, argument: str) -> None:
+    """ValueError unless the task's class loads a folder that holds this configuration.
+
+    Of some vision-language models it makes the text model, whose folder it then does not know.
+    """
+    if type(config) not in task.mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"{argument}: {config.model_type!r} ({type(config).__name__}) can be saved, but "
+            f"{task.auto_class.__name__} does not load such a folder"
+        )
+
+
 def check_config(task: Task, config: PretrainedConfig, argument: str) -> None:
     """ValueError unless a model with this configuration can be distilled for this task."""
     kind = f"{config.model_type!r} ({type(config).__name__})"

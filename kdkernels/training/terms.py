@@ -27,12 +27,14 @@ from ..losses.features import (
     hidden_state_loss,
     layer_map,
 )
+from ..losses.masking import unit
 from ..losses.relations import POOLINGS, pooled
 from . import schedules
 from .layer_configs import layer_count, text_config
 from .models import attention_dropout, describe
 from .recorder import Features, Needs, Recorder
 from .schedules import Schedule
+from .sentences import settle_from_model
 
 #: Name of each term -> what it compares.
 TERMS = {
@@ -83,9 +85,19 @@ class TermArguments:
     hidden_distance: str = field(
         default="mse", metadata={"help": "Of hidden and embedding: " + ", ".join(DISTANCES) + "."}
     )
-    pooling: str = field(
-        default="mean",
-        metadata={"help": "How an example becomes one vector: " + ", ".join(POOLINGS) + "."},
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "How an example becomes one vector: " + ", ".join(POOLINGS) + "; default: as "
+            "the teacher's folder says (sentence-transformers), else mean."
+        },
+    )
+    normalize: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether these vectors are divided by their length, which only rkd_distance, "
+            "rkd_angle and gram see; default: as the teacher's folder says, else not."
+        },
     )
     relation_heads: int | None = field(
         default=None,
@@ -141,7 +153,7 @@ class TermArguments:
         self.resolved_terms()
         choices = {"hidden_distance": DISTANCES, "pooling": POOLINGS, "balance": BALANCES}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (allowed if name != "pooling" else (*allowed, None)):
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
@@ -239,6 +251,8 @@ class DistillationTerms(nn.Module):
             raise ValueError(f"layer_map: {args.layer_map!r} has only embeddings, no attention")
         relation = self.attention_pairs[-1] if "minilm" in names else (None, None)
         attentions = "attention" in names
+        if set(EXAMPLE_TERMS) & set(names):
+            settle_from_model(teacher, args)
         self.student, self.teacher = (
             Recorder(model, Needs(True, attentions, layer), role)
             for model, layer, role in (
@@ -344,9 +358,11 @@ class DistillationTerms(nn.Module):
     def _of_examples(self, name: str, batch: _Batch) -> Tensor:
         present, examples = batch.mask.any(-1), batch.counts.examples
         ours, theirs = (
-            pooled(features.hidden[-1], batch.mask, how=self.args.pooling)
+            pooled(features.hidden[-1], batch.mask, how=self.args.pooling or "mean")
             for features in (batch.student, batch.teacher)
         )
+        if self.args.normalize:
+            ours, theirs = unit(ours), unit(theirs)
         if name == "sentence":
             ours = self.projections(ours, self.last)
             return hidden_state_loss(ours, theirs, present, distance="cosine", num_items=examples)

@@ -172,12 +172,19 @@ def test_pooling() -> None:
     hidden, mask = randn(3, 4, 2), torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     hidden[0, 0] = math.nan
     assert torch.equal(pooled(hidden, mask)[0], hidden[0, 1:3].mean(0))
-    assert torch.equal(pooled(hidden, mask, how="first")[:2], hidden[[0, 1], [1, 0]])
-    assert torch.equal(pooled(hidden, mask, how="last")[:2], hidden[[0, 1], [2, 3]])
+    for how in ("first", "cls"):
+        assert torch.equal(pooled(hidden, mask, how=how)[:2], hidden[[0, 1], [1, 0]])
+    for how in ("last", "lasttoken"):
+        assert torch.equal(pooled(hidden, mask, how=how)[:2], hidden[[0, 1], [2, 3]])
+    assert torch.equal(pooled(hidden, mask, how="max")[0], hidden[0, 1:3].amax(0))
+    weighted = (hidden[0, 1] + 2 * hidden[0, 2]) / 3
+    torch.testing.assert_close(pooled(hidden, mask, how="weightedmean")[0], weighted)
+    rooted = hidden[0, 1:3].sum(0) / math.sqrt(2)
+    torch.testing.assert_close(pooled(hidden, mask, how="mean_sqrt_len_tokens")[0], rooted)
     for how in relations.POOLINGS:
         assert (pooled(hidden, mask, how=how)[2] == 0).all()
-    with pytest.raises(ValueError, match="pooling: 'max' is not one of mean, first, last"):
-        pooled(hidden, mask, how="max")
+    with pytest.raises(ValueError, match="pooling: 'median' is not one of mean, first, last"):
+        pooled(hidden, mask, how="median")
 
 
 def test_bad_arguments_are_named() -> None:

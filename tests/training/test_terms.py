@@ -298,7 +298,7 @@ def test_terms_need_a_teacher_and_no_labels_term(tmp_path: Path) -> None:
         ({"terms": "hidden=linear:1"}, "terms: hidden: 'linear:1' is not a number"),
         ({"terms": '{"hidden": 1,}'}, "terms: "),
         ({"hidden_distance": "l1"}, "hidden_distance: 'l1' is not one of mse, cosine"),
-        ({"pooling": "max"}, "pooling: 'max' is not one of"),
+        ({"pooling": "median"}, "pooling: 'median' is not one of"),
         ({"balance": "auto"}, "balance: 'auto' is not one of fixed, gradient_norm"),
         ({"balance_steps": 0}, "balance_steps: 0"),
         ({"relation_heads": 0}, "relation_heads: 0"),
