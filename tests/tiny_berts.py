@@ -73,10 +73,11 @@ def trainer(kind: str, output: Path, **options: Any) -> DistillationTrainer:
     if kind == "encoder":
         settings["terms"] = "hidden=1,embedding=1,attention=1,minilm=1,sentence=1"
     student = options.pop("student", None) or bert(kind, 1, seed=1, hidden_size=8)
+    teacher = options.pop("teacher", None) or bert(kind, 2, seed=2)
     return DistillationTrainer(
         student,
         DistillationArguments(output_dir=str(output), **settings | options),
-        teacher=options.pop("teacher", None) or bert(kind, 2, seed=2),
+        teacher=teacher,
         train_dataset=Batches(kind, 8),
         eval_dataset=Batches(kind, 7),
     )

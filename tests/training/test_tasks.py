@@ -19,6 +19,8 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
 )
 
@@ -227,3 +229,23 @@ def test_bad_input_is_one_line(
             changes = changes | {option: assets / changes[option]}
     refused(command(assets, kind, tmp_path / "out", **changes), message, capfd)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_text_longer_than_the_positions_of_roberta_is_refused(
+    role: str, assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": tiny_models.VOCAB, "num_hidden_layers": 2, "pad_token_id": 1}
+    for name, positions in (("teacher", 10 if role == "teacher" else 64), ("student", 10)):
+        config = RobertaConfig(max_position_embeddings=positions, **sizes)
+        RobertaForMaskedLM(config).save_pretrained(tmp_path / name)
+        masking_tokenizer().save_pretrained(tmp_path / name)
+    changes = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
+    changes |= {"student_layers": None, "max_steps": 1, "logging_steps": 1}
+    message = f"sequence_length: 9 tokens are more than the 8 positions of the {role}"
+    too_long = command(assets, "masked-lm", tmp_path / "out", **changes, sequence_length=9)
+    refused(too_long, message, capfd)
+    assert not (tmp_path / "out").exists()
+    fits = command(assets, "masked-lm", tmp_path / "out", **changes, sequence_length=8)
+    assert cli.main(fits) == 0
