@@ -13,7 +13,7 @@ from .experiment import (
     DataArguments,
     ModelArguments,
     RunArguments,
-    check_length,
+    check_model,
     collator_for,
     items_of,
     prepare_inputs,
@@ -35,7 +35,7 @@ def write_cache(
     check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
     inputs = prepare_inputs(model_args, data_args, args)
     model = inputs.teacher.model(args.teacher_dtype, inputs.task)
-    check_length("teacher", model, inputs.corpus)
+    check_model("teacher", model, inputs.corpus)
     teacher = ModelTeacher(model)
     teacher.place(args)
     return cache_teacher(

@@ -285,7 +285,7 @@ def prepare_inputs(
             f"is measured on at least {FEWEST_VECTORS}"
         )
     for source in sources:  # its file says most of it; its model, once it is loaded, the rest
-        check_length(source.option, source.config(), corpus)
+        check_length(f"{source.option} {source.name!r}", source.config(), corpus)
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 
@@ -325,7 +325,7 @@ def prepare(
     teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
     check_can_be_loaded(inputs.task, student.config, "student")
-    check_length("student", student, inputs.corpus)
+    check_model("student", student, inputs.corpus)
     bad = not_finite(student)
     if bad is not None:  # as it is after --student_dtype
         raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
@@ -354,7 +354,7 @@ def load_teacher(inputs: Inputs, cache: str | None, dtype: str) -> Teacher:
     """The teacher itself, or what the folder ``cache`` holds of it; ValueError if it cannot be."""
     if cache is None:
         model = inputs.teacher.model(dtype, inputs.task)
-        check_length("teacher", model, inputs.corpus)
+        check_model("teacher", model, inputs.corpus)
         return ModelTeacher(model)
     fingerprint = fingerprint_of(inputs.teacher.name)
     return CachedTeacher(TeacherCache(cache, inputs.tokenizer, fingerprint))
@@ -380,14 +380,19 @@ def _check_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"teacher: its tokenizer has no {needed}, which {task.name} needs")
 
 
+def check_model(role: str, model: PreTrainedModel, corpus: Corpus) -> None:
+    """ValueError if the loaded ``model`` of this role cannot be run on examples of the text."""
+    check_length(role, model, corpus)
+    models.check_takes_tokens(model, role)
+
+
 def check_length(role: str, model: PretrainedConfig | PreTrainedModel, corpus: Corpus) -> None:
     """ValueError if an example is longer than ``model``, the one of this role, has positions."""
     longest = max(corpus.train.sequence_length, corpus.validation.sequence_length)
     positions = models.positions(model)
     if positions is not None and positions < longest:
         raise ValueError(
-            f"sequence_length: {longest} tokens are more than the {positions} positions of the "
-            f"{role}"
+            f"sequence_length: {longest} tokens are more than the {positions} positions of {role}"
         )
 
 

@@ -385,12 +385,9 @@ def _check_outputs(
 ) -> None:
     """ValueError unless the student computes what the teacher does without the other layers."""
     ids = _probe(teacher)
-    try:
-        with without_layers(teacher, layers):
-            theirs = _outputs(teacher, ids)
-        ours = _outputs(student, ids)
-    except Exception as error:  # whatever a model does with a few tokens
-        raise ValueError(f"it cannot be run on tokens alone ({_in_short(error)})") from error
+    with without_layers(teacher, layers):
+        theirs = _outputs(teacher, ids)
+    ours = _outputs(student, ids)
     if ours.shape != theirs.shape:
         raise ValueError(
             f"its outputs are {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)}"
@@ -416,27 +413,49 @@ def _probe(model: PreTrainedModel) -> Tensor:
         if isinstance(value, int) and name.endswith(("token_id", "token_index"))
     }
     plain = torch.tensor([i for i in range(min(size, 4096)) if i not in special] or [0])
-    ids = plain[torch.linspace(0, len(plain) - 1, min(24, len(plain))).long()]
+    length = min(24, len(plain), positions(model) or 24)
+    ids = plain[torch.linspace(0, len(plain) - 1, length).long()]
     return ids[None].to(model.device)
 
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits, or the last hidden states, of ids [1, S], in ``eval()``, in float32."""
-    with evaluating(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        outputs = model(input_ids=ids, **without_cache(model))
-    return outputs[0 if outputs.get("logits") is None else "logits"].float()
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs = model(input_ids=ids, **without_cache(model))
+        return outputs[0 if outputs.get("logits") is None else "logits"].float()
+    except Exception as error:  # whatever a model does with a few tokens
+        raise ValueError(f"it cannot be run on tokens alone ({_in_short(error)})") from error
+
+
+def check_takes_tokens(model: PreTrainedModel, option: str) -> None:
+    """ValueError, naming ``option``, for a model that also needs images, boxes or a language."""
+    try:
+        _outputs(model, _probe(model))
+    except ValueError as error:
+        raise ValueError(f"{option}: {describe(model)}: {error}") from error
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While this is open, ``model`` is in ``eval()``; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """While this is open, ``model`` is in ``eval()``; each module gets its own mode back.
+
+    BigBird, too, whose attention a text of a few tokens turns into the full one for good.
+    """
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    sparse: list[Any] = [m for m in modules if isinstance(m, PreTrainedModel)]
+    sparse = [module for module in sparse if hasattr(module, "attention_type")]
+    kinds = [module.attention_type for module in sparse]
     model.eval()
     try:
         yield
     finally:
+        for bird, kind in zip(sparse, kinds, strict=True):
+            if bird.attention_type != kind:
+                bird.set_attention_type(kind)
         for module, training in modes:
             module.training = training
 

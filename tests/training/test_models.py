@@ -205,6 +205,14 @@ def test_what_no_configuration_says_is_refused(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_looking_at_a_model_leaves_its_attention_as_it_was() -> None:
+    config = transformers.BigBirdConfig(**SIZES | {"block_size": 4})
+    teacher = untrained(config, AutoModelForMaskedLM)
+    for _ in range(2):  # a probe of few tokens turns block-sparse attention into the full one
+        student = models.keep_layers(teacher, [1, 3])
+        assert teacher.bert.attention_type == student.bert.attention_type == "block_sparse"
+
+
 def test_layers_that_share_their_weights_are_refused() -> None:
     config = AlbertConfig(**SIZES | {"embedding_size": 8})
     with pytest.raises(ValueError, match="AlbertForMaskedLM has no list of 6 layers"):
@@ -309,6 +317,17 @@ def test_positions_are_as_many_as_fit(kind: str) -> None:
     if kind != "Longformer":  # it pads to its windows
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, most + 1), 7))
+
+
+def test_a_model_that_needs_more_than_tokens_is_named() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 16}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 32, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 28, "patch_size": 14},
+    )
+    with pytest.raises(ValueError, match=r"teacher: 'clip' \(CLIPModel\): it cannot be run on tok"):
+        models.check_takes_tokens(transformers.CLIPModel(config), "teacher")
 
 
 def test_no_limit_is_none() -> None:

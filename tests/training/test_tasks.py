@@ -243,7 +243,7 @@ def test_text_longer_than_the_positions_of_roberta_is_refused(
         masking_tokenizer().save_pretrained(tmp_path / name)
     changes = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
     changes |= {"student_layers": None, "max_steps": 1, "logging_steps": 1}
-    message = f"sequence_length: 9 tokens are more than the 8 positions of the {role}"
+    message = f"sequence_length: 9 tokens are more than the 8 positions of {role}"
     too_long = command(assets, "masked-lm", tmp_path / "out", **changes, sequence_length=9)
     refused(too_long, message, capfd)
     assert not (tmp_path / "out").exists()
