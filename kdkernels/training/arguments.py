@@ -24,6 +24,15 @@ _LEAST = {
     "dataloader_num_workers": 0,
     "seed": 0,
 }
+#: What the base class reads of ``optim_args``; it drops the rest. Other optimizers read their own.
+_OPTIM_ARGS = {
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "adafactor": (),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+}
 
 
 @dataclass
@@ -104,6 +113,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_inherited()
+        self._check_has_effect()
         self.check_terms()
         # Evaluations are comparable along a run: they use what the schedules end with.
         if self.alpha_schedule is not None:
@@ -158,6 +168,38 @@ class DistillationArguments(TermArguments, TrainingArguments):
             if value is not None:
                 self._check_number(name, value, value >= 0, ">= 0")
         self._check_number("num_train_epochs", self.num_train_epochs, True, "a number")
+
+    def _check_has_effect(self) -> None:
+        """Options that are given, and that nothing would read; ValueError names them."""
+        lengths = self.train_sampling_strategy == "group_by_length"
+        optim = str(getattr(self.optim, "value", self.optim))
+        low_rank = any(name in optim for name in ("galore", "apollo"))
+        idle = {
+            "gradient_checkpointing_kwargs": not self.gradient_checkpointing
+            and "gradient_checkpointing",
+            "liger_kernel_config": not self.use_liger_kernel and "use_liger_kernel",
+            "length_column_name": not lengths and "train_sampling_strategy group_by_length",
+            "optim_target_modules": not low_rank and "a GaLore or APOLLO optim",
+            "greater_is_better": self.metric_for_best_model is None and "metric_for_best_model",
+            "beta": self.divergence_parameters is not None and "no divergence_parameters",
+        }
+        for name, needed in idle.items():
+            value = getattr(self, name)
+            if needed and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: {value!r} has no effect; it needs {needed}")
+        if self.label_names not in (None, [], ["labels"]):
+            raise ValueError(
+                f"label_names: {self.label_names!r} is not ['labels'], the only ones that are read"
+            )
+        if "loss" in self.include_for_metrics:
+            raise ValueError(
+                "include_for_metrics: 'loss' is not kept by batches; the evaluation's loss is a "
+                "mean over all tokens"
+            )
+        given = [part.partition("=")[0].strip() for part in (self.optim_args or "").split(",")]
+        for name in filter(None, given):
+            if name not in _OPTIM_ARGS.get(optim, (name,)):
+                raise ValueError(f"optim_args: {name!r} has no effect on {optim}")
 
     @staticmethod
     def _check_number(name: str, value: float, allowed: bool, interval: str) -> None:

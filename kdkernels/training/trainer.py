@@ -214,6 +214,8 @@ class DistillationTrainer(Trainer):
             )
         if self.args.torch_compile:
             return "torch_compile compiles the whole forward"
+        if self.args.debug:
+            return "debug looks at the logits"
         return None
 
     def _slow_fused_linear(self) -> str | None:

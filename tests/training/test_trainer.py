@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,59 @@ def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
     trainer = tiny_models.trainer(tmp_path)
     with pytest.raises(ValueError, match="labels: missing in the batch"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+
+
+#: Options that the base class takes and nothing reads: what they need, or why not.
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"label_names": ["start_positions"]}, "label_names"),
+    ({"label_names": ["labels", "more"]}, "label_names"),
+    ({"include_for_metrics": ["loss", "inputs"]}, "include_for_metrics"),
+    ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "needs .*checkpointing"),
+    ({"activation_checkpointing_kwargs": {"use_reentrant": False}}, "needs .*checkpointing"),
+    ({"liger_kernel_config": {"rope": True}}, "needs use_liger_kernel"),
+    ({"length_column_name": "size"}, "needs train_sampling_strategy group_by_length"),
+    ({"optim_target_modules": ["q_proj"]}, "optim_target_modules.* needs a GaLore"),
+    ({"optim_args": "foo=1"}, "optim_args: 'foo' has no effect on adamw_torch_fused"),
+    ({"optim": "sgd", "optim_args": "momentum=0.9, betas=1"}, "'betas' has no effect on sgd"),
+    ({"greater_is_better": True}, "greater_is_better: True .* needs metric_for_best_model"),
+    ({"divergence": "jsd", "beta": 0.3, "divergence_parameters": [0.7]}, "beta: 0.3 has no effect"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IDLE)
+def test_an_option_that_nothing_reads_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_names": ["labels"]},
+        {"include_for_metrics": ["inputs"]},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"train_sampling_strategy": "group_by_length", "length_column_name": "size"},
+        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=True"},
+        {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": "rank=4"},
+        {"metric_for_best_model": "ce_loss", "greater_is_better": False},
+        {"alpha_schedule": "linear:1:0.75", "temperature_schedule": "linear:4:2"},
+    ],
+)
+def test_an_option_beside_what_it_needs_is_taken_twice(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A copy is checked once more, with what the first check has put in."""
+    arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+    dataclasses.replace(arguments, seed=3)
+
+
+def test_a_watch_of_overflows_sees_whole_logits(tmp_path: Path) -> None:
+    trainer = tiny_models.trainer(tmp_path, debug="underflow_overflow")
+    assert trainer._heads.reasons["student"] == "debug looks at the logits"
+    trainer.train()
+    same = tiny_models.trainer(tmp_path)
+    same.train()
+    for one, other in zip(training_logs(trainer), training_logs(same), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
