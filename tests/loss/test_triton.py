@@ -296,6 +296,84 @@ def test_a_row_split_over_launches_is_the_same_row(
     assert torch.equal(loss, result.loss)
 
 
+def sure_rows(vocab: int, divergence: str, parameters: tuple[float, ...]) -> Problem:
+    """The student is sure of the first, the last and another entry; so is the teacher of that one,
+    of another or of none."""
+    student, teacher = cases.pair((9, vocab), seed=vocab, scale=1.0)
+    for row in range(9):
+        at = (0, vocab - 1, vocab // 3)[row // 3]
+        student[row, at] += 20
+        if row % 3:
+            teacher[row, (at + row % 3 - 1) % vocab] += 20
+    options = Options(divergence=divergence, parameters=parameters, reduction="sum")
+    return Problem(student, teacher, None, None, None, options)
+
+
+@pytest.mark.parametrize("split", (1, 3))
+@pytest.mark.parametrize(
+    ("divergence", "parameters"),
+    (("reverse_kl", ()), ("jsd", (0.5,)), ("tvd", ()), ("skew_forward_kl", (0.1,)),
+     ("skew_reverse_kl", (0.9,)), ("alpha_beta", (0.2, 0.7)), ("alpha_beta", (0.0, 0.6))),
+)  # fmt: skip
+def test_the_entry_that_a_student_is_sure_of_keeps_its_digits(
+    launch: Any, divergence: str, parameters: tuple[float, ...], split: int
+) -> None:
+    """In whatever slice and tile it stands; the gradient there is of the order of 1 - q."""
+    problem = sure_rows(1501, divergence, parameters)
+    exchange = "launch" if split > 1 else "none"
+    chosen = policy.LaunchPolicy(1, 1, None, 1, split, exchange, 9 * split if split > 1 else 2)
+    result = launch.forward(problem, want_gradient=True, extras=False, launch_policy=chosen)
+    exact = reference.forward(problem, want_gradient=True, extras=False)[2]
+    assert exact is not None
+    error = (result.gradient.double() - exact).abs().amax(-1) / exact.abs().amax(-1)
+    assert (error < 1e-5).all(), error
+    again = launch.backward(problem, result.statistics, torch.ones(()), launch_policy=chosen)
+    assert torch.equal(again, result.gradient)
+
+
+@pytest.mark.parametrize("sure", (0.0, 20.0))
+@pytest.mark.parametrize(
+    ("divergence", "parameters"),
+    (("reverse_kl", ()), ("jsd", (0.3,)), ("tvd", ()), ("skew_forward_kl", (0.3,)),
+     ("skew_reverse_kl", (0.3,)), ("alpha_beta", (0.2, 0.7))),
+)  # fmt: skip
+@pytest.mark.parametrize("split", (1, 3))
+def test_a_student_that_equals_its_teacher_has_no_gradient_at_all(
+    launch: Any, divergence: str, parameters: tuple[float, ...], split: int, sure: float
+) -> None:
+    student = cases.logits((4, 1501), seed=3)
+    student[:, 7] += sure
+    options = Options(divergence=divergence, parameters=parameters, reduction="sum")
+    problem = Problem(student, student.clone(), None, None, None, options)
+    exchange = "launch" if split > 1 else "none"
+    chosen = policy.LaunchPolicy(1, 1, None, 1, split, exchange, 4 * split if split > 1 else 2)
+    result = launch.forward(problem, want_gradient=True, extras=False, launch_policy=chosen)
+    assert (result.gradient == 0).all() and float(result.loss) == 0
+
+
+@pytest.mark.parametrize("excluded", (-1e9, -torch.inf))
+def test_a_teacher_that_excludes_the_largest_entry_takes_no_digits(
+    launch: Any, excluded: float
+) -> None:
+    """Of the reverse KL of a student that is not sure of that entry, or gives it no mass at all."""
+    student, teacher = cases.pair((2, 1501), seed=5)
+    student[1] -= 1e4
+    student[1, 700:] += 1e4
+    student[0, 3], student[1, 3] = float(student[0].max()) + 1e-3, -9e3
+    teacher[:, 3] = excluded
+    if excluded == -torch.inf:
+        student[0] = student[1]
+    options = Options(divergence="reverse_kl", reduction="none")
+    problem = Problem(student, teacher, None, None, None, options)
+    chosen = policy.LaunchPolicy(1, 1, None, 1, 1, "none", 1)
+    result = launch.forward(problem, want_gradient=True, extras=False, launch_policy=chosen)
+    exact_loss, _, exact = reference.forward(problem, want_gradient=True, extras=False)
+    assert exact is not None
+    torch.testing.assert_close(result.loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    top = exact.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(result.gradient.double() / top, exact / top, rtol=1e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize("offset", range(9))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_every_alignment_of_a_row(launch: Any, offset: int, dtype: torch.dtype) -> None:

@@ -148,6 +148,30 @@ def test_rows_shared_by_several_programs(
     assert rows == (1 if exchange == "spin" else 2 + (divergence == "jsd") + in_place)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "parameters"),
+    (("reverse_kl", ()), ("jsd", (0.3,)), ("tvd", ()), ("alpha_beta", (0.2, 0.7))),
+)
+@pytest.mark.parametrize("exchange", ("none", "launch", "spin"))
+def test_the_entry_that_a_student_is_sure_of(
+    run: Any, exchange: str, divergence: str, parameters: tuple[float, ...]
+) -> None:
+    """Compiled, that entry is recognised in every sweep by the same bits."""
+    student, teacher = logits(5, 2003, F32), logits(5, 2003, F32, seed=1)
+    for row in range(5):
+        student[row, 401 * row] += 25
+    teacher[3, 5] += 25
+    outcome = run(
+        student, teacher, alpha=1.0, split=1 if exchange == "none" else 2, exchange=exchange,
+        programs=10 if exchange == "launch" else 4, divergence=divergence, parameters=parameters,
+    )  # fmt: skip
+    exact = reference.forward(outcome.problem, want_gradient=True, extras=False)[2]
+    assert exact is not None and outcome.gradient is not None
+    alive = torch.tensor([0, 2, 3, 4])
+    error = (outcome.gradient.double() - exact)[alive].abs().amax(-1)
+    assert (error < 1e-5 * exact[alive].abs().amax(-1)).all(), error
+
+
 @pytest.mark.parametrize("seed", (1, 2, 3))
 def test_waiting_programs_in_any_schedule(run: Any, ptxsim: Any, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

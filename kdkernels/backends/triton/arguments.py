@@ -75,5 +75,5 @@ class Kept(NamedTuple):
     at_one: Any
     top_t: Any
     sum_t: Any
-    gap: Any
+    centre: Any
     slopes: Any

@@ -22,6 +22,12 @@ def scaled(z, factor, top, P: tl.constexpr):
 
 
 @triton.jit
+def product(x, factor):
+    """x * factor, rounded: no compiler makes one operation of it and a sum that it is a term of."""
+    return tl.fma(x, factor, 0.0)
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in the gradient's dtype, rounded to nearest even; the interpreter's bfloat16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .arguments import Numbers
-from .arithmetic import at_one, power, rounded, scaled, tile_sum
+from .arithmetic import at_one, power, product, rounded, scaled, tile_sum
 from .functors import slope, value
-from .state import State, with_tile
+from .state import SURE, State, with_tile
 from .sweep import by_thread
 
 
@@ -20,9 +20,10 @@ class Softmaxes(NamedTuple):
     """Both models' softmaxes of a row, and the options."""
 
     state: State
-    log_s: Any  # log2 of the sums in the state
+    log_s: Any  # log2 of the sums relative to the top logits, where the state's are to products
     log_t: Any
     log_1: Any
+    centre: Any  # what every slope is taken less, times q
     numbers: Numbers
 
 
@@ -34,13 +35,13 @@ class Coefficients(NamedTuple):
     #: That of the student's exponential relative to the teacher's: 1 where both models are equal,
     #: so that the difference is exactly 0.
     balance: Any
-    slopes: Any  # the sum of the divergence's slopes
+    slopes: Any  # the sum of the divergence's centred slopes
     uniform: Any  # what label smoothing takes from every entry
     own: Any  # the factor of the label's own term
 
 
 class Sums(NamedTuple):
-    """Of a divergence's value and slope."""
+    """Of a divergence's value and centred slope."""
 
     value: Any
     slope: Any
@@ -53,13 +54,26 @@ def observe(state, z, t, columns, mask, target, numbers, P: tl.constexpr):
     if mask is not None:
         inside = by_thread(mask, P)
     columns = by_thread(columns, P)
-    return with_tile(state, z, t, columns, inside, numbers.factor, numbers.temperature, P)
+    return with_tile(state, z, t, columns, inside, numbers, P)
 
 
 @triton.jit
 def log_probability(z, factor, top, log_sum, P: tl.constexpr):
-    """In base 2. Two roundings near 0 instead of one near the logit's size."""
-    return scaled(z, factor, top, P) - log_sum
+    """In base 2. The difference of logits is exact or nearly so, whatever their size."""
+    return scaled(z - top, factor, log_sum, P)
+
+
+@triton.jit
+def centred_slope(p, q, log_p, log_q, softmaxes, P: tl.constexpr):
+    """The slope less centre * q, which is 0 for an entry that the student is sure of.
+
+    There slope - q * sum(slope) would be a difference of two numbers of order 1, and the gradient
+    is of the order of 1 - q.
+    """
+    numbers = softmaxes.numbers
+    first, second = numbers.first, numbers.second
+    s = slope(p, q, log_p, log_q, softmaxes.centre, first, second, P.functor)
+    return tl.where(log_q > SURE, 0.0, s)
 
 
 @triton.jit
@@ -72,7 +86,7 @@ def evaluate(sums, z, t, columns, mask, target, softmaxes, P: tl.constexpr):
     # compiler contracts.
     p, q = tl.exp2(log_p), tl.exp2(log_q)
     v = value(p, q, log_p, log_q, numbers.first, numbers.second, P.functor)
-    s = slope(p, q, log_p, log_q, numbers.first, numbers.second, P.functor)
+    s = centred_slope(p, q, log_p, log_q, softmaxes, P)
     return Sums(value=sums.value + tile_sum(v), slope=sums.slope + tile_sum(s))
 
 
@@ -83,22 +97,22 @@ def gradient(z, t, softmaxes, given, P: tl.constexpr):
     given: :class:`Coefficients`.
     """
     state, numbers = softmaxes.state, softmaxes.numbers
-    factor, temperature, top_s = numbers.factor, numbers.temperature, state.student.top
-    x_s = scaled(z, factor, top_s, P)
+    factor, temperature = numbers.factor, numbers.temperature
+    top_s = product(state.student.top, factor)
     if not P.terms.kd_in_loss:
-        e_s = tl.exp2(x_s)
+        e_s = tl.exp2(scaled(z, factor, top_s, P))
         out = given.label * at_one(e_s, z, top_s, temperature, P)
     elif P.functor.divergence == "forward_kl":
-        e_s = tl.exp2(x_s)
-        e_t = tl.exp2(scaled(t, factor, state.teacher.top, P))
+        e_s = tl.exp2(scaled(z, factor, top_s, P))
+        e_t = tl.exp2(scaled(t, factor, product(state.teacher.top, factor), P))
         out = (e_s * given.balance - e_t) * given.kd
         if P.label_term and P.terms.power != 1:
             out += given.label * at_one(e_s, z, top_s, temperature, P)
     else:
-        log_q = x_s - softmaxes.log_s
+        log_q = log_probability(z, factor, state.student.top, softmaxes.log_s, P)
         log_p = log_probability(t, factor, state.teacher.top, softmaxes.log_t, P)
         p, q = tl.exp2(log_p), tl.exp2(log_q)
-        s = slope(p, q, log_p, log_q, numbers.first, numbers.second, P.functor)
+        s = centred_slope(p, q, log_p, log_q, softmaxes, P)
         out = (s - q * given.slopes) * given.kd
         if P.label_term:
             if P.terms.power == 0:

@@ -1,7 +1,7 @@
 """What the programs that share a row, and the launches of one call, leave in memory.
 
 Partials are float32 [slots, PARTIALS, members]: of each slice of a row its state, in the order of
-its fields, and behind it the two sums of its evaluation.
+its fields, and then, from the place of its gap on, the two sums of its evaluation.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,14 +15,16 @@ from .arguments import Kept
 from .arithmetic import pair_sum
 from .state import LOWEST, Extras, State, Sum, merged
 
-#: Where the fields of a state stand among its numbers, and behind them the sums of an evaluation.
+#: Where the fields of a state stand among its numbers, and the sums of an evaluation: a divergence
+#: has either these or a gap.
 AT_ONE = tl.constexpr(len(Sum._fields))
 TEACHER = tl.constexpr(AT_ONE.value + 1)
-GAP = tl.constexpr(TEACHER.value + len(Sum._fields))
-TOTAL = tl.constexpr(GAP.value + 1)
+TOTAL = tl.constexpr(TEACHER.value + len(Sum._fields))
 STUDENT_EXTRAS = tl.constexpr(TOTAL.value + 1)
 TEACHER_EXTRAS = tl.constexpr(STUDENT_EXTRAS.value + len(Extras._fields))
-SUMS = tl.constexpr(TEACHER_EXTRAS.value + len(Extras._fields))
+PEAK = tl.constexpr(TEACHER_EXTRAS.value + len(Extras._fields))
+GAP = tl.constexpr(PEAK.value + 1)
+SUMS = GAP
 #: Numbers that one slice of a row leaves for the others: a power of two, stored without a mask.
 PARTIALS = tl.constexpr(triton.next_power_of_2(SUMS.value + 2))
 #: Rows of the statistics tensor that the caller sees, and all of them.
@@ -51,8 +53,8 @@ def store_numbers(at, stride, numbers, COUNT: tl.constexpr):
 @triton.jit
 def publish_state(partials, slot, member, state, P: tl.constexpr):
     """One slice's statistics for the others."""
-    numbers = state.student + (state.at_one,) + state.teacher + (state.gap, state.total)
-    numbers = numbers + state.student_extras + state.teacher_extras
+    numbers = state.student + (state.at_one,) + state.teacher + (state.total,)
+    numbers = numbers + state.student_extras + state.teacher_extras + (state.peak, state.gap)
     at = partials + slot * PARTIALS * P.sharing.members + member
     store_numbers(at, P.sharing.members, numbers, PARTIALS)
 
@@ -91,18 +93,19 @@ def _extras(partials, slot, first, P: tl.constexpr):
 
 
 @triton.jit
-def collect_state(partials, slot, temperature, P: tl.constexpr):
+def collect_state(partials, slot, numbers, P: tl.constexpr):
     """The row's statistics, from those of all slices."""
     state = State(
         student=_sum(partials, slot, 0, P),
         at_one=_number(partials, slot, AT_ONE, 0.0, P),
         teacher=_sum(partials, slot, TEACHER, P),
-        gap=_number(partials, slot, GAP, 0.0, P),
         total=_number(partials, slot, TOTAL, 0.0, P),
         student_extras=_extras(partials, slot, STUDENT_EXTRAS, P),
         teacher_extras=_extras(partials, slot, TEACHER_EXTRAS, P),
+        peak=_number(partials, slot, PEAK, 0.0, P),
+        gap=_number(partials, slot, GAP, 0.0, P),
     )
-    return merged(state, temperature, P)
+    return merged(state, numbers, P)
 
 
 @triton.jit
@@ -124,7 +127,7 @@ def meet(arrivals, target):
 
 
 @triton.jit
-def keep(statistics, rows, seen, state, slopes):
+def keep(statistics, rows, seen, state, centre, slopes):
     """A row's column of the statistics tensor, which has ``rows`` columns.
 
     seen: a :class:`~kdkernels.backends.triton.arguments.Statistics`.
@@ -135,7 +138,7 @@ def keep(statistics, rows, seen, state, slopes):
         at_one=state.at_one,
         top_t=state.teacher.top,
         sum_t=state.teacher.sum,
-        gap=state.gap,
+        centre=centre,
         slopes=slopes,
     )
     store_numbers(statistics, rows, seen + kept, ROWS)
@@ -143,7 +146,7 @@ def keep(statistics, rows, seen, state, slopes):
 
 @triton.jit
 def resume(statistics, rows):
-    """The state and the sum of slopes that :func:`keep` has stored."""
+    """The state, the centre and the sum of slopes that :func:`keep` has stored."""
     at = statistics + SEEN * rows  # in the order of Kept
     found = Kept(
         top_s=tl.load(at),
@@ -151,7 +154,7 @@ def resume(statistics, rows):
         at_one=tl.load(at + 2 * rows),
         top_t=tl.load(at + 3 * rows),
         sum_t=tl.load(at + 4 * rows),
-        gap=tl.load(at + 5 * rows),
+        centre=tl.load(at + 5 * rows),
         slopes=tl.load(at + 6 * rows),
     )
     none = Extras(entropy=0.0, best=0.0, at=0.0)
@@ -159,9 +162,10 @@ def resume(statistics, rows):
         student=Sum(top=found.top_s, sum=found.sum_s),
         teacher=Sum(top=found.top_t, sum=found.sum_t),
         at_one=found.at_one,
-        gap=found.gap,
         total=0.0,
         student_extras=none,
         teacher_extras=none,
+        peak=0.0,
+        gap=0.0,
     )
-    return state, found.slopes
+    return state, found.centre, found.slopes

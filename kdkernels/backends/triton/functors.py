@@ -7,6 +7,10 @@ KL is not here: ``row.py`` has it, and the sums of reverse KL, in closed form.
 ``P`` is a :class:`~kdkernels.backends.triton.policy.Functor`.
 
 Where a probability is 0 its term is 0, whatever its logarithm; where both are 0 the entry is dead.
+
+Softmax's Jacobian gives the same gradient of all slopes less ``centre * q``: ``row.py`` chooses the
+centre, for the digits of the sum of slopes. All slopes but the alpha-beta divergence's are q times
+a ratio of moderate size, so the centre is taken from the ratio.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,6 +19,8 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+#: Stands for the logarithm of 0 where a probability of 0 is to make 0 of a product with it.
+LOG_0 = tl.constexpr(-1.0e30)
 
 #: Divergences that need a sweep of their own for the sum of values and slopes.
 SWEPT = ("jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "alpha_beta")
@@ -91,10 +97,12 @@ def above_mixture(log_p, log_q, beta, P: tl.constexpr):
 
     Relative to the larger of the two, so that equal probabilities give exactly 0, and with the
     digits of a small difference: the divergence of close distributions is of second order in it.
+    Finite, so that 0 times them is 0.
     """
+    log_0: tl.constexpr = LOG_0
+    log_p, log_q = tl.maximum(log_p, log_0), tl.maximum(log_q, log_0)
     p_is_larger = log_p >= log_q
-    larger = tl.maximum(log_p, log_q)
-    below = tl.where(larger == -float("inf"), 0.0, tl.minimum(log_p, log_q) - larger)
+    below = tl.minimum(log_p, log_q) - tl.maximum(log_p, log_q)
     grow = log1p_base2(tl.where(p_is_larger, 1 - beta, beta) * expm1(below * LN2), P)
     return (
         tl.where(p_is_larger, -grow, below - grow),
@@ -175,36 +183,54 @@ def value(p, q, log_p, log_q, first, second, P: tl.constexpr):
     """The entry's contribution to the divergence. ``first``, ``second``: its parameters."""
     if P.divergence == "jsd":
         p_above, q_above = above_mixture(log_p, log_q, first, P)
-        return (first * times(p, p_above) + (1 - first) * times(q, q_above)) * LN2
+        return (first * (p * p_above) + (1 - first) * (q * q_above)) * LN2
     elif P.divergence == "tvd":
         return tl.abs(p - q) * 0.5
     elif P.divergence == "skew_forward_kl":
         p_above, _ = above_mixture(log_p, log_q, first, P)
-        return times(p, p_above) * LN2
+        return p * p_above * LN2
     elif P.divergence == "skew_reverse_kl":
         _, q_above = above_mixture(log_p, log_q, first, P)
-        return times(q, q_above) * LN2
+        return q * q_above * LN2
     else:
         tl.static_assert(P.divergence == "alpha_beta")
         return _alpha_beta_value(log_p, log_q, first, second, P.case)
 
 
 @triton.jit
-def slope(p, q, log_p, log_q, first, second, P: tl.constexpr):
-    """d value / d log q (natural logarithm)."""
+def _ratio(p, q, log_p, log_q, centre, first, P: tl.constexpr):
+    """slope / q - centre, for 0 < q."""
     if P.divergence == "reverse_kl":
-        return times(q, log_q - log_p) * LN2 + q
+        return (log_q - log_p) * LN2 + (1 - centre)
     elif P.divergence == "jsd":
         _, q_above = above_mixture(log_p, log_q, first, P)
-        return times(q, q_above) * ((1 - first) * LN2)
+        return q_above * ((1 - first) * LN2) - centre
     elif P.divergence == "tvd":
-        return tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
+        return tl.where(q > p, 0.5 - centre, tl.where(q < p, -0.5 - centre, -centre))
     elif P.divergence == "skew_forward_kl":
-        _, q_above = above_mixture(log_p, log_q, first, P)
-        return -p * (1 - first) * tl.exp2(q_above)
-    elif P.divergence == "skew_reverse_kl":
-        p_above, q_above = above_mixture(log_p, log_q, first, P)
-        return times(q, q_above) * LN2 + q * first * tl.exp2(p_above)
+        p_above, _ = above_mixture(log_p, log_q, first, P)
+        return -(1 - first) * tl.exp2(p_above) - centre
     else:
-        tl.static_assert(P.divergence == "alpha_beta")
-        return _alpha_beta_slope(log_p, log_q, first, second, P.case)
+        tl.static_assert(P.divergence == "skew_reverse_kl")
+        p_above, q_above = above_mixture(log_p, log_q, first, P)
+        return q_above * LN2 + (first * tl.exp2(p_above) - centre)
+
+
+@triton.jit
+def slope(p, q, log_p, log_q, centre, first, second, P: tl.constexpr):
+    """d value / d log q (natural logarithm), less centre * q."""
+    if P.divergence == "alpha_beta":
+        return _alpha_beta_slope(log_p, log_q, first, second, P.case) - centre * q
+    elif P.divergence == "reverse_kl":
+        return times(q, _ratio(p, q, log_p, log_q, centre, first, P))
+    else:
+        return q * _ratio(p, q, log_p, log_q, centre, first, P)
+
+
+@triton.jit
+def slope_over_q(p, q, log_p, log_q, first, second, P: tl.constexpr):
+    """The centre that makes 0 of this entry's slope. 0 < q."""
+    if P.divergence == "alpha_beta":
+        return tl.div_rn(_alpha_beta_slope(log_p, log_q, first, second, P.case), q)
+    else:
+        return _ratio(p, q, log_p, log_q, 0.0, first, P)

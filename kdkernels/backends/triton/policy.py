@@ -92,10 +92,10 @@ def choose(
         sweeps: times that a launch reads a row; the second and later ones should find it in cache.
         heaviness: an index of TILES.
     """
-    if device.architecture // 10 == 10:
-        heaviness = max(heaviness, 1)  # 64 registers spill there for float32 and for T = 2
-    if device.architecture // 10 == 12 and width == 4:
-        heaviness = max(heaviness, 1)  # float32: 18 spills of 64 registers (Triton 3.7.1)
+    if device.architecture // 10 in (10, 12):
+        heaviness = max(heaviness, 1)  # 64 registers spill: float32, T = 2 or an odd vocabulary
+    if device.architecture // 10 == 10 and heaviness == 2:
+        heaviness = 3  # 80 registers spill three addresses of a row for JSD (Triton 3.7.1)
     vectors, registers, residents = TILES[min(heaviness, len(TILES) - 1)]
     if device.kind == "interpreter":
         # Its time goes by operations, not by elements: few tiles, but more than one.
@@ -291,6 +291,8 @@ class Variant(NamedTuple):
             "with_ce": terms.ce_in_loss or (self.given.labels and terms.extras),
             "label_term": terms.ce_in_loss or terms.z_loss,
             "closed": with_kd and closed,
+            # Whose slopes are counted from one of them: state.py says why. Forward KL has none.
+            "centred": with_kd and self.functor.divergence != "forward_kl",
             # A backward starts from the statistics tensor; only launches of one call exchange.
             "resumes": not stages.observe and exchange == "none",
             # Every member needs the row's sums of values and slopes, and has those of a slice.

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Numbers, Sizes, Statistics, Tensors
-from .arithmetic import finite, pair_sum, power, rounded, scaled
+from .arithmetic import finite, pair_sum, power, product, rounded, scaled
 from .bodies import (
     Coefficients,
     Softmaxes,
@@ -28,6 +28,7 @@ from .bodies import (
     differentiate,
     evaluate,
     gradient,
+    log_probability,
     observe,
 )
 from .exchange import (
@@ -41,8 +42,8 @@ from .exchange import (
     resume,
     store_numbers,
 )
-from .functors import LN2, LOG2E
-from .state import merged, neutral
+from .functors import LN2, LOG2E, slope_over_q
+from .state import SURE, merged, neutral
 from .sweep import Each, Logits, Place, column, owns, slice_of, sweep, transformed
 
 
@@ -146,53 +147,90 @@ def _label_logit(place, label, P: tl.constexpr):
 def _observed(place, shared, tensors, sizes, numbers, P: tl.constexpr):
     """The row's state: observed, collected from other launches, or as the forward kept it.
 
-    Returns it with the sum of slopes, which only the last of them knows.
+    Returns it with the centre and the sum of slopes, which only the last of them knows.
     """
-    slopes = 0.0
+    centre, slopes = 0.0, 0.0
     if P.stages.observe:
         state = neutral(P.tile.THREADS)
         state = sweep(observe, 2, P.first_policy, state, place, numbers, P)
-        state = merged(state, numbers.temperature, P)
+        state = merged(state, numbers, P)
         if P.sharing.exchange != "none":
             publish_state(tensors.partials, shared.slot, place.part.member, state, P)
         if P.sharing.exchange == "spin":
             meet(tensors.arrivals + shared.group, (shared.met + 1) * P.sharing.members)
-            state = collect_state(tensors.partials, shared.slot, numbers.temperature, P)
+            state = collect_state(tensors.partials, shared.slot, numbers, P)
     elif P.resumes:
-        state, slopes = resume(tensors.statistics + place.row, sizes.rows.to(tl.int64))
+        state, centre, slopes = resume(tensors.statistics + place.row, sizes.rows.to(tl.int64))
     else:
-        state = collect_state(tensors.partials, shared.slot, numbers.temperature, P)
-    return state, slopes
+        state = collect_state(tensors.partials, shared.slot, numbers, P)
+    return state, centre, slopes
 
 
 @triton.jit
-def _softmaxes(state, place, numbers, P: tl.constexpr):
-    log_s, log_t = tl.log2(state.student.sum), tl.log2(state.teacher.sum)
+def _residue(top, factor, P: tl.constexpr):
+    """What the rounded product, which the sums are relative to, misses."""
+    return scaled(top, factor, product(top, factor), P)
+
+
+@triton.jit
+def _at_peak(state, log_s, log_t, numbers, P: tl.constexpr):
+    """The logarithms of p and q there, with the bits that the sweeps give that entry."""
+    top = state.student.top
+    log_p = log_probability(state.peak, numbers.factor, state.teacher.top, log_t, P)
+    return log_p, log_probability(top, numbers.factor, top, log_s, P)
+
+
+@triton.jit
+def _softmaxes(state, centre, numbers, P: tl.constexpr):
+    top_s, top_t, factor = state.student.top, state.teacher.top, numbers.factor
+    log_s = tl.log2(state.student.sum) - _residue(top_s, factor, P)
+    log_t = tl.log2(state.teacher.sum) - _residue(top_t, factor, P)
     log_1 = log_s
     if P.terms.power != 1:
-        log_1 = tl.log2(state.at_one)
+        at_one = product(top_s, factor) * numbers.temperature
+        log_1 = tl.log2(state.at_one) - scaled(top_s, LOG2E, at_one, P)
     if P.single:
         # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
-        top = state.student.top
-        only = transformed(tl.load(place.rows.student), place.student, P.student, P)
-        log_s = scaled(only, numbers.factor, top, P)
-        log_1 = scaled(only, LOG2E, top * numbers.temperature, P)
-        only = transformed(tl.load(place.rows.teacher), place.teacher, P.teacher, P)
-        log_t = scaled(only, numbers.factor, state.teacher.top, P)
-    return Softmaxes(state=state, log_s=log_s, log_t=log_t, log_1=log_1, numbers=numbers)
+        log_s, log_t, log_1 = log_s * 0.0, log_t * 0.0, log_1 * 0.0
+    if P.centred and not P.resumes:
+        log_p, log_q = _at_peak(state, log_s, log_t, numbers, P)
+        # That of equal probabilities where the student is not sure.
+        log_p = tl.where(log_q > SURE, log_p, log_q)
+        p, q = tl.exp2(log_p), tl.exp2(log_q)
+        centre = slope_over_q(p, q, log_p, log_q, numbers.first, numbers.second, P.functor)
+    return Softmaxes(
+        state=state, log_s=log_s, log_t=log_t, log_1=log_1, centre=centre, numbers=numbers
+    )
 
 
 @triton.jit
 def _closed_form(softmaxes, P: tl.constexpr):
-    """The divergence in nats, unclamped, of the two KLs."""
+    """The divergence in nats, unclamped, of the two KLs, and the sum of centred slopes."""
     state, log_s, log_t = softmaxes.state, softmaxes.log_s, softmaxes.log_t
+    factor = softmaxes.numbers.factor
+    slopes = 0.0
     if P.functor.divergence == "forward_kl":
+        log_s += _residue(state.student.top, factor, P)
+        log_t += _residue(state.teacher.top, factor, P)
         divergence = LN2 * (state.gap / state.teacher.sum - log_t + log_s)
     else:
-        divergence = LN2 * (state.gap / state.student.sum - log_s + log_t)
+        log_p, log_q = _at_peak(state, log_s, log_t, softmaxes.numbers, P)
+        above_peak = factor * (state.gap / state.student.sum)
+        divergence = LN2 * (above_peak + (log_q - log_p))
+        slopes = tl.where(log_q > SURE, LN2 * above_peak, divergence)
     if P.single:
         divergence = divergence * 0.0
-    return divergence
+    return divergence, slopes
+
+
+@triton.jit
+def _lse(top, factor, log_sum, P: tl.constexpr):
+    return scaled(top, factor, -log_sum, P) * LN2
+
+
+@triton.jit
+def _entropy(own, extras, factor, log_sum, P: tl.constexpr):
+    return LN2 * (log_sum + _residue(own.top, factor, P) - extras.entropy / own.sum)
 
 
 @triton.jit
@@ -200,8 +238,7 @@ def _evaluated(softmaxes, slopes, place, shared, tensors, P: tl.constexpr):
     """The sums of the divergence's values and slopes."""
     values = 0.0
     if P.closed and not P.resumes:
-        values = _closed_form(softmaxes, P)
-        slopes = values + 1
+        values, slopes = _closed_form(softmaxes, P)
     if P.stages.evaluate:
         zero = tl.zeros([P.tile.THREADS], tl.float32)
         sums = sweep(evaluate, 2, P.middle_policy, Sums(zero, zero), place, softmaxes, P)
@@ -221,10 +258,10 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
     """Row ``at``'s loss and statistics."""
     state, numbers = softmaxes.state, softmaxes.numbers
     log_s, log_t, log_1 = softmaxes.log_s, softmaxes.log_t, softmaxes.log_1
-    top_1 = state.student.top * numbers.temperature
-    student_lse = (state.student.top + log_s) * LN2
-    teacher_lse = (state.teacher.top + log_t) * LN2
-    label_lse = (top_1 + log_1) * LN2
+    top = state.student.top
+    student_lse = _lse(top, numbers.factor, log_s, P)
+    teacher_lse = _lse(state.teacher.top, numbers.factor, log_t, P)
+    label_lse = _lse(top, LOG2E, log_1, P)
     kd, ce, z = 0.0, 0.0, 0.0
     loss = 0.0
     if P.with_kd:
@@ -233,7 +270,7 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
         if P.terms.kd_in_loss:
             loss += numbers.alpha * kd
     if P.with_ce:
-        ce = (log_1 - scaled(z_label, LOG2E, top_1, P)) * LN2
+        ce = -log_probability(z_label, LOG2E, top, log_1, P) * LN2
         if P.terms.smoothing:
             smoothing = numbers.smoothing
             hard = tl.where(smoothing == 1, 0.0, (1 - smoothing) * ce)  # 0 * inf is not 0
@@ -254,8 +291,8 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
     no_teacher += spoiled
     hits, student_entropy, teacher_entropy = 0.0, 0.0, 0.0
     if P.terms.extras:
-        student_entropy = LN2 * (log_s - state.student_extras.entropy / state.student.sum)
-        teacher_entropy = LN2 * (log_t - state.teacher_extras.entropy / state.teacher.sum)
+        student_entropy = _entropy(state.student, state.student_extras, numbers.factor, log_s, P)
+        teacher_entropy = _entropy(state.teacher, state.teacher_extras, numbers.factor, log_t, P)
         at_s = state.student_extras.at
         hits = tl.where(at_s == state.teacher_extras.at, 1.0, 0.0)
         hits = tl.where(no_teacher == 0, hits, 0.0)
@@ -274,7 +311,8 @@ def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
         teacher_entropy=teacher_entropy + no_teacher,
         hits=hits,
     )
-    keep(tensors.statistics + at, sizes.rows.to(tl.int64), seen, state, sums.slope)
+    rows = sizes.rows.to(tl.int64)
+    keep(tensors.statistics + at, rows, seen, state, softmaxes.centre, sums.slope)
 
 
 @triton.jit
@@ -287,7 +325,7 @@ def _coefficients(softmaxes, slopes, upstream, vocab, P: tl.constexpr):
         ce = 1 - numbers.alpha
         label += ce
     if P.terms.z_loss:
-        label_lse = (state.student.top * numbers.temperature + softmaxes.log_1) * LN2
+        label_lse = _lse(state.student.top, LOG2E, softmaxes.log_1, P)
         label += (2 * numbers.z_loss) * label_lse
     label = label / state.at_one
     if P.terms.kd_in_loss:
@@ -374,8 +412,8 @@ def _counted(row, place, group, turn, tensors, sizes, numbers, P: tl.constexpr):
     if P.with_ce:
         z_label = _label_logit(place, row.column, P)
     shared = _shared(place.row, group, turn, P)
-    state, slopes = _observed(place, shared, tensors, sizes, numbers, P)
-    softmaxes = _softmaxes(state, place, numbers, P)
+    state, centre, slopes = _observed(place, shared, tensors, sizes, numbers, P)
+    softmaxes = _softmaxes(state, centre, numbers, P)
     sums = _evaluated(softmaxes, slopes, place, shared, tensors, P)
     if P.stages.finish:
         if place.part.member == 0:

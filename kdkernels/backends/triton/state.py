@@ -14,23 +14,36 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import at_one, pair_max, pair_sum, power, scaled, tile_max, tile_sum
+from .arithmetic import (
+    at_one,
+    pair_max,
+    pair_sum,
+    power,
+    product,
+    scaled,
+    tile_max,
+    tile_sum,
+)
 
 #: Where running maxima start: finite, so that -inf entries meet no -inf - -inf.
 LOWEST = tl.constexpr(-1.0e30)
+#: The student is sure of an entry where log2(q) is above: q > 0.71 there, below 0.29 elsewhere.
+SURE = tl.constexpr(-0.5)
+#: Of none where the sum relative to the largest is this or more.
+UNSURE = tl.constexpr(1.5)
 
 
 class Sum(NamedTuple):
     """The log-sum-exp of one model; per thread, or of the whole row as scalars."""
 
-    top: Any
-    sum: Any  # of e = exp2(x - top)
+    top: Any  # the largest logit
+    sum: Any  # of e = exp2(x), x the rounded product(z, factor) - product(top, factor)
 
 
 class Extras(NamedTuple):
     """What only the extra statistics need of one model."""
 
-    entropy: Any  # the moment sum e (x - top)
+    entropy: Any  # the moment sum e x
     best: Any  # the largest logit, and its column
     at: Any
 
@@ -41,10 +54,16 @@ class State(NamedTuple):
     student: Sum
     at_one: Any  # the student's sum at temperature 1
     teacher: Sum
-    gap: Any  # the moment sum e (x - x') of the two KLs
     total: Any  # of the student's logits
     student_extras: Extras
     teacher_extras: Extras
+    #: The teacher's logit where the student's is largest. Of a whole row whose student is not sure
+    #: it is the teacher's largest: an entry that the teacher excludes would take all digits of the
+    #: differences from it.
+    peak: Any
+    #: The moment of a KL: of forward KL the sum of e' (x' - x), of reverse KL that of e times the
+    #: difference of the logits less that at the peak.
+    gap: Any
 
 
 @triton.jit
@@ -58,10 +77,11 @@ def neutral(SIZE: tl.constexpr):
         student=none,
         at_one=zero,
         teacher=none,
-        gap=zero,
         total=zero,
         student_extras=extras,
         teacher_extras=extras,
+        peak=low,
+        gap=zero,
     )
 
 
@@ -69,6 +89,15 @@ def neutral(SIZE: tl.constexpr):
 def _shrunk(r, moment):
     """r * moment where r underflowed to 0 and the moment is infinite: 0, not NaN."""
     return tl.where(r > 0, r * moment, 0.0)
+
+
+@triton.jit
+def _repeaked(state, top, peak, P: tl.constexpr):
+    """The gap relative to another peak, where the student's logit is ``top``."""
+    gap = state.gap
+    if P.functor.divergence == "reverse_kl":
+        gap += state.student.sum * ((state.student.top - top) - (state.peak - peak))
+    return gap
 
 
 @triton.jit
@@ -81,31 +110,32 @@ def _extras_moved(extras, own, shrink, step, P: tl.constexpr):
 
 
 @triton.jit
-def moved(state, new_s, new_t, temperature, P: tl.constexpr):
+def moved(state, new_s, new_t, peak, numbers, P: tl.constexpr):
     """The same statistics relative to other reference points."""
     student, teacher = state.student, state.teacher
-    r_s = tl.exp2(student.top - new_s)
-    r_t = tl.exp2(teacher.top - new_t)
-    step_s = student.top - new_s
-    step_t = teacher.top - new_t
+    step_s = product(student.top, numbers.factor) - product(new_s, numbers.factor)
+    step_t = product(teacher.top, numbers.factor) - product(new_t, numbers.factor)
+    r_s = tl.exp2(step_s)
+    r_t = tl.exp2(step_t)
     gap = state.gap
     if P.functor.divergence == "forward_kl":
         gap = _shrunk(r_t, gap + teacher.sum * (step_t - step_s))
     elif P.functor.divergence == "reverse_kl":
-        gap = _shrunk(r_s, gap + student.sum * (step_s - step_t))
+        gap = _shrunk(r_s, _repeaked(state, new_s, peak, P))
     sum_1 = state.at_one
     if P.terms.power == 0:
-        sum_1 = sum_1 * tl.exp2(step_s * temperature)
+        sum_1 = sum_1 * tl.exp2(step_s * numbers.temperature)
     elif P.terms.power != 1:
         sum_1 = sum_1 * power(r_s, P)
     return State(
         student=Sum(top=new_s, sum=student.sum * r_s),
         at_one=sum_1,
         teacher=Sum(top=new_t, sum=teacher.sum * r_t),
-        gap=gap,
         total=state.total,
         student_extras=_extras_moved(state.student_extras, student, r_s, step_s, P),
         teacher_extras=_extras_moved(state.teacher_extras, teacher, r_t, step_t, P),
+        peak=peak,
+        gap=gap,
     )
 
 
@@ -127,35 +157,42 @@ def _extras_merged(student, teacher, P: tl.constexpr):
 
 
 @triton.jit
-def merged(state, temperature, P: tl.constexpr):
+def merged(state, numbers, P: tl.constexpr):
     """The statistics of all threads (or slices) as scalars: one exchange per row."""
     new_s, new_t = pair_max(state.student.top, state.teacher.top)
-    state = moved(state, new_s, new_t, temperature, P)
-    sum_s, sum_t = pair_sum(state.student.sum, state.teacher.sum)
-    gap, sum_1 = state.gap, state.at_one
-    if P.closed:
-        if P.terms.power != 1:
-            gap, sum_1 = pair_sum(gap, sum_1)
-        else:
-            gap = tl.sum(gap, 0)
+    around = moved(state, new_s, new_t, state.peak, numbers, P)
+    sum_1, gap, peak = around.at_one, 0.0, 0.0
+    if P.centred:
+        # Of the one that is highest. Where two are it is none, and the student not sure.
+        peak = tl.where(state.student.top == new_s, state.peak, 0.0)
+        sum_s, sum_t = pair_sum(around.student.sum, around.teacher.sum)
+        peak, sum_1 = pair_sum(peak, sum_1)
+        peak = tl.where(sum_s < UNSURE, peak, new_t)
+        if P.closed:
+            gap = tl.sum(moved(state, new_s, new_t, peak, numbers, P).gap, 0)
     else:
-        gap = 0.0
-        if P.terms.power != 1:
+        sum_s, sum_t = pair_sum(around.student.sum, around.teacher.sum)
+        if P.closed and P.terms.power != 1:
+            gap, sum_1 = pair_sum(around.gap, sum_1)
+        elif P.closed:
+            gap = tl.sum(around.gap, 0)
+        elif P.terms.power != 1:
             sum_1 = tl.sum(sum_1, 0)
     if P.terms.power == 1:
         sum_1 = sum_s
     total = 0.0
     if P.terms.smoothing:
         total = tl.sum(state.total, 0)
-    student_extras, teacher_extras = _extras_merged(state.student_extras, state.teacher_extras, P)
+    student_extras, teacher_extras = _extras_merged(around.student_extras, around.teacher_extras, P)
     return State(
         student=Sum(top=new_s, sum=sum_s),
         at_one=sum_1,
         teacher=Sum(top=new_t, sum=sum_t),
-        gap=gap,
         total=total,
         student_extras=student_extras,
         teacher_extras=teacher_extras,
+        peak=peak,
+        gap=gap,
     )
 
 
@@ -173,28 +210,44 @@ def _extras_with_tile(extras, z, x, e, columns, P: tl.constexpr):
 
 
 @triton.jit
-def with_tile(state, z, t, columns, inside, factor, temperature, P: tl.constexpr):
+def _peak_with_tile(state, z, t, high, P: tl.constexpr):
+    """high: the largest of the student's logits of the tile."""
+    peak = state.peak
+    if P.centred:
+        low: tl.constexpr = LOWEST
+        there = tile_max(tl.where(z == high[None, :, None], t, low))
+        peak = tl.where(high > state.student.top, tl.maximum(there, low), peak)
+    return peak
+
+
+@triton.jit
+def with_tile(state, z, t, columns, inside, numbers, P: tl.constexpr):
     """One tile [K, THREADS, W] of both models into the statistics of its threads.
 
     inside: which entries the row has; None: all.
     """
-    new_s = tl.maximum(state.student.top, tile_max(z) * factor)
-    new_t = tl.maximum(state.teacher.top, tile_max(t) * factor)
-    state = moved(state, new_s, new_t, temperature, P)
-    x_s = scaled(z, factor, new_s[None, :, None], P)
-    x_t = scaled(t, factor, new_t[None, :, None], P)
+    high = tile_max(z)
+    peak = _peak_with_tile(state, z, t, high, P)
+    new_s = tl.maximum(state.student.top, high)
+    new_t = tl.maximum(state.teacher.top, tile_max(t))
+    state = moved(state, new_s, new_t, peak, numbers, P)
+    factor = numbers.factor
+    top_s = product(new_s, factor)[None, :, None]
+    x_s = scaled(z, factor, top_s, P)
+    x_t = scaled(t, factor, product(new_t, factor)[None, :, None], P)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
     sum_s = state.student.sum + tile_sum(e_s)
     sum_t = state.teacher.sum + tile_sum(e_t)
     sum_1, gap, total = state.at_one, state.gap, state.total
     if P.terms.power != 1:
-        sum_1 += tile_sum(at_one(e_s, z, new_s[None, :, None], temperature, P))
+        sum_1 += tile_sum(at_one(e_s, z, top_s, numbers.temperature, P))
     # An excluded entry has x = -inf and weight 0: the product must be 0, the difference may be NaN.
     if P.functor.divergence == "forward_kl":
         gap += tile_sum(tl.where(e_t > 0, e_t * (x_t - x_s), 0.0))
     elif P.functor.divergence == "reverse_kl":
-        gap += tile_sum(tl.where(e_s > 0, e_s * (x_s - x_t), 0.0))
+        above = (z - new_s[None, :, None]) - (t - peak[None, :, None])
+        gap += tile_sum(tl.where(e_s > 0, e_s * above, 0.0))
     if P.terms.smoothing:
         if inside is None:
             total += tile_sum(z)
@@ -204,8 +257,9 @@ def with_tile(state, z, t, columns, inside, factor, temperature, P: tl.constexpr
         student=Sum(top=new_s, sum=sum_s),
         at_one=sum_1,
         teacher=Sum(top=new_t, sum=sum_t),
-        gap=gap,
         total=total,
         student_extras=_extras_with_tile(state.student_extras, z, x_s, e_s, columns, P),
         teacher_extras=_extras_with_tile(state.teacher_extras, t, x_t, e_t, columns, P),
+        peak=peak,
+        gap=gap,
     )
