@@ -33,7 +33,7 @@ def write_cache(
     if args.temperature_schedule is not None and run_args.cache_top_k is not None:
         raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
     check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
-    inputs = prepare_inputs(model_args, data_args, args)
+    inputs = prepare_inputs(model_args, data_args, args, labels_needed=False)
     model = inputs.teacher.model(args.teacher_dtype, inputs.task)
     check_model("teacher", model, inputs.corpus)
     teacher = ModelTeacher(model)

@@ -4,7 +4,8 @@ A source is a text file (.txt, .md), a table with a text column (.jsonl, .json, 
 .parquet), a folder of such files, a folder written by ``datasets.save_to_disk``, or the name of a
 dataset.
 For language models documents are tokenised, joined with the end-of-text token and cut into blocks
-of equal length ("packing"): no padding, every token but the first of each block is predicted.
+of equal length ("packing"): no padding, every token but the first of each block is predicted. Where
+the tokenizer puts a beginning-of-text token before a text, every document and block begins with it.
 Attention crosses the borders of documents inside a block. Masked models get the same blocks with
 15 % of the tokens to predict, chosen once for each block.
 
@@ -16,10 +17,12 @@ Bad input raises ValueError in one line that names the option, its value and wha
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..training.batches import batches
+from ..training.tasks import numbered, same_label
 
 #: Suffix of a file -> how it is read ("text": the whole file is one document).
 READERS = {
@@ -161,25 +165,39 @@ def read_documents(option: str, source: str, text_column: str, split: str) -> It
     return (text for (text,) in read_rows(option, source, (text_column,), split))
 
 
+class ClassName(NamedTuple):
+    """A label of a column that knows the names of its numbers (``datasets.ClassLabel``)."""
+
+    number: int
+    name: str
+
+
 def read_rows(
-    option: str, source: str, columns: tuple[str, ...], split: str, lines: bool = False
+    option: str,
+    source: str,
+    columns: tuple[str, ...],
+    split: str,
+    lines: bool = False,
+    labels_needed: bool = True,
 ) -> Iterator[tuple[Any, ...]]:
     """These columns of each row of ``source`` in order; rows whose first one is empty are skipped.
 
-    A text file has one column and one row, or, with ``lines``, a row for each line.
+    A text file has one column and one row, or, with ``lines``, a row for each line. Unless
+    ``labels_needed``, a second column that a table lacks is left out of its rows.
     """
+    read = _Read(option, columns, lines, labels_needed)
     check_source(option, source)
     path = Path(source).expanduser()
     rows: Iterable[tuple[Any, ...]]
     if path.is_file():
-        rows = _read_file(option, path, columns, lines)
+        rows = read.file(path)
     elif path.is_dir() and not (_is_saved_dataset(path)):
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
         if not files:
             raise ValueError(f"{option}: no {', '.join(READERS)} file in folder {source!r}")
-        rows = (row for file in files for row in _read_file(option, file, columns, lines))
+        rows = (row for file in files for row in read.file(file))
     else:
-        rows = _columns(option, source, _load_dataset(option, source, split), columns)
+        rows = read.table(source, _load_dataset(option, source, split))
     for row in rows:
         if row[0] is not None and not isinstance(row[0], str):
             raise ValueError(
@@ -194,26 +212,94 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _read_file(
-    option: str, path: Path, columns: tuple[str, ...], lines: bool
-) -> Iterable[tuple[Any, ...]]:
-    reader = _reader(option, path)
-    if reader == "text":
-        if len(columns) > 1:
-            raise ValueError(f"{option}: {str(path)!r} is text and has no column {columns[1]!r}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{option}: {str(path)!r} is not UTF-8 text ({error})") from error
-        return [(line.strip(),) for line in text.splitlines()] if lines else [(text,)]
-    import datasets
+@dataclass(frozen=True)
+class _Read:
+    """What is wanted of every file and table of one source."""
 
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    try:
-        table = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
-    except Exception as error:  # a parser's own error, whatever its type: the file is not readable
-        raise ValueError(f"{option}: cannot read {str(path)!r} as {reader} ({error})") from error
-    return _columns(option, str(path), table, columns)
+    option: str
+    columns: tuple[str, ...]  #: of the text, and perhaps of the label
+    lines: bool
+    labels_needed: bool
+
+    def file(self, path: Path) -> Iterable[tuple[Any, ...]]:
+        reader = _reader(self.option, path)
+        if reader == "text":
+            return self._text(path)
+        if reader == "csv":
+            return self._cells(path)
+        import datasets
+
+        try:
+            table = datasets.load_dataset(reader, data_files=str(path), split="train")
+        except Exception as error:  # a parser's own, whatever its type: the file is not readable
+            raise ValueError(
+                f"{self.option}: cannot read {str(path)!r} as {reader} ({error})"
+            ) from error
+        return self.table(str(path), table)
+
+    def _text(self, path: Path) -> Iterable[tuple[str]]:
+        if len(self.columns) > 1 and self.labels_needed:
+            raise ValueError(
+                f"{self.option}: {str(path)!r} is text and has no column {self.columns[1]!r}"
+            )
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise self._not_utf8(path, error) from error
+        # Not splitlines: a form feed or U+2028 inside of a sentence ends no line.
+        return [(line.strip(),) for line in text.split("\n")] if self.lines else [(text,)]
+
+    def _cells(self, path: Path) -> Iterator[tuple[str, ...]]:
+        """The rows of a CSV or TSV file; every cell is text, "NA", "007" and "1.50" as well."""
+        # Of the process, and 128 KiB: less than many a document. C's long bounds it.
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                # Strict: a quote that is never closed would swallow the rows behind it.
+                rows = csv.reader(file, delimiter=separator, strict=True)
+                header = next(rows, [])
+                places = [header.index(name) for name in self._present(str(path), header)]
+                for row in rows:
+                    if row and len(row) != len(header):
+                        reason = f"{len(row)} cells, in the first line {len(header)}"
+                        raise self._no_table(path, rows.line_num, reason)
+                    if row:
+                        yield tuple(row[place] for place in places)
+        except UnicodeDecodeError as error:
+            raise self._not_utf8(path, error) from error
+        except csv.Error as error:
+            reason = f"{error}; a quote within quotes is written twice"
+            raise self._no_table(path, rows.line_num, reason) from error
+
+    def table(self, source: str, table: Any) -> Iterable[tuple[Any, ...]]:
+        present = self._present(source, table.column_names)
+        names = getattr(table.features[present[-1]], "names", None) if present[1:] else None
+        rows = (tuple(row[column] for column in present) for row in table)
+        return rows if names is None else ((text, _named(i, names)) for text, i in rows)
+
+    def _present(self, source: str, there: list[str]) -> tuple[str, ...]:
+        """The columns that are read; ValueError if one is missing that is needed."""
+        for name, column in zip(("text_column", "label_column"), self.columns, strict=False):
+            if column not in there:
+                if name == "label_column" and not self.labels_needed:
+                    return self.columns[:1]
+                raise ValueError(
+                    f"{name}: {column!r} is not a column of {self.option} {source!r}; "
+                    f"it has {', '.join(there)}"
+                )
+        return self.columns
+
+    def _no_table(self, path: Path, line: int, reason: str) -> ValueError:
+        return ValueError(f"{self.option}: cannot read {str(path)!r} as csv, line {line}: {reason}")
+
+    def _not_utf8(self, path: Path, error: UnicodeDecodeError) -> ValueError:
+        return ValueError(f"{self.option}: {str(path)!r} is not UTF-8 text ({error})")
+
+
+def _named(number: int | None, names: list[str]) -> ClassName | None:
+    """A row's label by its name; data sets write -1 where they keep it to themselves."""
+    return None if number is None or number < 0 else ClassName(number, names[number])
 
 
 def _load_dataset(option: str, source: str, split: str) -> Any:
@@ -232,18 +318,6 @@ def _load_dataset(option: str, source: str, split: str) -> Any:
     return loaded[split]
 
 
-def _columns(
-    option: str, source: str, table: Any, columns: tuple[str, ...]
-) -> Iterable[tuple[Any, ...]]:
-    for name, column in zip(("text_column", "label_column"), columns, strict=False):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{name}: {column!r} is not a column of {option} {source!r}; "
-                f"it has {', '.join(table.column_names)}"
-            )
-    return (tuple(row[column] for column in columns) for row in table)
-
-
 def examples(
     option: str,
     rows: Iterable[tuple[Any, ...]],
@@ -251,22 +325,28 @@ def examples(
     sequence_length: int,
     label_ids: dict[str, int] | None = None,
     max_tokens: int | None = None,
+    labels_needed: bool = True,
 ) -> Examples:
     """Tokenise rows ``(text,)`` or ``(text, label)``, at most ``max_tokens`` tokens of them.
 
     Args:
         label_ids: the classifier's names of labels; a label is such a name or the id itself.
+        labels_needed: False: all rows or none have a label.
 
     Raises:
         ValueError: no row at all, or a label that the classifier does not have.
     """
+    ids_of = None if label_ids is None else Labels(option, label_ids)
     found: list[dict[str, Any]] = []
     total = 0
     for batch in batches(rows, _TOKENIZER_BATCH):
         texts = [row[0] for row in batch]
         encoded = tokenizer(texts, truncation=True, max_length=sequence_length, verbose=False)
         for ids, row in zip(encoded["input_ids"], batch, strict=True):
-            labels = {} if label_ids is None else {"labels": _label(option, row[1], label_ids)}
+            label = row[1] if len(row) > 1 else None
+            labels = {}
+            if ids_of is not None and (labels_needed or label not in (None, "")):
+                labels = {"labels": ids_of(label)}
             total += len(ids)
             if max_tokens is not None and total > max_tokens:
                 return _some_examples(option, found)
@@ -277,18 +357,48 @@ def examples(
 def _some_examples(option: str, found: list[dict[str, Any]]) -> Examples:
     if not found:
         raise ValueError(f"{option}: not enough text, there is no example")
+    labelled = sum("labels" in row for row in found)
+    if 0 < labelled < len(found):
+        raise ValueError(f"label_column: {labelled} of {len(found)} rows of {option} have a label")
     return Examples(found)
 
 
-def _label(option: str, label: Any, label_ids: dict[str, int]) -> int:
-    if isinstance(label, str) and label in label_ids:
-        return label_ids[label]
-    if isinstance(label, int) and label in label_ids.values():
-        return label
-    raise ValueError(
-        f"{option}: label {label!r} is not one of the teacher's {len(label_ids)}: "
-        f"{', '.join(list(label_ids)[:8])}{', ...' if len(label_ids) > 8 else ''}"
-    )
+class Labels:
+    """The ids of a classifier's labels: by name where there are names, else by the id itself.
+
+    A number is a name where names are numerals, stars from 1 to 5 for example, whose ids start at
+    0. Upper case and space around a name do not count.
+    """
+
+    def __init__(self, option: str, ids: dict[str, int]) -> None:
+        self.option, self.ids = option, ids
+        self._named = not numbered(sorted(ids, key=ids.__getitem__))
+        self._numerals = any(name.strip().isdecimal() for name in ids)
+        self._alike: dict[str, list[int]] = {}
+        for name, i in ids.items():
+            self._alike.setdefault(same_label(name), []).append(i)
+
+    def __call__(self, label: Any) -> int:
+        """ValueError if it is no label of the classifier."""
+        given = label
+        if isinstance(label, ClassName):
+            given = label.name if self._named else label.number
+        if isinstance(given, float) and given.is_integer():
+            given = int(given)
+        name = str(given)
+        alike = [] if given is None else self._alike.get(same_label(name), [])
+        if len(alike) == 1 or name in self.ids:
+            return alike[0] if len(alike) == 1 else self.ids[name]
+        if isinstance(given, str) and given.strip().isdecimal() and given is label:
+            given = int(given)  # of a CSV file
+        is_id = isinstance(given, int) and not isinstance(given, bool)
+        if is_id and not self._numerals and given in self.ids.values():
+            return given
+        shown = label.name if isinstance(label, ClassName) else label
+        raise ValueError(
+            f"{self.option}: label {shown!r} is not one of the teacher's {len(self.ids)}: "
+            f"{', '.join(list(self.ids)[:8])}{', ...' if len(self.ids) > 8 else ''}"
+        )
 
 
 def token_blocks(
@@ -305,22 +415,52 @@ def token_blocks(
     last = tokenizer.eos_token_id
     last = tokenizer.sep_token_id if last is None else last  # BERT has no other end of a text
     end = [] if last is None else [last]
+    begin = _beginning(tokenizer)
     pieces: list[np.ndarray] = []
     total = 0
     for batch in batches(documents, _TOKENIZER_BATCH):
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.asarray(ids + end, dtype=np.int64))
-            total += len(ids) + len(end)
+            pieces.append(np.asarray(begin + ids + end, dtype=np.int64))
+            total += len(pieces[-1])
         if max_tokens is not None and total >= max_tokens:
             break
-    count = (total if max_tokens is None else min(total, max_tokens)) // sequence_length
-    if count == 0:
+    most = None if max_tokens is None else max_tokens // sequence_length
+    blocks = _blocks(pieces, sequence_length, begin, most)
+    if not len(blocks):
         raise ValueError(
             f"{option}: not enough text, {total} tokens; one block of "
             f"sequence_length = {sequence_length} is needed at least"
         )
-    stream = torch.from_numpy(np.concatenate(pieces)[: count * sequence_length])
-    return TokenBlocks(stream.view(count, sequence_length))
+    return TokenBlocks(torch.from_numpy(blocks))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-text token, where the tokenizer itself puts one before a text."""
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _blocks(
+    pieces: list[np.ndarray], length: int, begin: list[int], most: int | None
+) -> np.ndarray:
+    """The documents as blocks [N, length], N at most ``most``; what is left over is dropped.
+
+    Each begins with ``begin``, in the middle of a document as well: a model that was never without
+    that token says nothing sensible without it (Gemma's perplexity is off by orders of magnitude).
+    """
+    stream = np.concatenate([*pieces, np.empty(0, np.int64)])
+    room = len(stream) // (length - len(begin))
+    blocks = np.empty((room if most is None else min(most, room), length), np.int64)
+    count = place = 0
+    while count < len(blocks):
+        own = [] if list(stream[place : place + len(begin)]) == begin else begin
+        taken = length - len(own)
+        if place + taken > len(stream):
+            break
+        blocks[count, : len(own)] = own
+        blocks[count, len(own) :] = stream[place : place + taken]
+        place, count = place + taken, count + 1
+    return blocks[:count]
 
 
 def split_tail(part: TokenBlocks | Examples, fraction: float) -> Corpus:

@@ -36,6 +36,15 @@ LABELS_ONLY: dict[str, Any] = {
     "balance": "fixed",
 }
 
+#: Column of the table -> what an evaluation calls it; text without labels has some of them only.
+MEASURED = {
+    "loss": "eval_ce_loss",
+    "divergence": "eval_kd_loss",
+    "agreement": "eval_agreement",
+    "accuracy": "eval_accuracy",
+    "perplexity": "eval_perplexity",
+}
+
 #: An encoder has no labels: its baseline learns nothing but the teacher's sentence vectors.
 OUTPUT_ONLY: dict[str, Any] = {"terms": {"sentence": 1.0}, "balance": "fixed"}
 
@@ -112,15 +121,8 @@ def evaluate(experiment: Experiment, title: str, model: PreTrainedModel) -> dict
     changes = LABELS_ONLY | {"alpha": alpha}
     trainer = make_trainer(experiment, title, model, not is_teacher, **changes)
     metrics = trainer.evaluate()
-    row |= {
-        "loss": metrics["eval_ce_loss"],
-        "divergence": 0.0 if is_teacher else metrics["eval_kd_loss"],
-        "agreement": 1.0 if is_teacher else metrics["eval_agreement"],
-        "accuracy": metrics["eval_accuracy"],
-    }
-    if "eval_perplexity" in metrics:
-        row["perplexity"] = metrics["eval_perplexity"]
-    return row
+    itself = {"divergence": 0.0, "agreement": 1.0} if is_teacher else {}
+    return row | itself | {key: metrics[name] for key, name in MEASURED.items() if name in metrics}
 
 
 def _size(model: PreTrainedModel) -> dict[str, Any]:
@@ -157,9 +159,9 @@ def arms_of(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
     """The trainings of a run, and the changes of the arguments that each is made with."""
     arms: list[tuple[str, dict[str, Any]]] = []
     if experiment.task is ENCODER:
-        if experiment.run_args.baseline:
+        if experiment.has_baseline:
             arms.append(("output only", OUTPUT_ONLY))
-    elif experiment.run_args.baseline or not experiment.args.uses_teacher:
+    elif experiment.has_baseline or not experiment.args.uses_teacher:
         arms.append(("labels only", LABELS_ONLY))
     if experiment.args.uses_teacher:
         arms.append(("distilled", {}))

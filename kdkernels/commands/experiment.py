@@ -39,9 +39,10 @@ from ..training.tasks import (
     Task,
     check_can_be_loaded,
     check_config,
+    label_names,
 )
 from ..training.teacher_cache import TeacherCache, fingerprint_of
-from ..training.teachers import CachedTeacher, ModelTeacher, Student, Teacher
+from ..training.teachers import CachedTeacher, ModelTeacher, Student, Teacher, check_labels
 from .data import (
     Corpus,
     Examples,
@@ -225,6 +226,16 @@ class Experiment:
         return TASKS[self.model_args.task]
 
     @property
+    def lacks_labels(self) -> bool:
+        """Whether the text has no labels for a task that has; alpha is 1 then."""
+        return self.task is not ENCODER and "labels" not in self.corpus.train[0]
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether there is a baseline to train; without labels it would learn nothing."""
+        return self.run_args.baseline and not self.lacks_labels
+
+    @property
     def collator(self) -> Any:
         return collator_for(self.corpus, self.tokenizer)
 
@@ -253,9 +264,15 @@ class Inputs:
 
 
 def prepare_inputs(
-    model_args: ModelArguments, data_args: DataArguments, args: DistillationArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: DistillationArguments,
+    labels_needed: bool = True,
 ) -> Inputs:
-    """Check and read sources, tokenizers and text; ValueError (one line) on bad input."""
+    """Check and read sources, tokenizers and text; ValueError (one line) on bad input.
+
+    Unless ``labels_needed``, the text may be without those of a classifier.
+    """
     check_source("train_text", data_args.train_text)
     if data_args.validation_text is not None:
         check_source("validation_text", data_args.validation_text)
@@ -278,7 +295,7 @@ def prepare_inputs(
         _check_tokenizer(student, tokenizer)
     names = teacher.config().label2id or {} if task is SEQUENCE else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
-    corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed)
+    corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed, labels_needed)
     if task is ENCODER and len(corpus.validation) < FEWEST_VECTORS:
         raise ValueError(
             f"train_text: {len(corpus.validation)} held-out example(s); the geometry of an encoder "
@@ -286,6 +303,12 @@ def prepare_inputs(
         )
     for source in sources:  # its file says most of it; its model, once it is loaded, the rest
         check_length(f"{source.option} {source.name!r}", source.config(), corpus)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(corpus.train) < batch:
+        raise ValueError(
+            f"dataloader_drop_last: {len(corpus.train)} training examples are less than one batch "
+            f"of {batch}, and nothing would be left to train on"
+        )
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 
@@ -321,20 +344,15 @@ def prepare(
             "teacher_cache: student_layers need the teacher itself; make the student first with "
             "`kdkernels init-student` and name it with --student"
         )
-    inputs = prepare_inputs(model_args, data_args, args)
+    # A loss of the teacher alone needs no labels.
+    labels_needed = args.alpha_over_time().lowest < 1
+    inputs = prepare_inputs(model_args, data_args, args, labels_needed)
     teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
-    check_can_be_loaded(inputs.task, student.config, "student")
-    check_model("student", student, inputs.corpus)
-    bad = not_finite(student)
-    if bad is not None:  # as it is after --student_dtype
-        raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
     repaired = repair_generation(student)
     if model_args.student_dropout is not None:
         models.set_dropout(student, model_args.student_dropout)
-    if inputs.task in (CAUSAL_LM, MASKED_LM):
-        vocab = teacher.width(inputs.task)
-        _check_vocabulary(student, vocab, inputs.tokenizer, args.vocab_policy)
+    _check_student(student, inputs, teacher, args)
     teacher.check_run(Student.of(student, inputs.task, args), items_of(inputs.corpus))
     return Experiment(
         model_args,
@@ -348,6 +366,34 @@ def prepare(
         configuration=plain(without_secrets(configuration)),
         notes=[] if repaired is None else [repaired],
     )
+
+
+def _check_student(
+    student: PreTrainedModel, inputs: Inputs, teacher: Teacher, args: DistillationArguments
+) -> None:
+    """ValueError unless it can be trained on these inputs, saved, and loaded again."""
+    check_can_be_loaded(inputs.task, student.config, "student")
+    check_model("student", student, inputs.corpus)
+    bad = not_finite(student)
+    if bad is not None:  # as it is after --student_dtype
+        raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
+    if inputs.task is SEQUENCE:
+        _name_labels(student, inputs.teacher.config())
+    if inputs.task in (CAUSAL_LM, MASKED_LM):
+        vocab = teacher.width(inputs.task)
+        _check_vocabulary(student, vocab, inputs.tokenizer, args.vocab_policy)
+
+
+def _name_labels(student: PreTrainedModel, teacher: PretrainedConfig) -> None:
+    """The teacher's names for a student that only numbers its labels; ValueError if they differ.
+
+    Labels of the text are read as the teacher's; the student is saved with the names it learnt.
+    """
+    names = label_names(teacher)
+    check_labels(student.config, names)
+    if label_names(student.config) is None and student.config.num_labels == teacher.num_labels:
+        student.config.id2label = teacher.id2label
+        student.config.label2id = teacher.label2id
 
 
 def load_teacher(inputs: Inputs, cache: str | None, dtype: str) -> Teacher:
@@ -426,8 +472,12 @@ def load_corpus(
     task: Task = CAUSAL_LM,
     label_ids: dict[str, int] | None = None,
     seed: int = 0,
+    labels_needed: bool = True,
 ) -> Corpus:
-    """Read, tokenise, pack or cut, and split the text as ``data`` and ``task`` say."""
+    """Read, tokenise, pack or cut, and split the text as ``data`` and ``task`` say.
+
+    Unless ``labels_needed``, classifiers' examples are without labels where the text has none.
+    """
 
     def part(option: str, source: str, split: str, limit: int | None) -> TokenBlocks | Examples:
         if task in (CAUSAL_LM, MASKED_LM):
@@ -435,8 +485,9 @@ def load_corpus(
             return token_blocks(option, documents, tokenizer, data.sequence_length, limit)
         labels = (data.label_column,) if task is SEQUENCE else ()
         columns: tuple[str, ...] = (data.text_column, *labels)
-        rows = read_rows(option, source, columns, split, lines=True)
-        return examples(option, rows, tokenizer, data.sequence_length, label_ids, limit)
+        rows = read_rows(option, source, columns, split, True, labels_needed)
+        length = data.sequence_length
+        return examples(option, rows, tokenizer, length, label_ids, limit, labels_needed)
 
     train = part("train_text", data.train_text, data.train_split, data.max_train_tokens)
     if data.validation_text is None:

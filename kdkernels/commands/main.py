@@ -426,9 +426,11 @@ def _headline(experiment: Experiment) -> str:
     half = experiment.teacher.dtype in (torch.bfloat16, torch.float16)
     slow = half and args.device.type == "cpu" and args.teacher_device is None
     note = "\nnote: half precision is slow on many CPUs; consider --teacher_dtype float32"
+    unlabelled = "\nnote: train_text has no labels, so there is no baseline that learns them"
     return (
         f"{experiment.teacher}, student {parameter_count(experiment.student) / 1e6:.1f} M "
         f"parameters; {corpus.train.tokens} training tokens, {corpus.validation.tokens} held out"
         + (note if slow else "")
         + "".join(f"\nnote: {told}" for told in experiment.notes)
+        + (unlabelled if experiment.lacks_labels and experiment.run_args.baseline else "")
     )

@@ -490,7 +490,9 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [_plot_labels, _plot_distance] if "loss" in outcome["rows"][1] else []
+    measured = outcome["rows"][-1]
+    panels = [_plot_labels] if "loss" in measured else []
+    panels += [_plot_distance] if "divergence" in measured else []
     panels += [_plot_terms] if _term_names(outcome) else []
     panels = panels or [_plot_nothing]
     size = (5.5 * len(panels), 4.4)

@@ -113,6 +113,8 @@ def check(experiment: Experiment, sweep: SweepArguments) -> None:
     args = experiment.args
     if experiment.task is ENCODER:
         raise ValueError("sweep: an encoder without a head has no response whose settings to vary")
+    if experiment.lacks_labels:
+        raise ValueError("sweep: without labels there is no alpha to vary; train_text has none")
     for name in ("temperature_schedule", "alpha_schedule", "divergence_parameters"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: cannot be given together with a sweep")

@@ -26,7 +26,7 @@ from transformers import (
 from ..dtypes import AUTO, DTYPES
 from .layer_configs import layer_count, parts, shortened, text_config
 from .saving import not_finite
-from .tasks import CAUSAL_LM, ENCODER, SEQUENCE, TOKEN, Task, check_config
+from .tasks import CAUSAL_LM, ENCODER, SEQUENCE, TOKEN, Task, base_of, check_config
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,12 @@ def tokenizer_difference(
 
 def vocab_size(model: PreTrainedModel) -> int:
     """Width of a language model's logits: rows of the output embedding, else of the config."""
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    return int(text_config(model.config).vocab_size if weight is None else weight.shape[0])
+    layer = model.get_output_embeddings()
+    rows = getattr(layer, "out_features", None)  # a quantised layer's weight is packed
+    if rows is None:
+        weight = getattr(layer, "weight", None)
+        rows = text_config(model.config).vocab_size if weight is None else weight.shape[0]
+    return int(rows)
 
 
 #: Names of the tables of absolute positions.
@@ -554,6 +558,7 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
                 setattr(config, name, probability)
 
 
-def describe(model: PreTrainedModel) -> str:
-    """``'bert' (BertForMaskedLM)``, for messages."""
+def describe(model: nn.Module) -> str:
+    """``'bert' (BertForMaskedLM)``, for messages; of the model in a wrapper."""
+    model = base_of(model)
     return f"{model.config.model_type!r} ({type(model).__name__})"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..problem import LOGIT_DTYPES
 from .layer_configs import text_config
 from .models import describe, evaluating
+from .tasks import base_of
 
 #: Logits given to a model to see what it does to them behind its output layer. The last is large
 #: enough for a soft cap to give the cap; one that the cap leaves alone comes first.
@@ -129,17 +130,27 @@ class Heads(NamedTuple):
         return "; ".join(parts)
 
 
-def find_heads(models: dict[str, PreTrainedModel], device: torch.device) -> Heads:
+def find_heads(models: dict[str, nn.Module], device: torch.device) -> Heads:
     """The output layer of each model; a teacher's has to be on ``device``, where the loss is."""
     heads = Heads({}, {})
     for role, model in models.items():
         try:
             if role == "teacher" and next(model.parameters()).device != device:
                 raise NoHead("it is on another device")
-            heads.found[role] = Head(model)
+            if _is_compiled(model):
+                raise NoHead("torch.compile has compiled the whole forward")
+            heads.found[role] = Head(base_of(model))
         except NoHead as error:
             heads.reasons[role] = f"{describe(model)}: {error}"
     return heads
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` has a part in running ``model``."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 def _layer(model: PreTrainedModel) -> nn.Linear:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
@@ -66,17 +68,74 @@ ENCODER = Task("encoder", auto.AutoModel, auto.MODEL_MAPPING, auto.MODEL_MAPPING
 TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, ENCODER)}
 
 
-def task_of(model: PreTrainedModel) -> Task:
-    """The task that the class of ``model`` is for; a class nobody knows is a causal model.
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers that ``model`` is, or is a wrapper of.
+
+    Adapters (PEFT), ``torch.compile``, DistributedDataParallel and classes of a user's own hold it
+    as a submodule. Kind, configuration, output layer and the names of the forward's arguments are
+    asked of it; what is run is the wrapper. ValueError if it holds several.
+    """
+    inside = {id(module): module for module in _outermost(model)}
+    if len(inside) > 1:
+        kinds = ", ".join(type(module).__name__ for module in inside.values())
+        raise ValueError(
+            f"model: {type(model).__name__} holds {len(inside)} models ({kinds}); only one that is "
+            "around a single model says what it is for"
+        )
+    # None: a class of the user's own, with a configuration.
+    return next(iter(inside.values()), cast(PreTrainedModel, model))
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models of transformers in ``module`` that are in no other one."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task that the class of ``model``, or one it derives from, is for; else a causal model.
 
     A class that is a causal as well as a masked language model (XLM) is what its config says.
     """
-    name = type(model).__name__
-    for task in (SEQUENCE, TOKEN, MASKED_LM, CAUSAL_LM, ENCODER):
-        decoder = getattr(model.config, "is_decoder", False)
-        if name in task.model_names() and not (task is MASKED_LM and decoder):
-            return task
+    model = base_of(model)
+    decoder = getattr(model.config, "is_decoder", False)
+    for name in (kind.__name__ for kind in type(model).__mro__):
+        for task in (SEQUENCE, TOKEN, MASKED_LM, CAUSAL_LM, ENCODER):
+            if name in task.model_names() and not (task is MASKED_LM and decoder):
+                return task
     return CAUSAL_LM
+
+
+def label_names(config: PretrainedConfig) -> list[str] | None:
+    """A classifier's labels in the order of their ids; None if they are only numbered.
+
+    Numbered are ``LABEL_0``, ``LABEL_1``, which transformers writes where nobody gave names, and
+    ``0``, ``1``: they say no more than the ids themselves.
+    """
+    pairs = ((int(i), str(name)) for i, name in (config.id2label or {}).items())
+    names = [name for _, name in sorted(pairs)]
+    return None if numbered(names) else names
+
+
+def numbered(names: list[str]) -> bool:
+    """Whether these names of the ids 0, 1, ... are the ids again."""
+    return all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
+
+
+def same_label(name: str) -> str:
+    """What two spellings of one label have in common: no upper case, and no space around it."""
+    return name.strip().casefold()
+
+
+def other_label(ours: list[str] | None, theirs: list[str] | None) -> int | None:
+    """The first id that two lists of names call differently; None: none, or names are not known."""
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return None
+    pairs = zip(ours, theirs, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if same_label(a) != same_label(b)), None)
 
 
 def check_can_be_loaded(task: Task, config: PretrainedConfig, argument: str) -> None:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +38,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .batches import batches
 from .folders import check_new, write_json, written_whole
 from .models import output_width, parameter_count
-from .tasks import SEQUENCE, Task, task_of
+from .recorder import Signature
+from .tasks import SEQUENCE, TOKEN, Task, base_of, label_names, task_of
 
 META_FILE = "cache.json"
 FORMAT = 1
@@ -62,12 +63,14 @@ class CacheInfo:
     temperature: float  #: of a top-k cache
     examples: int
     rows: int
+    labels: list[str] | None = None  #: a classifier's, in the order of its logits, if named
 
     def check_types(self) -> None:
         """TypeError unless every field has the type that it is declared with."""
         for name, kind in get_type_hints(CacheInfo).items():
             value = getattr(self, name)
-            if not isinstance(value, float | int if kind is float else kind):
+            kinds = tuple(get_origin(part) or part for part in get_args(kind) or (kind,))
+            if not isinstance(value, (float, int) if kind is float else kinds):
                 raise TypeError(f"{name}: {value!r}")
 
 
@@ -215,20 +218,21 @@ def cache_teacher(
     """
     output, task = Path(folder), task_of(teacher)
     check_can_be_written(output, task)
-    vocab = output_width(teacher, task)
+    base, signature = base_of(teacher), Signature(teacher)
+    vocab = output_width(base, task)
     if top_k is not None and not 1 <= top_k < vocab:
         raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
     with written_whole(output) as scratch:
         writer = _Writer(scratch, top_k, temperature)
         for batch in batches(items, batch_size):
             inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
-            moved = {name: tensor.to(teacher.device) for name, tensor in inputs.items()}
+            moved = {name: tensor.to(base.device) for name, tensor in signature.own(inputs).items()}
             writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
         writer.flush()
         info = CacheInfo(
             format=FORMAT,
             task=task.name,
-            model=fingerprint or model_fingerprint(teacher),
+            model=fingerprint or model_fingerprint(base),
             tokenizer=tokenizer_fingerprint(tokenizer),
             name=name,
             parameters=parameter_count(teacher),
@@ -237,6 +241,7 @@ def cache_teacher(
             temperature=temperature,
             examples=len(writer.keys),
             rows=writer.rows,
+            labels=label_names(base.config) if task in (SEQUENCE, TOKEN) else None,
         )
         write_json(scratch / META_FILE, asdict(info))
     return info

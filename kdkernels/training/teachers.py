@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import DistillationArguments
+from .model_losses import router_weight
 from .models import (
     describe,
     in_dtype,
@@ -25,31 +25,68 @@ from .models import (
     without_cache,
 )
 from .output_layer import Head
-from .recorder import Features, Needs, Recorder, run_without
+from .recorder import Features, Needs, Recorder, Signature
 from .schedules import Schedule
-from .tasks import SEQUENCE, TOKEN, Task, check_config, task_of
+from .tasks import (
+    SEQUENCE,
+    TOKEN,
+    Task,
+    base_of,
+    check_config,
+    label_names,
+    other_label,
+    same_label,
+    task_of,
+)
 from .teacher_cache import TeacherCache
-from .terms import DistillationTerms, layer_pairs
+from .terms import INSIDE_LAYERS, DistillationTerms, layer_pairs
 
 
 class Student(NamedTuple):
     """A student, as far as a teacher has to know it."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel  #: itself, where a wrapper of it is trained
+    trained: nn.Module  #: the model, or that wrapper
+    parameters: frozenset[int]  #: their identities, the wrapper's own among them
     task: Task
     args: DistillationArguments
     weights: dict[str, Schedule]  #: of all terms
+    router_weight: float | None  #: of the loss that its experts' loads add to the terms
     temperatures: set[float]  #: the ends of those that it is taught at
     tokenizer: Any  #: whatever prepares its data; compared if it is a tokenizer
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, task: Task, args: DistillationArguments, tokenizer: Any = None
+        cls, model: nn.Module, task: Task, args: DistillationArguments, tokenizer: Any = None
     ) -> Student:
         """The student that is taught as ``args`` say; ValueError if they do not fit its task."""
+        own = frozenset(map(id, model.parameters()))
         ends = args.temperature_over_time()
         weights = args.resolved_terms(task.labels is not None)
-        return cls(model, task, args, weights, {ends.lowest, ends.highest}, tokenizer)
+        temperatures = {ends.lowest, ends.highest}
+        router = router_weight(model)
+        student = cls(
+            base_of(model), model, own, task, args, weights, router, temperatures, tokenizer
+        )
+        student._check_checkpointing()
+        return student
+
+    def _check_checkpointing(self) -> None:
+        """ValueError if something needs a gradient inside of reentrantly checkpointed layers.
+
+        Their forward runs without a graph: what is seen inside of them has no gradient, and nobody
+        says so.
+        """
+        if not _checkpoints_reentrantly(self.model, self.args):
+            return
+        inside = [f"terms: {name}" for name in INSIDE_LAYERS if name in self.weights]
+        inside += ["output_router_logits"] if self.router_weight else []
+        inside += ["balance: gradient_norm"] if self.args.balance == "gradient_norm" else []
+        if inside:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs: use_reentrant=True leaves {', '.join(inside)} "
+                "without a gradient; give use_reentrant=False"
+            )
 
     @property
     def beside_response(self) -> list[str]:
@@ -62,6 +99,7 @@ class Teacher(ABC):
 
     model: PreTrainedModel | None = None  #: whose layers can be looked at
     cache: TeacherCache | None = None
+    signature: Signature | None = None  #: what its forward takes; None: it is not run
 
     @abstractmethod
     def __str__(self) -> str:
@@ -123,21 +161,29 @@ class ModelTeacher(Teacher):
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._recorder = Recorder(model, Needs(), "teacher")
-        self._options = without_cache(model)
+        self._options = without_cache(self._base) if self.signature.takes("use_cache") else {}
 
     def __str__(self) -> str:
         return f"teacher {self.parameters / 1e6:.1f} M"
 
     @property
+    def _base(self) -> PreTrainedModel:
+        return base_of(self.model)
+
+    @property
+    def signature(self) -> Signature:  # type: ignore[override]
+        return self._recorder.signature
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        return self._base.dtype
 
     @property
     def parameters(self) -> int:
         return parameter_count(self.model)
 
     def width(self, task: Task) -> int:
-        return output_width(self.model, task)
+        return output_width(self._base, task)
 
     def check(self, student: Student) -> None:
         task = task_of(self.model)
@@ -146,10 +192,11 @@ class ModelTeacher(Teacher):
                 f"teacher: {describe(self.model)} is for {task.name}, model: "
                 f"{describe(student.model)} for {student.task.name}; both must be for one task"
             )
-        check_config(task, self.model.config, "teacher")
-        own = {id(parameter) for parameter in student.model.parameters()}
-        if any(id(parameter) in own for parameter in self.model.parameters()):
+        check_config(task, self._base.config, "teacher")
+        if any(id(parameter) in student.parameters for parameter in self.model.parameters()):
             raise ValueError("teacher: it shares parameters with the student; pass a deep copy")
+        if task in (SEQUENCE, TOKEN):
+            check_labels(student.model.config, label_names(self._base.config))
         common = None if task.labels is None else _common_prefix(student, self.width(task))
         if self.tokenizer is not None and isinstance(student.tokenizer, PreTrainedTokenizerBase):
             difference = tokenizer_difference(student.tokenizer, self.tokenizer, common)
@@ -161,14 +208,14 @@ class ModelTeacher(Teacher):
         self._terms(student)  # refuses what the models lack
         if student.args.layer_map != "uniform":
             # Refused even where no term looks at it.
-            layer_pairs(student.args, student.model, self.model)
+            layer_pairs(student.args, student.model, self._base)
 
     def place(self, args: DistillationArguments) -> None:
         """Move the model, in place, to where it is run."""
         module: nn.Module = in_dtype(self.model, args.teacher_dtype)
         if args.teacher_device is not None:
             module.to(args.teacher_device)
-        elif getattr(self.model, "hf_device_map", None) is None:
+        elif getattr(self._base, "hf_device_map", None) is None:
             module.to(args.device)
 
     def begin(self, student: Student) -> DistillationTerms | None:
@@ -182,17 +229,13 @@ class ModelTeacher(Teacher):
     def _terms(self, student: Student) -> DistillationTerms | None:
         if not student.beside_response:
             return None
-        return DistillationTerms(student.args, student.model, self.model, student.weights)
+        return DistillationTerms(student.args, student.trained, self.model, student.weights)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
         own = next(self.model.parameters()).device
         moved = {k: v.to(own) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-        def run() -> Features:
-            return self._recorder.run(self.model, moved, **self._options)
-
-        return run_without(head, self.model, run).to(device)
+        return self._recorder.run(self.model, moved, head, **self._options).to(device)
 
 
 class CachedTeacher(Teacher):
@@ -215,6 +258,8 @@ class CachedTeacher(Teacher):
 
     def check(self, student: Student) -> None:
         self.cache.check(student.task, student.beside_response, student.temperatures)
+        if student.task in (SEQUENCE, TOKEN):
+            check_labels(student.model.config, self.cache.info.labels)
         _common_prefix(student, self.cache.info.vocab)
 
     def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
@@ -226,7 +271,7 @@ class CachedTeacher(Teacher):
         self.cache.require(examples)
 
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
-        return Features(SimpleNamespace(logits=self.cache.logits(inputs).to(device)))
+        return Features(None, logits=self.cache.logits(inputs).to(device))
 
 
 class NoTeacher(Teacher):
@@ -254,6 +299,47 @@ class NoTeacher(Teacher):
 
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> None:
         return None
+
+
+def _checkpoints_reentrantly(model: PreTrainedModel, args: DistillationArguments) -> bool:
+    """Whether layers are checkpointed so, by the arguments or by the model as it is."""
+    if args.gradient_checkpointing:
+        given = args.gradient_checkpointing_kwargs
+        return isinstance(given, dict) and bool(given.get("use_reentrant"))
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    return any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
+
+
+def check_columns(student: PretrainedConfig, data: Any, argument: str) -> None:
+    """ValueError if a column of labels numbers them in another order than the student.
+
+    Only names that both know can tell: a column may have names of its own for the same labels.
+    """
+    ours = label_names(student) or []
+    for column, feature in (getattr(data, "features", None) or {}).items():
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        for i, name in enumerate(names or [] if column in ("label", "labels") else []):
+            alike = [j for j, own in enumerate(ours) if same_label(own) == same_label(name)]
+            if alike and i not in alike:
+                raise ValueError(
+                    f"{argument}: column {column!r} has label {i} for {name!r}, which is the "
+                    f"student's label {alike[0]}; both must number them alike"
+                )
+
+
+def check_labels(student: PretrainedConfig, names: list[str] | None) -> None:
+    """ValueError if a student's labels have other names, or another order, than its teacher's."""
+    ours = label_names(student)
+    other = other_label(ours, names)
+    if other is not None and ours is not None and names is not None:
+        raise ValueError(
+            f"teacher: its label {other} is {names[other]!r}, the student's {ours[other]!r}; both "
+            "must have the same names in the same order (id2label and label2id)"
+        )
 
 
 def teacher_of(

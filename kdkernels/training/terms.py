@@ -35,6 +35,7 @@ from .models import attention_dropout, describe
 from .recorder import Features, Needs, Recorder
 from .schedules import Schedule
 from .sentences import settle_from_model
+from .tasks import base_of
 
 #: Name of each term -> what it compares.
 TERMS = {
@@ -57,6 +58,8 @@ _EXAMPLE_RELATIONS = {
 EXAMPLE_TERMS = ("sentence", *_EXAMPLE_RELATIONS)
 #: Terms that the layer map is for.
 LAYER_TERMS = {"hidden", "attention", "minilm"}
+#: Terms that look at what is computed inside of a layer.
+INSIDE_LAYERS = ("attention", "minilm")
 BALANCES = ("fixed", "gradient_norm", "uncertainty")
 
 #: How much of a gradient-norm factor is kept when a new one has been measured.
@@ -222,7 +225,8 @@ class DistillationTerms(nn.Module):
 
     Args:
         args: the options.
-        student, teacher: run once on two tokens to learn numbers and widths of their layers.
+        student, teacher: or wrappers of them; run once on two tokens to learn numbers and widths of
+            their layers.
         weights: of all terms; default: those of ``args`` for models with a head.
 
     Raises:
@@ -235,11 +239,13 @@ class DistillationTerms(nn.Module):
     def __init__(
         self,
         args: TermArguments,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        student: nn.Module,
+        teacher: nn.Module,
         weights: dict[str, Schedule] | None = None,
     ) -> None:
         super().__init__()
+        run = student, teacher
+        student, teacher = base_of(student), base_of(teacher)
         self.args, self.weights = args, args.resolved_terms() if weights is None else weights
         names = [name for name in self.weights if name != "response"]
         self.names = tuple(names)
@@ -256,8 +262,8 @@ class DistillationTerms(nn.Module):
         self.student, self.teacher = (
             Recorder(model, Needs(True, attentions, layer), role)
             for model, layer, role in (
-                (student, relation[0], "student"),
-                (teacher, relation[1], "teacher"),
+                (run[0], relation[0], "student"),
+                (run[1], relation[1], "teacher"),
             )
         )
         ours, theirs = self.student.probe(student), self.teacher.probe(teacher)

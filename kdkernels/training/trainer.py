@@ -16,11 +16,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -29,13 +30,14 @@ from ..linear import fused_linear_kd_loss
 from . import checkpoints
 from .arguments import DistillationArguments
 from .folders import plain
+from .models import describe
 from .output_layer import Heads, Hidden, find_heads
-from .recorder import Features, run_without
+from .recorder import Features, Needs, Recorder, output
 from .redaction import is_secret
 from .saving import not_finite, repair_generation
-from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, check_config, task_of
+from .tasks import CAUSAL_LM, MASKED_LM, SEQUENCE, TOKEN, base_of, check_config, task_of
 from .teacher_cache import TeacherCache
-from .teachers import Student, teacher_of
+from .teachers import Student, check_columns, teacher_of
 from .terms import EXAMPLE_TERMS, Counts
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ class DistillationTrainer(Trainer):
     """``transformers.Trainer`` with a teacher: ``alpha * T^2 * D + (1 - alpha) * CE`` and more.
 
     The student is a causal or masked language model, a sequence or token classifier, or an encoder
-    without a head; the teacher is of the same kind. The loss is a weighted sum of terms
+    without a head; the teacher is of the same kind. Either may be in a wrapper: an adapter of PEFT,
+    ``torch.compile``, a module of your own; each gets the entries of a batch that its forward is
+    made for. The loss is a weighted sum of terms
     (``args.terms``, :data:`kdkernels.training.terms.TERMS`): the response, which is the default,
     features of chosen layers, and relations. An encoder has no response and needs other terms.
 
@@ -83,8 +87,10 @@ class DistillationTrainer(Trainer):
     update (all micro-batches, and all processes unless ``average_tokens_across_devices=False``), so
     the update does not depend on how a batch is cut. Batches hold ``labels`` in the Hugging Face
     convention: not shifted, -100 where nothing is to be learnt. A batch without any label has loss
-    0 and gradient 0. Terms of tokens divide by the update's tokens that are no padding, terms of
-    examples by its examples; a relation between examples exists within one micro-batch only.
+    0 and gradient 0. Where ``alpha`` is 1 batches may lack ``labels``: all that is no padding
+    counts; evaluations then leave out what labels would say. Terms of tokens divide by the update's
+    tokens that are no padding, terms of examples by its examples; a relation between examples
+    exists within one micro-batch only.
 
     The teacher is switched to ``eval()``, its parameters to ``requires_grad=False``; it is moved
     (in place, as ``nn.Module.to`` does) to ``args.teacher_dtype`` and ``args.teacher_device``.
@@ -101,7 +107,8 @@ class DistillationTrainer(Trainer):
     ``agreement`` (share of tokens with the same argmax as the teacher), ``accuracy``. Evaluation
     logs them with the prefix ``eval_``, averaged over tokens, and ``eval_perplexity =
     exp(ce_loss)`` of language models; there, labels are never smoothed. Every other term is logged
-    as ``<term>_loss``, without its weight.
+    as ``<term>_loss``, without its weight, and so is the loss of a mixture's router, ``aux_loss``,
+    which is added where the student's configuration asks for it (``output_router_logits``).
 
     Training goes on (``train(resume_from_checkpoint=...)``) from a whole checkpoint only: ``True``
     takes the newest whole one and logs what is wrong with newer ones. A checkpoint of weights that
@@ -120,8 +127,9 @@ class DistillationTrainer(Trainer):
     Raises:
         TypeError: ``args`` is not a :class:`DistillationArguments`.
         ValueError: no teacher, another task, different vocabularies, labels or tokenizers, a
-            teacher that shares parameters with the student, layers that do not exist, or
-            ``compute_loss_func``; by ``train``: a checkpoint that is damaged or incomplete.
+            teacher that shares parameters with the student, layers that do not exist, reentrant
+            checkpointing of what needs a gradient inside of a layer, or ``compute_loss_func``; by
+            ``train``: a checkpoint that is damaged or incomplete.
         FloatingPointError: by ``train``: a checkpoint is due, and weights are NaN or infinite.
     """
 
@@ -143,31 +151,64 @@ class DistillationTrainer(Trainer):
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: not used here; the loss is fused_kd_loss")
         super().__init__(model=model, args=args, **trainer_kwargs)
+        self._teacher = teacher_of(teacher, teacher_processing_class, teacher_cache)
+        self._evaluated = Sums()
+        self._resumes = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that follows from the student and the arguments.
+
+        Once for each student: ``model_init`` makes another one for every training.
+        """
+        self._base = base_of(self.model)
+        self.task = task_of(self._base)
+        check_config(self.task, self._base.config, "model")
         # Both make the base class count the predicted tokens of an update, for any architecture:
         # the labels are shifted inside the loss, whatever the model's own loss would do.
-        self.task = task_of(self.model)
-        check_config(self.task, self.model.config, "model")
-        repaired = repair_generation(self.model)
+        repaired = repair_generation(self._base)
         if repaired is not None:
             logger.warning(repaired)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self.task.shift
-        student = Student.of(self.model, self.task, args, self.processing_class)
-        self._weights = student.weights
-        self._alpha, self._temperature = args.alpha_over_time(), args.temperature_over_time()
-        self._divergence = args.resolved_divergence()
-        self._logged = Sums()
-        self._log_first_step = 0
-        self._evaluated = Sums()
-        self._update: Counts | None = None
-        self._starts_update = True
-        self._resumes = False
-        self._teacher = teacher_of(teacher, teacher_processing_class, teacher_cache)
+        # The base class would remember those of its first student.
+        self._signature_columns: Any = None
+        student = self._start_over()
+        if self.task in (SEQUENCE, TOKEN):
+            for name in ("train_dataset", "eval_dataset"):
+                check_columns(self._base.config, getattr(self, name), name)
+        self._weights, self._router_weight = student.weights, student.router_weight
         self._teacher.check(student)
         self.terms = self._teacher.begin(student)
+        self._recorder = (
+            Recorder(self.model, Needs(), "student") if self.terms is None else self.terms.student
+        )
+        if self._teacher.signature is not None:
+            self._recorder.signature.beside(self._teacher.signature)
         self._heads = self._find_heads()
         heads = self._heads.found
         self._student_head, self._teacher_head = heads.get("student"), heads.get("teacher")
+
+    def _start_over(self) -> Student:
+        """What one training must not leave to the next one: sums, counts, and read arguments.
+
+        A training also ends by an exception, and starts again with another batch size.
+        """
+        student = Student.of(self.model, self.task, self.args, self.processing_class)
+        self._alpha, self._temperature = (
+            self.args.alpha_over_time(),
+            self.args.temperature_over_time(),
+        )
+        self._divergence = self.args.resolved_divergence()
+        self._logged = Sums()
+        self._log_first_step = 0
+        self._update: Counts | None = None
+        self._starts_update = True
+        return student
+
+    def _begin_if_new(self) -> None:
+        if base_of(self.model) is not self._base:
+            self._begin()
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -193,7 +234,7 @@ class DistillationTrainer(Trainer):
         general = self._no_fused_linear()
         if general is None and wanted == "auto":
             general = self._slow_fused_linear()
-        models = {"student": self.model} | self._teacher.models
+        models: dict[str, nn.Module] = {"student": self.model, **self._teacher.models}
         if general is None:
             heads = find_heads(models, self.args.device)
         else:
@@ -246,12 +287,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], with_logits: bool = False
     ) -> Features:
         """One forward of the student, with what the terms compare; its logits if asked for."""
-        recorder = None if self.terms is None else self.terms.student
-
-        def run() -> Features:
-            return Features(model(**inputs)) if recorder is None else recorder.run(model, inputs)
-
-        return run_without(None if with_logits else self._student_head, self.model, run)
+        return self._recorder.run(model, inputs, None if with_logits else self._student_head)
 
     def teacher_features(self, inputs: dict[str, Any]) -> Features | None:
         """What the teacher gives, on the student's device; None when it is not needed."""
@@ -308,7 +344,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of one micro-batch over ``num_items_in_batch`` tokens (None: its own tokens)."""
-        labels, inputs = self._take_labels(inputs)
+        targets, inputs = self._take_labels(inputs)
+        labels = targets.labels
         student = self.student_features(model, inputs, with_logits=return_outputs)
         teacher = self.teacher_features(inputs)
         num_items, progress = num_items_in_batch, self.progress
@@ -336,8 +373,14 @@ class DistillationTrainer(Trainer):
             values = self.terms(student, teacher, mask, counts)
             response = {} if parts is None else {"response": parts.loss}
             loss = self._combined(model, response | values, own.examples / counts.examples)
+        router = self._router_loss(student)
+        if router is not None and labels is not None and self._router_weight:
+            # The mean over the update's micro-batches, each counting as its tokens do.
+            share = 1 if num_items is None else self._counted(labels) / max(1, num_items)
+            values |= {"aux": router * share}
+            loss = loss + self._router_weight * values["aux"]
         if model.training:
-            self._observe_step(parts, labels, num_items, scale, values)
+            self._observe_step(parts, targets, num_items, scale, values)
         loss = loss * scale
         return (loss, student.outputs) if return_outputs else loss
 
@@ -347,10 +390,19 @@ class DistillationTrainer(Trainer):
         """The response term; None for a model without a head."""
         if labels is None:
             return None
-        own = student.response
-        assert own is not None
-        taught = teacher.response if teacher is not None and self._response_has_teacher else None
+        own, taught = student.response, None
+        if own is None:
+            raise ValueError(f"model: {describe(self.model)} gives no logits")
+        if teacher is not None and self._response_has_teacher:
+            taught = teacher.response
+            if taught is None:
+                raise ValueError("teacher: its forward gives no logits")
         return self.distillation_loss(own, taught, labels, **options)
+
+    def _router_loss(self, student: Features) -> Tensor | None:
+        """How unevenly a mixture's experts are loaded, as the model says it; None: not asked."""
+        found = output(student.outputs, "aux_loss") if self._router_weight is not None else None
+        return found.to(self.args.device) if isinstance(found, Tensor) else None
 
     def _combined(self, model: nn.Module, values: dict[str, Tensor], share: Tensor) -> Tensor:
         """The weighted sum; under ``gradient_norm`` the factors are measured first, if due."""
@@ -380,19 +432,36 @@ class DistillationTrainer(Trainer):
             self._update = Counts(*total.unbind())
         if self.task.labels is None and self._update is not None:
             return self._update.positions
+        if self.task.labels is not None:
+            labels = (self._take_labels(batch)[0].labels for batch in batch_samples)
+            batch_samples = [
+                {**batch, "labels": own} for batch, own in zip(batch_samples, labels, strict=True)
+            ]
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _take_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
-        """The labels, None for a model without a head, and everything else."""
+    def _take_labels(
+        self, inputs: Mapping[str, Any], needed: bool = True
+    ) -> tuple[Targets, dict[str, Any]]:
+        """What is to be predicted, and everything else; ValueError if it is ``needed`` and missing.
+
+        A loss of the teacher alone (alpha 1) needs to know only which predictions count: without
+        labels those of all tokens that are no padding.
+        """
         others = {k: v for k, v in inputs.items() if k != "labels"}
-        if self.task.labels is None:
-            return None, others
-        if inputs.get("labels") is None:
+        if self.task.labels is None or inputs.get("labels") is not None:
+            return Targets(inputs.get("labels") if self.task.labels else None, True), others
+        if needed and self._alpha.lowest < 1:
             raise ValueError(
                 f"labels: missing in the batch (it has {', '.join(inputs)}); distillation needs "
-                "them to know which tokens count, -100 marks those that do not"
+                "them, with -100 where nothing is to be learnt, unless alpha is 1"
             )
-        return inputs["labels"], others
+        mask = _token_mask(inputs)
+        if self.task is CAUSAL_LM:  # the text is its own label
+            return Targets(inputs["input_ids"].masked_fill(~mask, -100), True), others
+        zeros = torch.zeros_like(inputs["input_ids"]).masked_fill(~mask, -100)
+        return Targets(
+            zeros.new_zeros(len(zeros)) if self.task is SEQUENCE else zeros, False
+        ), others
 
     def _counted(self, labels: Tensor) -> Tensor:
         """How many labels are predicted."""
@@ -400,15 +469,18 @@ class DistillationTrainer(Trainer):
 
     # ---- what is logged ------------------------------------------------------------------------
 
-    def _parts(self, parts: KDLossOutput, labels: Tensor) -> dict[str, Tensor]:
+    def _parts(self, parts: KDLossOutput, targets: Targets) -> dict[str, Tensor]:
         """The logged parts, each as a sum over tokens divided by the denominator of ``parts``.
 
         ``agreement`` and ``accuracy`` come as shares of this batch's tokens and are turned into
-        numbers of tokens.
+        numbers of tokens. What labels that nobody gave would say is left out.
         """
-        tokens = self._counted(labels)
+        assert targets.labels is not None
         assert parts.ce_loss is not None and parts.accuracy is not None  # there are labels
-        named = {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
+        tokens = self._counted(targets.labels)
+        named: dict[str, Tensor] = {}
+        if targets.known:
+            named |= {"ce_loss": parts.ce_loss, "accuracy": parts.accuracy * tokens}
         if self._response_has_teacher:
             named |= {"kd_loss": parts.kd_loss, "agreement": parts.agreement * tokens}
         return named
@@ -416,14 +488,15 @@ class DistillationTrainer(Trainer):
     def _observe_step(
         self,
         parts: KDLossOutput | None,
-        labels: Tensor | None,
+        targets: Targets,
         num_items: Tensor | int | None,
         scale: int,
         values: dict[str, Tensor],
     ) -> None:
         named = {f"{name}_loss": value.detach() for name, value in values.items()}
+        labels = targets.labels
         if parts is not None and labels is not None:
-            named |= self._parts(parts, labels)
+            named |= self._parts(parts, targets)
             denominator = torch.as_tensor(
                 self._counted(labels) if num_items is None else num_items
             ).clamp(min=1)
@@ -450,6 +523,36 @@ class DistillationTrainer(Trainer):
         changing = {n: s.at(progress) for n, s in settings.items() if s.kind != "constant"}
         return changing if self.terms is None else changing | self.terms.state_to_log(progress)
 
+    # ---- data ----------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that are kept: what either model's forward takes."""
+        if self._signature_columns is not None:
+            return
+        super()._set_signature_columns_if_needed()
+        first: list[str] = self._signature_columns or []
+        signatures = (self._recorder.signature, self._teacher.signature)
+        names = {name for signature in signatures if signature for name in signature.names}
+        self._signature_columns = first + sorted(names.difference(first))
+
+    @contextlib.contextmanager
+    def _nothing_dropped(self) -> Iterator[None]:
+        """``dataloader_drop_last`` is for updates of one size; an evaluation has all items."""
+        kept = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = kept
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._nothing_dropped():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._nothing_dropped():
+            return super().get_test_dataloader(*args, **kwargs)
+
     # ---- evaluation ----------------------------------------------------------------------------
 
     def prediction_step(
@@ -460,8 +563,10 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Adds one batch to the token-weighted sums, from which the losses are computed."""
-        labels, inputs = self._take_labels(self._prepare_inputs(inputs))
-        mask = _token_mask(inputs)
+        inputs = self._prepare_inputs(inputs)
+        given = inputs.get("labels") if self.task.labels is not None else None
+        targets, inputs = self._take_labels(inputs, needed=False)
+        labels, mask = targets.labels, _token_mask(inputs)
         real = self._real_examples(len(mask), mask.device)
         counted = None
         if labels is not None:
@@ -473,13 +578,22 @@ class DistillationTrainer(Trainer):
             if self.terms is not None and teacher is not None:
                 self._evaluate_terms(student, teacher, mask & real[:, None])
         if sums is not None and counted is not None:
-            tokens = self._counted(counted)
-            parts = self._parts(sums, counted)
-            self._evaluated.add(tokens=tokens, loss=sums.loss.detach(), **parts)
+            self._evaluate_response(sums, targets._replace(labels=counted), student)
         if prediction_loss_only:
             return (None, None, None)
         first = student.outputs[0] if student.logits is None else student.logits
-        return (None, first, labels)
+        return (None, first, given)
+
+    def _evaluate_response(self, sums: KDLossOutput, targets: Targets, student: Features) -> None:
+        assert targets.labels is not None
+        tokens = self._counted(targets.labels)
+        parts = self._parts(sums, targets)
+        if targets.known or self.args.alpha == 1:
+            parts |= {"loss": sums.loss.detach()}
+        router = self._router_loss(student)
+        if router is not None:
+            parts |= {"aux_loss": router * tokens}
+        self._evaluated.add(tokens=tokens, **parts)
 
     def _evaluate_terms(self, student: Features, teacher: Features, mask: Tensor) -> None:
         assert self.terms is not None
@@ -532,10 +646,11 @@ class DistillationTrainer(Trainer):
         weights = self._weights
         kinds = {f"{n}_loss": "examples" if n in EXAMPLE_TERMS else "positions" for n in weights}
         means = {n: value / denominators[kinds.get(n, "tokens")] for n, value in sums.items()}
-        if means:
+        if "loss" in means or (means and self.task.labels is None):
             response = weights["response"].end * means["loss"] if "loss" in means else 0.0
             beside = [name for name in weights if f"{name}_loss" in means]
             means["loss"] = response + sum(weights[n].end * means[f"{n}_loss"] for n in beside)
+            means["loss"] += (self._router_weight or 0.0) * means.get("aux_loss", 0.0)
         if "ce_loss" in means and self.task not in (SEQUENCE, TOKEN):
             means["perplexity"] = _exp(means["ce_loss"])
         return means
@@ -562,6 +677,8 @@ class DistillationTrainer(Trainer):
                 modules[_TERMS_NAME] = before
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_if_new()
+        self._start_over()
         self._say_heads()
         if self.terms is None:
             return super()._inner_training_loop(*args, **kwargs)
@@ -697,6 +814,7 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        self._begin_if_new()
         self._resumes = True
         try:
             with self._attached_terms(False):
@@ -709,6 +827,13 @@ class DistillationTrainer(Trainer):
         with self._attached_terms(False):
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
+
+
+class Targets(NamedTuple):
+    """What a batch is to be predicted as."""
+
+    labels: Tensor | None  #: -100 where nothing is; None: the model has no head
+    known: bool  #: False: nobody gave labels, and these only say which predictions count
 
 
 def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:

@@ -148,6 +148,54 @@ def test_geometry() -> None:
     assert geometry.pearson(teacher[:7, :4], teacher[:7]) == pytest.approx(want)
 
 
+# ---- names of labels ----------------------------------------------------------------------------
+
+NAMES = ["entailment", "neutral", "contradiction"]
+
+
+def named(kind: str, names: list[str], seed: int = 1) -> Any:
+    ids = {name: i for i, name in enumerate(names)}
+    return bert(kind, 1, seed=seed, label2id=ids, id2label={i: n for n, i in ids.items()})
+
+
+CLASSIFIERS = pytest.mark.parametrize("kind", ["sequence-classification", "token-classification"])
+
+
+@CLASSIFIERS
+def test_labels_of_other_names_are_refused(kind: str, tmp_path: Path) -> None:
+    teacher = named(kind, NAMES, seed=2)
+    for names in (NAMES[::-1], ["entailment", "contradiction", "neutral"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=r"teacher: its label \d is '.*', the student's '"):
+            trainer(kind, tmp_path, student=named(kind, names), teacher=teacher)
+    for names in (NAMES, ["Entailment", " neutral", "CONTRADICTION"]):
+        trainer(kind, tmp_path, student=named(kind, names), teacher=teacher)
+    trainer(kind, tmp_path, student=bert(kind, 1, seed=1), teacher=teacher)  # only numbered
+    trainer(kind, tmp_path, student=named(kind, ["0", "1", "2"]), teacher=teacher)
+
+
+@CLASSIFIERS
+def test_columns_that_number_labels_in_another_order_are_refused(kind: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    student, teacher = named(kind, NAMES), named(kind, NAMES, seed=2)
+    args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+
+    def data(names: list[str]) -> Any:
+        label = datasets.ClassLabel(names=names)
+        features = {"labels": label if kind == "sequence-classification" else [label]}
+        labels: list[Any] = [0, 1] if kind == "sequence-classification" else [[0], [1]]
+        return datasets.Dataset.from_dict({"labels": labels}, datasets.Features(features))
+
+    for option in ("train_dataset", "eval_dataset"):
+        with pytest.raises(
+            ValueError, match=f"{option}: column 'labels' has label 0 for 'neutral'"
+        ):
+            swapped = {option: data(["neutral", "entailment", "contradiction"])}
+            DistillationTrainer(student, args, teacher=teacher, **swapped)
+        DistillationTrainer(student, args, teacher=teacher, **{option: data(NAMES)})
+        own = {option: data(["yes", "perhaps", "no"])}
+        DistillationTrainer(student, args, teacher=teacher, **own)
+
+
 # ---- the command line ---------------------------------------------------------------------------
 
 
@@ -196,9 +244,47 @@ def test_a_whole_run(kind: str, assets: Path, tmp_path: Path) -> None:
     assert tasks.TASKS[kind].auto_class.__name__ in card
 
 
+def test_a_student_takes_the_names_of_its_teachers_labels(assets: Path, tmp_path: Path) -> None:
+    kind = "sequence-classification"
+    named(kind, NAMES, seed=2).save_pretrained(tmp_path / "teacher")
+    masking_tokenizer().save_pretrained(tmp_path / "teacher")
+    rows = [{"text": f"w{i % 9} w1", "label": NAMES[i % 3].upper()} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes: dict[str, Any] = {"student": assets / kind, "student_layers": None}
+    changes |= {"teacher": tmp_path / "teacher", "train_text": tmp_path / "rows.jsonl"}
+    assert cli.main(command(assets, kind, tmp_path / "out", baseline="false", **changes)) == 0
+    config = json.loads((tmp_path / "out" / "student" / "config.json").read_text())
+    assert [config["id2label"][str(i)] for i in range(3)] == NAMES
+    assert config["label2id"] == {name: i for i, name in enumerate(NAMES)}
+
+
+def test_a_run_without_labels(
+    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = "sequence-classification"
+    changes = {"alpha": 1, "train_text": assets / "lines.txt"}
+    assert cli.main(command(assets, kind, tmp_path / "out", **changes)) == 0
+    assert "train_text has no labels, so there is no baseline" in capfd.readouterr().err
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows][2:] == ["student, distilled"]
+    for row in rows:
+        assert {"divergence", "agreement"} <= row.keys() and not {"loss", "accuracy"} & row.keys()
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        (
+            "sequence-classification",
+            {"dataloader_drop_last": "true", "per_device_train_batch_size": 100},
+            "dataloader_drop_last: 48 training examples are less than one batch of 100",
+        ),
+        (
+            "sequence-classification",
+            {"train_text": "lines.txt", "alpha_schedule": "linear:1:0.5"},
+            "has no column 'label'",
+        ),
         ("encoder", {"terms": None}, "terms: a model without a head needs at least one of"),
         ("encoder", {"task": "ner"}, "task: 'ner' is not one of causal-lm, masked-lm"),
         ("encoder", {"task": "causal-lm"}, "is not a decoder-only causal language model"),

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 
 from kdkernels.commands import init_student as student
 from kdkernels.commands import main as cli
+from kdkernels.training import DistillationArguments, DistillationTrainer
 from kdkernels.training import teacher_cache as caching
 from kdkernels.training.teacher_cache import TeacherCache, cache_teacher
 
@@ -198,7 +199,39 @@ def test_a_damaged_cache_is_refused_when_it_is_opened(tmp_path: Path) -> None:
         TeacherCache(tmp_path / "whole" / shard)
 
 
+def test_a_cache_knows_its_teachers_labels(tmp_path: Path) -> None:
+    kind, names = "sequence-classification", {0: "no", 1: "perhaps", 2: "yes"}
+    options: dict[str, Any] = {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+    teacher = bert(kind, 2, seed=2, **options)
+    data = tiny_berts.Batches(kind, 8)
+    # A wrapper is the model that it wraps: its fingerprint, its labels, its task.
+    cache = write(tmp_path / "cache", torch.compile(teacher, backend="eager"), [data])
+    assert cache.info.labels == ["no", "perhaps", "yes"] and cache.info.task == kind
+    assert cache.info.model == caching.model_fingerprint(teacher)
+    args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    DistillationTrainer(bert(kind, 1, 1, **options), args, teacher_cache=cache)
+    other = {0: "yes", 1: "perhaps", 2: "no"}
+    student = bert(kind, 1, 1, id2label=other, label2id={n: i for i, n in other.items()})
+    with pytest.raises(ValueError, match="teacher: its label 0 is 'no', the student's 'yes'"):
+        DistillationTrainer(student, args, teacher_cache=cache)
+
+
 # ---- the command line ---------------------------------------------------------------------------
+
+
+def test_a_cache_and_a_sweep_of_text_without_labels(
+    assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = "sequence-classification"
+    changes: dict[str, Any] = {"task": kind, "teacher": assets / kind, "student": assets / kind}
+    changes |= {"student_layers": None, "train_text": assets / "lines.txt", "alpha": 0.5}
+    command = options(assets, tmp_path / "out", teacher_cache=tmp_path / "cache", **changes)
+    assert cli.main(["cache-teacher", *command[1:]]) == 0
+    refused(command, "has no column 'label'", capfd)
+    changes |= {"alpha": 1, "teacher_cache": tmp_path / "cache"}
+    sweep = ["sweep", *options(assets, tmp_path / "sweep", **changes)[1:]]
+    refused(sweep, "sweep: without labels there is no alpha to vary", capfd)
+    assert cli.main(options(assets, tmp_path / "out", **changes)) == 0
 
 
 def test_a_run_without_the_teacher(
