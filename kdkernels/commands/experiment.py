@@ -303,12 +303,6 @@ def prepare_inputs(
         )
     for source in sources:  # its file says most of it; its model, once it is loaded, the rest
         check_length(f"{source.option} {source.name!r}", source.config(), corpus)
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(corpus.train) < batch:
-        raise ValueError(
-            f"dataloader_drop_last: {len(corpus.train)} training examples are less than one batch "
-            f"of {batch}, and nothing would be left to train on"
-        )
     return Inputs(task, teacher, student, tokenizer, corpus)
 
 

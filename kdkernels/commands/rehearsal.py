@@ -81,16 +81,16 @@ def check_training(trainer: DistillationTrainer) -> None:
     """ValueError if batches, optimizer, schedule or metric of a training cannot be had."""
     args = trainer.args
     try:
-        batches, held_out = (
-            len(loader()) for loader in (trainer.get_train_dataloader, trainer.get_eval_dataloader)
-        )
+        loader = trainer.get_train_dataloader()
+        batches = len(loader)
+        trainer.get_eval_dataloader()
     except (ValueError, TypeError) as error:
         raise ValueError(f"dataloader: {error}") from error
-    if min(batches, held_out) < 1:
+    if batches < 1:
         raise ValueError(
-            "dataloader_drop_last: the text does not fill one batch of "
-            f"{args.per_device_train_batch_size} for training, or of "
-            f"{args.per_device_eval_batch_size} held out"
+            f"dataloader_drop_last: {trainer.num_examples(loader)} training examples are less than "
+            f"one batch of {args.train_batch_size * args.world_size}, and nothing would be left to "
+            "train on"
         )
     steps = args.max_steps
     if steps <= 0:

@@ -275,7 +275,7 @@ def test_a_full_disk(
         ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": -2}, "dataloader: "),
         (
             {"dataloader_drop_last": "true", "per_device_train_batch_size": 1000},
-            "dataloader_drop_last: the text does not fill one batch of 1000",
+            "training examples are less than one batch of 1000",
         ),
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
         ({"output_dir": "{tmp}/" + "n" * 300}, "File name too long"),
