@@ -463,7 +463,7 @@ void run_rows(const Problem& problem, Task& task, const Launch& launch) {
 int64_t workspace_bytes(int64_t rows) {
   constexpr int64_t slot = sizeof(Sums) + sizeof(Evaluated);
   constexpr int64_t statistics = 10 * sizeof(float);
-  static_assert(kWorkspaceHead + sizeof(RowPlan) + kMostParts * slot + statistics <= 1024);
+  static_assert(sizeof(RowPlan) + kMostParts * slot + statistics <= 1024);
   const int64_t slots = rows <= kSplitRows ? rows * kMostParts : 0;
   return head_bytes(rows) + slots * slot;
 }

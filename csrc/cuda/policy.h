@@ -25,7 +25,7 @@ constexpr int64_t kWorkspaceHead = 64;
 // Rows are split where there are at most this many: with more, one block per row fills the device.
 constexpr int64_t kSplitRows = 64;
 // A row's memory beside the tensors stays below 1 KB: a part has a slot in the workspace (Sums and
-// Evaluated, 72 bytes). A warp sums the parts, one a lane.
+// Evaluated, 80 bytes). A warp sums the parts, one a lane.
 constexpr int kMostParts = 12;
 // Columns that are worth a block of their own: at 256 threads one vector of 8 each.
 constexpr int64_t kLeastColumns = 2048;

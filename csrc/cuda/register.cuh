@@ -106,6 +106,15 @@ template <class Formats, int kColumns>
 struct Kept {
   static constexpr int kVectors = kColumns / Formats::kWidth;
   Vector<Formats::kWidth> student[kVectors], second[kVectors];
+
+  template <class Step>
+  KD_DEVICE void each(const Step& step) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+      for (int i = 0; i < Formats::kWidth; ++i) step(student[k].at[i], second[k].at[i]);
+    }
+  }
 };
 
 // How kPower says where e^z comes from: it is that power of e^(z/T), or computed from the logits,
@@ -257,14 +266,145 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
                               : observe_kept<Functor, kPower, false>(task, slice, r, kept);
 }
 
+// The student's sums of the thread with the largest reference, which are kept out of the others':
+// where the student is sure of an entry, it is this thread's.
+struct Leader {
+  float student, gap;
+};
+
+// Sums of which only these are used, as they travel.
+template <class Functor, int kPower>
+struct Brief {
+  static constexpr bool kLed = student_weighs<Functor>;
+  float student_reference, teacher_reference;
+  float student, teacher, gap;
+  float label_logit;
+  float label[kPower == 1 ? 0 : 1];                    // the student's otherwise
+  float label_reference[kPower == kSeparate ? 1 : 0];  // a multiple of the student's otherwise
+  Leader leader[kLed ? 1 : 0];                         // not in `student` and `gap`
+
+  // Of one thread.
+  static KD_DEVICE Brief of(const Sums& s) {
+    Brief b = of_others(s);
+    if constexpr (kLed) b.student = b.gap = 0.0f, b.leader[0] = {s.student, s.gap};
+    return b;
+  }
+
+  KD_DEVICE Sums sums() const {
+    Sums s = of_others();
+    if constexpr (kLed) s.student += leader[0].student, s.gap += leader[0].gap;
+    return s;
+  }
+
+  template <int kCount>
+  KD_DEVICE void reduce(Lanes<kCount> lanes) {
+    Sums s = of_others();
+    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
+    top.label = kPower * top.student;
+    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
+    Leader first;
+    int leading = 0;
+    if constexpr (kLed) {
+      Sums mine = s;
+      mine.student = leader[0].student, mine.gap = leader[0].gap;
+      rebase<Functor, false>(mine, top);
+      rebase<Functor, false>(s, top);
+      const unsigned leaders = __ballot_sync(kWholeWarp, student_reference == top.student);
+      leading = __ffs(leaders) - 1;
+      first = {mine.student, mine.gap};
+      if (static_cast<int>(threadIdx.x % kCount) != leading) {
+        s.student += mine.student, s.gap += mine.gap;
+      }
+    } else {
+      rebase<Functor, false>(s, top);
+    }
+    float four[4] = {s.student, s.teacher, s.gap, s.label};
+    warp_sums(four, lanes);
+    s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
+    s.label_logit = warp_max(s.label_logit);
+    if constexpr (kLed) {
+      first.student = __shfl_sync(kWholeWarp, first.student, leading);
+      first.gap = __shfl_sync(kWholeWarp, first.gap, leading);
+    }
+    *this = of_others(s);
+    if constexpr (kLed) leader[0] = first;
+  }
+
+ private:
+  static KD_DEVICE Brief of_others(const Sums& s) {
+    Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.gap, s.label_logit};
+    if constexpr (kPower != 1) b.label[0] = s.label;
+    if constexpr (kPower == kSeparate) b.label_reference[0] = s.label_reference;
+    return b;
+  }
+
+  KD_DEVICE Sums of_others() const {
+    Sums s = nothing();
+    s.student_reference = student_reference;
+    s.teacher_reference = teacher_reference;
+    if constexpr (kPower == kSeparate) {
+      s.label_reference = label_reference[0];
+    } else {
+      s.label_reference = kPower * student_reference;
+    }
+    s.student = student;
+    s.teacher = teacher;
+    if constexpr (kPower != 1) s.label = label[0];
+    s.gap = gap;
+    s.label_logit = label_logit;
+    return s;
+  }
+};
+
+// The entry that the student is sure of. There the row's mean gap is nearly the entry's own, and
+// the gradient what the two leave of each other. So its thread measures gaps from that one, which
+// makes the mean one of the other entries alone.
+struct SureEntry {
+  float exponential, gap;
+  float mean;  // the row's mean gap, from the entry's
+
+  // Whether the entry is the thread's. One thread of a row at most has more to do than to look.
+  template <class Functor, int kPower, class Formats, int kColumns>
+  KD_DEVICE bool find(const Brief<Functor, kPower>& row, const References& mine,
+                      const Kept<Formats, kColumns>& kept) {
+    const Leader& leader = row.leader[0];
+    const float sum = row.student + leader.student, least = kSure * sum;
+    if (leader.student <= least || mine.student != row.student_reference) return false;
+    float top = 0.0f, weighed = 0.0f;
+    kept.each([&](float e, float second) {
+      if (e > top) top = e, weighed = second;
+    });
+    SureEntry found{top, weighed * reciprocal(top)};
+    if (top <= least || fabsf(found.gap) == INFINITY) return false;
+    const float moved = mine.teacher - row.teacher_reference;
+    float others = row.gap - (found.gap + moved) * row.student;
+    kept.each([&](float e, float second) { others += found.from_here(e, second); });
+    found.mean = others * reciprocal(sum);
+    *this = found;
+    return true;
+  }
+
+  // From shared memory, where it is its thread's alone: no other thread may read it for nothing.
+  KD_DEVICE SureEntry load() const {
+    const volatile SureEntry& v = *this;
+    return {v.exponential, v.gap, v.mean};
+  }
+
+  KD_DEVICE float from_here(float e, float second) const {
+    return e == exponential ? 0.0f : second - gap * e;
+  }
+};
+
 // The gradient is student e_s - second second + label e_s^T, with the thread's own references
 // folded into the factors.
 struct KeptFactors {
   float student, second, label;
   float label_reference;  // of kSeparate
 
+  // `sure`: of the thread, or null.
   template <class Functor, int kPower>
-  static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const References& mine) {
+  static KD_DEVICE KeptFactors make(const Factors& f, const Sums& s, const References& mine,
+                                    const SureEntry* sure) {
     const float student_move = mine.student - s.student_reference;
     const float teacher_move = mine.teacher - s.teacher_reference;
     const float student_scale = power_of_two(student_move);
@@ -274,8 +414,10 @@ struct KeptFactors {
       k.second = f.teacher * power_of_two(teacher_move);
     } else {
       // q (log q/p - KL), in which the two log-sum-exps cancel.
+      float mean = s.gap * reciprocal(s.student) - (teacher_move - student_move);
+      if (sure) mean = sure->load().mean;
       k.second = kLn2f * f.student * student_scale;
-      k.student = k.second * (s.gap * reciprocal(s.student) - (teacher_move - student_move));
+      k.student = k.second * mean;
     }
     k.label = f.label;
     k.label_reference = s.label_reference;
@@ -289,13 +431,16 @@ struct KeptFactors {
 template <int kPower, class Formats, int kColumns>
 KD_DEVICE Vector<Formats::kWidth> gradient_of(const Task& task, const KeptFactors& f,
                                               const Kept<Formats, kColumns>& kept, int k,
-                                              const Vector<Formats::kWidth>& z) {
+                                              const Vector<Formats::kWidth>& z,
+                                              const SureEntry* sure) {
   Vector<Formats::kWidth> g;
 #pragma unroll
   for (int i = 0; i < Formats::kWidth; ++i) {
     const float e = kept.student[k].at[i];
+    float second = kept.second[k].at[i];
+    if (sure) second = sure->from_here(e, second);
     // Two rounded products: equal operands must cancel to exactly 0.
-    g.at[i] = f.student * e - f.second * kept.second[k].at[i];
+    g.at[i] = f.student * e - f.second * second;
     if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
     if constexpr (kPower == kSeparate) {
       const float e_label = power_of_two(fmaf(z.at[i], task.label_factor, -f.label_reference));
@@ -308,36 +453,39 @@ KD_DEVICE Vector<Formats::kWidth> gradient_of(const Task& task, const KeptFactor
 template <class Functor, int kPower, class Formats, int kColumns>
 KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
                                   const KeptSlice<Formats, kColumns>& slice, const Sums& sums,
-                                  const References& mine, const Kept<Formats, kColumns>& kept) {
+                                  const References& mine, const SureEntry* sure,
+                                  const Kept<Formats, kColumns>& kept) {
   using Format = typename Formats::Student;
   constexpr int kWidth = Formats::kWidth, kVectors = KeptSlice<Formats, kColumns>::kVectors;
   const Factors factors(task, plan, sums);
-  const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine);
+  const KeptFactors f = KeptFactors::make<Functor, kPower>(factors, sums, mine, sure);
   const GradientRow<kWidth> gradient(task, plan.row, slice.span, Format::kDType);
   const int begin = slice.first_of_warp(), past = slice.past_of_warp();
-  const auto vector_of = [&](int k, int column) {
+  const auto vector_of = [&](int k, int column, const SureEntry* of_row) {
     Vector<kWidth> z{};
     if constexpr (kPower == kSeparate) {
       z = Format::widen(slice.template words_at<Format, true>(slice.student, column));
     }
-    return gradient_of<kPower>(task, f, kept, k, z);
+    return gradient_of<kPower>(task, f, kept, k, z, of_row);
   };
   const int64_t size = size_of(Format::kDType);
   char* to = gradient.row + slice.first() * size;
   const bool is_plain = begin < past && gradient.is_whole(begin, past) && !slice.has(plan.label);
-  if (is_plain && slice.is_full_warp()) {
+  if (is_plain && slice.is_full_warp() && !sure) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       store_vector(to + k * 32 * kWidth * size, Format::kDType,
-                   vector_of(k, slice.first() + k * 32 * kWidth));
+                   vector_of(k, slice.first() + k * 32 * kWidth, nullptr));
     }
     return;
   }
+  SureEntry from{INFINITY, 0.0f, 0.0f};  // no entry
+  if (sure) from = sure->load();
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int column = slice.first() + k * 32 * kWidth;
     if (column >= past) continue;
-    Vector<kWidth> g = vector_of(k, column);
+    Vector<kWidth> g = vector_of(k, column, student_weighs<Functor> ? &from : nullptr);
     if (is_plain) {
       store_vector(to + k * 32 * kWidth * size, Format::kDType, g);
     } else {
@@ -347,66 +495,18 @@ KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
   }
 }
 
-// Sums of which only these are used, as they travel.
-template <int kPower>
-struct Brief {
-  float student_reference, teacher_reference;
-  float student, teacher, label, gap;
-  float label_logit;
-  float label_reference[kPower == kSeparate ? 1 : 0];  // a multiple of the student's otherwise
-
-  static KD_DEVICE Brief of(const Sums& s) {
-    Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.label, s.gap,
-            s.label_logit};
-    if constexpr (kPower == kSeparate) b.label_reference[0] = s.label_reference;
-    return b;
-  }
-
-  KD_DEVICE Sums sums() const {
-    Sums s = nothing();
-    s.student_reference = student_reference;
-    s.teacher_reference = teacher_reference;
-    if constexpr (kPower == kSeparate) {
-      s.label_reference = label_reference[0];
-    } else {
-      s.label_reference = kPower * student_reference;
-    }
-    s.student = student;
-    s.teacher = teacher;
-    s.label = label;
-    s.gap = gap;
-    s.label_logit = label_logit;
-    return s;
-  }
-
-  template <class Functor, class Group>
-  KD_DEVICE void reduce(Group lanes) {
-    Sums s = sums();
-    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
-    top.label = kPower * top.student;
-    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
-    rebase<Functor, false>(s, top);
-    float four[4] = {s.student, s.teacher, s.gap, s.label};
-    warp_sums(four, lanes);
-    s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
-    s.label_logit = warp_max(s.label_logit);
-    *this = of(s);
-  }
-};
-
 // What is left to write of the row before: a thread does so while it waits for other blocks.
-template <int kPower>
+template <class Functor, int kPower>
 struct Outcome {
-  Brief<kPower> brief;
+  Brief<Functor, kPower> brief;
   Evaluated anew;
   bool cancelled;
 
-  template <class Functor>
   KD_DEVICE void write(const Task& task, const RowPlan& plan) const {
     Totals totals(task, brief.sums());
-    totals.close<Functor>();
+    totals.close<Functor>(quotient(totals.sums.gap, weigher<Functor>(totals.sums)));
     if (cancelled) totals.take(task, anew);
-    write_outcome(task, plan, totals);
+    write_outcome<true>(task, plan, totals);
   }
 };
 
@@ -422,18 +522,19 @@ inline constexpr int kRegisterThreads =
 // What the steps of register_kernel share.
 template <class Functor, class Formats, int kColumns, int kPower>
 struct RegisterRows {
-  static constexpr int kWidth = Formats::kWidth, kWords = kPower == kSeparate ? 12 : 8;
+  using Message = Brief<Functor, kPower>;
+  // And one for the claim that goes along.
+  static constexpr int kWidth = Formats::kWidth, kWords = (sizeof(Message) + 4 + 15) / 16 * 4;
   static constexpr bool kReadsTwice = kPower == kSeparate;  // the stage, for the gradient, too
   // The others would spill.
   static constexpr bool kLooksAhead = kColumns == kColumnsPerThread || teacher_weighs<Functor>;
-  using Message = Brief<kPower>;
   using Slice = KeptSlice<Formats, kColumns>;
   const Task& task;
   const Functor& functor;
   const Stages& stages;
   Pipeline<kWords>& pipeline;
   Exchange<kWords>& exchange;
-  Outcome<kPower>& outcome;
+  Outcome<Functor, kPower>& outcome;
   References* ahead;  // by thread, of the next row
 
   // Of one block, another one for every row.
@@ -446,7 +547,7 @@ struct RegisterRows {
   KD_DEVICE void write_last_outcome() const {
     const unsigned number = pipeline.taken + 15u;
     if (!pipeline.begun || !writes_outcome(number)) return;
-    outcome.template write<Functor>(task, load_plan(&pipeline.scratch.plans[number % kPlans]));
+    outcome.write(task, load_plan(&pipeline.scratch.plans[number % kPlans]));
   }
 
   KD_DEVICE Slice slice_of(const Pipeline<kWords>& from, int row, const Span& columns) const {
@@ -457,6 +558,14 @@ struct RegisterRows {
     if (kLooksAhead && pipeline.looked) return ahead[threadIdx.x];
     if (stages.congruent) slice.mend();
     return slice.references();
+  }
+
+  // Where no row's are looked for ahead, this row's take their place, and no registers.
+  KD_DEVICE void keep(const References& r) const {
+    if (!kLooksAhead) ahead[threadIdx.x] = r;
+  }
+  KD_DEVICE References kept(const References& r) const {
+    return kLooksAhead ? r : ahead[threadIdx.x];
   }
 
   // The next row's largest logits are looked for in the window, if it has arrived by then, and if
@@ -490,13 +599,13 @@ struct RegisterRows {
   }
 
   KD_DEVICE void differentiate(const RowPlan& plan, const Slice& slice, const Sums& sums,
-                               const References& r, Kept<Formats, kColumns>& kept,
-                               bool spoiled) const {
+                               const References& r, const SureEntry* sure,
+                               const Kept<Formats, kColumns>& kept, bool spoiled) const {
     if (!task.gradient) return;
     if (spoiled) {
       fill_gradient<kWidth>(task, plan.row, slice.span, NAN);
     } else {
-      differentiate_kept<Functor, kPower>(task, plan, slice, sums, r, kept);
+      differentiate_kept<Functor, kPower>(task, plan, slice, sums, r, sure, kept);
     }
     if (pipeline.rank() == 0) clear_beyond_vocabulary(task, plan.row);
   }
@@ -516,9 +625,11 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   using Message = typename Rows::Message;
   extern __shared__ __align__(128) char memory[];
   __shared__ ResidentScratch<Rows::kWords> scratch;
-  __shared__ Outcome<kPower> outcome;
+  __shared__ Outcome<Functor, kPower> outcome;
   __shared__ References ahead[kRegisterThreads<kColumns>];
-  static_assert(sizeof(scratch) + sizeof(outcome) + sizeof(ahead) + 2 * sizeof(uint4) <=
+  __shared__ SureEntry sure;
+  static_assert(sizeof(scratch) + sizeof(outcome) + sizeof(ahead) + sizeof(sure) +
+                    2 * sizeof(uint4) <=
                 kResidentScratchBytes);
   Pipeline<Rows::kWords> pipeline{task, stages, scratch, memory};
   Exchange<Rows::kWords> exchange{scratch, stages.cluster};
@@ -527,7 +638,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   pipeline.start(exchange);
   dismiss_rows<Rows::kWidth>(task, scratch.counted);
   pipeline.keep_claim(0, pipeline.claim());
-  const auto reduce = [](Message& b, auto lanes) { b.template reduce<Functor>(lanes); };
+  const auto reduce = [](Message& b, auto lanes) { b.reduce(lanes); };
   for (;; pipeline.advance()) {
     if (!Rows::kLooksAhead || !pipeline.looked) pipeline.wait();
     if (!stages.congruent) align(pipeline);
@@ -538,6 +649,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const References r = rows.references(slice);
     Kept<Formats, kColumns> kept;
     Sums mine = observe_kept<Functor, kPower>(task, slice, r, kept);
+    rows.keep(r);
     mine.label_logit = slice.label_logit(before.label);
     const int parity = pipeline.taken % 2;
     exchange.begin(Message::of(mine), parity, Message::of(nothing()), reduce);
@@ -547,6 +659,9 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     rows.look_ahead();
     exchange.fence();
     const Message brief = exchange.end(Message::of(nothing()), reduce);
+    const References same_r = rows.kept(r);
+    bool is_sure = false;
+    if constexpr (student_weighs<Functor>) is_sure = sure.find(brief, same_r, kept);
     if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
     pipeline.keep_claim(1 - parity, answer);
     // Again, instead of registers.
@@ -557,10 +672,10 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const bool spoiled = Soundness(sums).spoils_row(task);
     const bool cancelled = seems_cancelled<Functor>(sums) && task.alpha != 0.0f && !spoiled;
     if (rows.writes_outcome(pipeline.taken)) outcome = {brief, Evaluated{}, cancelled};
-    if (cancelled) rows.sum_anew(again, sums, r, kept);
+    if (cancelled) rows.sum_anew(again, sums, same_r, kept);
     // All threads have passed a barrier since they read the stage: it is free.
     if (!Rows::kReadsTwice && pipeline.is_producer()) pipeline.request();
-    rows.differentiate(plan, again, sums, r, kept, spoiled);
+    rows.differentiate(plan, again, sums, same_r, is_sure ? &sure : nullptr, kept, spoiled);
     if (Rows::kReadsTwice) rows.request_behind_barrier();
   }
   rows.write_last_outcome();

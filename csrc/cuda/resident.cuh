@@ -43,7 +43,7 @@ struct ResidentScratch {
   int counted;         // rows that count
 };
 
-static_assert(sizeof(ResidentScratch<16>) <= kResidentScratchBytes);
+static_assert(sizeof(ResidentScratch<20>) <= kResidentScratchBytes);
 
 // The sums of all threads of the cluster, the same bits in each. A block's sums travel to every
 // block of the cluster as a message, whose barrier counts their bytes.
@@ -214,18 +214,22 @@ struct Pipeline {
     const RowPlan plan = load_plan(&scratch.fetched);
     const int place = (taken + stages.count) % kPlans;
     scratch.plans[place] = plan;
-    CopyPlan copy{};
-    if (plan.row >= 0) {
-      const char* row = task.row_of(task.student, plan.row);
-      const Span columns = span_of(row, task.student.dtype, task.vocab, rank(), stages.each);
-      scratch.spans[place] = make_int4(columns.origin, columns.first, columns.past, 0);
-      const Clip student(task, task.student, plan.row, columns);
-      const Clip teacher(task, task.teacher, plan.row, columns);
-      copy = {student.from,    teacher.from,     student.bytes(),
-              teacher.bytes(), student.offset(), stages.teacher_offset + teacher.offset()};
-    }
+    CopyPlan& copy = scratch.copy;
+    copy = CopyPlan{};
     copy.stage = stage;
-    scratch.copy = copy;
+    if (plan.row < 0) return;
+    const char* row = task.row_of(task.student, plan.row);
+    const Span columns = span_of(row, task.student.dtype, task.vocab, rank(), stages.each);
+    scratch.spans[place] = make_int4(columns.origin, columns.first, columns.past, 0);
+    // One model after the other, for fewer registers.
+    const Clip student(task, task.student, plan.row, columns);
+    copy.student = student.from;
+    copy.student_bytes = student.bytes();
+    copy.student_offset = student.offset();
+    const Clip teacher(task, task.teacher, opaque(plan.row), columns);
+    copy.teacher = teacher.from;
+    copy.teacher_bytes = teacher.bytes();
+    copy.teacher_offset = stages.teacher_offset + teacher.offset();
   }
 
   // By the producer: the prepared copies, into a stage that is free; then the next row's plan.
@@ -396,11 +400,12 @@ KD_DEVICE void dismiss_rows(const Task& task, int counted) {
   }
 }
 
+template <bool kPlain = false>
 KD_DEVICE void write_outcome(const Task& task, const RowPlan& plan, const Totals& totals) {
   if (totals.spoils_row(task) && totals.student_is_bad) {
     write_constant(task, plan.row, NAN);
   } else {
-    write_statistics(task, plan, totals);
+    write_statistics<kPlain>(task, plan, totals);
   }
 }
 
@@ -410,7 +415,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     resident_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                     const __grid_constant__ Stages stages) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kWidth = 4, kWords = sizeof(Sums) / 4;
+  // The last word of a message is the claim's, of which only the pilot would be the other user.
+  constexpr int kWidth = 4, kWords = sizeof(Sums) / 4 + (student_weighs<Functor> ? 4 : 0);
   extern __shared__ __align__(128) char memory[];
   __shared__ ResidentScratch<kWords> scratch;
   Pipeline<kWords> pipeline{task, stages, scratch, memory};
@@ -444,7 +450,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
     pipeline.keep_claim(1 - parity, answer);
     const bool spoiled = totals.spoils_row(task);
-    const bool closed = totals.close<Functor>();
+    const bool closed = totals.close<Functor>(totals.mean_gap<Functor>(task));
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
       totals.take(task, exchange.sum(sweep.evaluate(totals)));
     }

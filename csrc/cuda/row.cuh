@@ -8,6 +8,9 @@ namespace kd::cuda {
 // A closed-form KL this much smaller than what it was subtracted from is summed anew, entry by
 // entry.
 constexpr float kCancelled = 1.0f / 1024;
+// A student is sure of an entry with more of its probability. At most one has so much, also where
+// two halves are rounded up; below it a gradient loses two bits.
+constexpr float kSure = 0.75f;
 constexpr float kLn2f = static_cast<float>(kLn2);
 
 // scale first, then the soft cap: z = cap tanh(scale x / cap), and dz/dx.
@@ -182,30 +185,40 @@ KD_DEVICE Sums with_label_sum(const Task& task, Sums s) {
 struct Totals : Soundness {
   Sums sums;
   float student_log, teacher_log;
-  float kd;     // nats, without T^2
-  float slope;  // the sum of all entries' slopes
+  float kd;         // nats, without T^2
+  float slope;      // the sum of all entries' slopes, in the functor's unit
+  float sure_pull;  // of the entry that the student is sure of, slope - q * (sum of slopes)
 
   KD_DEVICE Totals(const Task& task, const Sums& s)
-      : Soundness(s), sums(with_label_sum(task, s)), kd(0.0f), slope(0.0f) {
+      : Soundness(s), sums(with_label_sum(task, s)), kd(0.0f), slope(0.0f), sure_pull(0.0f) {
     student_log = log2f(s.student);
     teacher_log = log2f(s.teacher);
   }
 
+  // The mean of the gaps u_t - u_s, for sums with a pilot if the student weighs.
+  template <class Functor>
+  KD_DEVICE float mean_gap(const Task& task) const {
+    const float mean = quotient(sums.gap, weigher<Functor>(sums));
+    return student_weighs<Functor> ? mean + gap_at_pilot(task, sums) : mean;
+  }
+
   // The closed form; false if a sum over the entries has to take its place.
   template <class Functor>
-  KD_DEVICE bool close() {
+  KD_DEVICE bool close(float gap) {
     if constexpr (!has_closed_form<Functor>) return false;
-    const float gap = sums.gap / weigher<Functor>(sums);
     const float bits = closed_bits<Functor>(gap, student_log - teacher_log);
     kd = kLn2f * bits;
-    slope = teacher_weighs<Functor> ? 0.0f : kd;
     return !is_cancelled(bits, gap);
   }
 
-  // The slope stays in the functor's unit, as the slopes are that it is taken from.
+  // Where q is nearly 1, q times the sum of slopes is nearly the entry's own slope, and their
+  // difference rounding. It is slope (1 - q) - q (slopes of the others), in which nothing cancels.
   KD_DEVICE void take(const Task& task, const Evaluated& e) {
     kd = e.value * task.value_unit;
-    slope = e.slope;
+    slope = e.slope + e.sure_slope;
+    sure_pull = e.sure_slope * e.others - (1.0f - e.others) * e.slope;
+    // As inf - q * inf is.
+    if (fabsf(e.sure_slope) == INFINITY) sure_pull = NAN;
   }
 };
 
@@ -214,61 +227,67 @@ KD_DEVICE float weigh_term(float weight, float term) {
   return weight == 0.0f ? 0.0f : weight * term;
 }
 
+// kPlain, here and below: as register kernels are asked, for more than one entry, without label
+// smoothing and extra outputs.
+template <bool kPlain = false>
 KD_DEVICE float label_lse(const Task& task, const Sums& sums) {
   const float lse = kLn2f * (sums.label_reference + log2f(sums.label));
-  return task.is_single() ? sums.student_top : lse;
+  return !kPlain && task.is_single() ? sums.student_top : lse;
 }
 
 struct LabelTerms {
   float lse, ce, z;
 };
 
+template <bool kPlain>
 KD_DEVICE LabelTerms label_terms(const Task& task, const RowPlan& plan, const Sums& sums) {
   if (task.label_sum == LabelSum::none) return {0.0f, 0.0f, 0.0f};
   const float log = log2f(sums.label);
   LabelTerms terms;
-  terms.lse = label_lse(task, sums);
+  terms.lse = label_lse<kPlain>(task, sums);
   terms.z = task.z_loss == 0.0f ? 0.0f : task.z_loss * terms.lse * terms.lse;
   terms.ce = 0.0f;
   if (plan.label < 0) return terms;
-  const float smoothing = task.label_smoothing;
+  const float smoothing = kPlain ? 0.0f : task.label_smoothing;
   const float hard = log - fmaf(sums.label_logit, task.label_factor, -sums.label_reference);
   float bits = weigh_term(1.0f - smoothing, hard);
   if (smoothing != 0.0f) {
-    const float mean = sums.logits / static_cast<float>(task.vocab);
+    const float mean = quotient(sums.logits, static_cast<float>(task.vocab));
     bits += smoothing * (log - fmaf(mean, task.label_factor, -sums.label_reference));
   }
   terms.ce = kLn2f * bits;
   return terms;
 }
 
+template <bool kPlain>
 KD_DEVICE void write_row(const Task& task, int row, const float (&values)[10]) {
   if (task.losses) task.losses[row] = values[0];
   if (!task.statistics) return;
   // The last three nobody asked for without `extras`.
 #pragma unroll
   for (int i = 0; i < 10; ++i) {
-    if (i < 7 || task.extras) task.statistics[i * task.rows() + row] = values[i];
+    if (i < 7 || (!kPlain && task.extras)) task.statistics[i * task.rows() + row] = values[i];
   }
 }
 
 // By one thread.
+template <bool kPlain = false>
 KD_DEVICE void write_statistics(const Task& task, const RowPlan& plan, const Totals& totals) {
   const Sums& s = totals.sums;
-  const LabelTerms terms = label_terms(task, plan, s);
+  const LabelTerms terms = label_terms<kPlain>(task, plan, s);
   const float nan = NAN;
   // Rounding may leave a negative residue; a NaN stays.
   float kd = task.kd_scale * (totals.kd < 0.0f ? 0.0f : totals.kd);
   float teacher_lse = kLn2f * (s.teacher_reference + totals.teacher_log);
   float student_lse = kLn2f * (s.student_reference + totals.student_log);
-  if (task.is_single()) {
+  if (!kPlain && task.is_single()) {
     student_lse = s.student_top * task.inverse_temperature;
     teacher_lse = s.teacher_top * task.inverse_temperature;
   }
   float teacher_entropy = 0.0f, student_entropy = 0.0f, hits = 0.0f;
-  if (task.extras) {
-    student_entropy = kLn2f * (totals.student_log - s.student_moment / s.student);
-    teacher_entropy = kLn2f * (totals.teacher_log - s.teacher_moment / s.teacher);
+  if (!kPlain && task.extras) {
+    student_entropy = kLn2f * (totals.student_log - quotient(s.student_moment, s.student));
+    teacher_entropy = kLn2f * (totals.teacher_log - quotient(s.teacher_moment, s.teacher));
     hits = s.student_at == s.teacher_at && !totals.teacher_is_bad ? 1.0f : 0.0f;
     if (s.student_at == plan.label) hits += 2.0f;
   }
@@ -278,17 +297,18 @@ KD_DEVICE void write_statistics(const Task& task, const RowPlan& plan, const Tot
   loss *= plan.weight;
   const float values[10] = {loss,        kd,        terms.ce,        terms.z,         student_lse,
                             teacher_lse, terms.lse, student_entropy, teacher_entropy, hits};
-  write_row(task, plan.row, values);
+  write_row<kPlain>(task, plan.row, values);
 }
 
 // A row that is ignored (0) or spoiled (NaN). By one thread.
 KD_DEVICE void write_constant(const Task& task, int row, float value) {
   const float values[10] = {value, value, value, value, value, value, value, value, value, 0.0f};
-  write_row(task, row, values);
+  write_row<false>(task, row, values);
 }
 
 // The gradient in a transformed logit is
 //   student e_s - teacher e_t + label e_label + constant   for forward KL,
+//   student e_s (mean gap - gap_v) + label e_label + constant   for reverse KL, in bits,
 //   slope (slope_v - q_v slope_sum) + label e_label + constant   otherwise.
 struct Factors {
   float student, teacher, label, constant, label_pull;
@@ -306,7 +326,7 @@ struct Factors {
     student = kd * reciprocal(s.student);
     teacher = kd * reciprocal(s.teacher);
     label = pull == 0.0f ? 0.0f : pull * reciprocal(s.label);
-    constant = -ce * task.label_smoothing / static_cast<float>(task.vocab);
+    constant = quotient(-ce * task.label_smoothing, static_cast<float>(task.vocab));
     label_pull = ce * (1.0f - task.label_smoothing);
   }
 };
@@ -331,9 +351,15 @@ KD_DEVICE void evaluate_vector(const Functor& functor, const Task& task, const T
                                const Vector<kWidth>& s, const Vector<kWidth>& t, Evaluated& sum) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const Term<float> term = functor(make_entry<Functor>(task, totals, s.at[i], t.at[i]));
+    const Entry<float> entry = make_entry<Functor>(task, totals, s.at[i], t.at[i]);
+    const Term<float> term = functor(entry);
     sum.value += term.value;
-    sum.slope += term.slope;
+    if (entry.q > kSure) {
+      sum.sure_slope += term.slope;
+    } else {
+      sum.slope += term.slope;
+      sum.others += entry.q;
+    }
   }
 }
 
@@ -349,6 +375,10 @@ template <class Functor, int kWidth>
 KD_DEVICE Vector<kWidth> differentiate_vector(const Functor& functor, const Task& task,
                                               const Totals& totals, const Factors& factors,
                                               const Vector<kWidth>& s, const Vector<kWidth>& t) {
+  // Of the student's mean of gaps.
+  const float pilot = student_weighs<Functor> ? gap_at_pilot(task, totals.sums) : 0.0f;
+  const float mean =
+      student_weighs<Functor> ? quotient(totals.sums.gap, totals.sums.student) : 0.0f;
   Vector<kWidth> gradient;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -361,9 +391,15 @@ KD_DEVICE Vector<kWidth> differentiate_vector(const Functor& functor, const Task
             power_of_two(fmaf(t.at[i], task.teacher.factor, -totals.sums.teacher_reference));
         // Two rounded products: equal operands must cancel to exactly 0.
         g = factors.student * e_s - factors.teacher * e_t;
+      } else if constexpr (student_weighs<Functor>) {
+        const float u_s = fmaf(s.at[i], task.student.factor, -totals.sums.student_reference);
+        const float u_t = fmaf(t.at[i], task.teacher.factor, -totals.sums.teacher_reference);
+        const float pull = mean - ((u_t - u_s) - pilot);
+        g = e_s > 0.0f ? kLn2f * factors.student * e_s * pull : 0.0f;
       } else {
         const Entry<float> e = make_entry<Functor>(task, totals, s.at[i], t.at[i]);
-        g = factors.slope * (functor(e).slope - e.q * totals.slope);
+        const float pull = functor(e).slope - e.q * totals.slope;
+        g = factors.slope * (e.q > kSure ? totals.sure_pull : pull);
       }
     }
     if (factors.label != 0.0f) {

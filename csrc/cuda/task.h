@@ -88,17 +88,22 @@ struct Task {
 struct alignas(16) Sums {
   float student_reference, teacher_reference, label_reference;
   float student, teacher, label;
-  float gap;                             // sum of w (u_t - u_s): see observe_vector
+  float gap;                             // of w (u_t - u_s): see observe_vector
   float student_moment, teacher_moment;  // sums of e u, for the entropies
   float logits;                          // sum of the student's logits, for label smoothing
   float student_top, teacher_top;
   int student_at, teacher_at;
   float label_logit;
-  float padding;
+  float pilot;  // the teacher's logit beside student_top; the last, see resident_kernel
 };
 
+// Sums over a row's entries. An entry that has nearly all of the student's probability is kept out
+// of those of the others: see Totals.
 struct Evaluated {
-  float value, slope;
+  float value;
+  float slope;       // of the others
+  float sure_slope;  // of that entry
+  float others;      // the student's probability of the others
 };
 
 // A row whose vocabulary is split between `parts` blocks needs the steps as separate launches.

@@ -299,6 +299,85 @@ def test_distributions_that_almost_agree_keep_their_digits(
         torch.testing.assert_close(loss.double(), want, rtol=1e-3, atol=0.0)
 
 
+#: Of those whose slopes are summed; the first has register kernels, too.
+SLOPED = (
+    cases.Spec("reverse_kl"),
+    *(cases.Spec("jsd", (beta,)) for beta in (0.1, 0.5, 0.9)),
+    cases.Spec("tvd"),
+    *(
+        cases.Spec(f"skew_{way}_kl", (beta,))
+        for way in ("forward", "reverse")
+        for beta in (0.1, 0.5)
+    ),
+    cases.Spec("alpha_beta", (0.0, 0.6)),
+)
+
+
+def sure_rows(dtype: torch.dtype, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's top logit 15 and 20 above the rest; the teacher sure of it, less, of another
+    entry, and of none."""
+    student, teacher = cases.pair((8, vocab), scale=1.0)
+    for row in range(8):
+        top = 15.0 if row < 4 else 20.0
+        at = 97 * row % vocab
+        student[row, at] = student[row].max() + top
+        if row % 4 < 2:
+            teacher[row, at] = teacher[row].max() + top / (1 + row % 4)
+        elif row % 4 == 2:
+            teacher[row, 13] = teacher[row].max() + top
+    return student.to(dtype), teacher.to(dtype)
+
+
+def assert_digits(
+    student: torch.Tensor, teacher: torch.Tensor, spec: cases.Spec, **options: Any
+) -> None:
+    want = cases.oracle(student, teacher, None, reduction="none", **options, **spec.arguments)
+    for extras in (False, True):
+        leaf = student.clone().requires_grad_()
+        with simulator.simulated():
+            called = {"reduction": "none", "backend": "cuda", "return_outputs": extras}
+            got = cases.call(leaf, teacher, None, **called, **options, **spec.arguments)
+            loss = got.loss if extras else got
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        error = (gradient.double() - want.gradient).abs().amax(-1)
+        allowed = 1e-5 + torch.finfo(student.dtype).eps / 2
+        assert (error <= allowed * want.gradient.abs().amax(-1)).all(), (str(spec), extras, error)
+        if os.environ["KDKERNELS_CUDA_KERNEL"] == "registers":
+            return  # extra outputs take another kernel
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_gradient_of_a_sure_student_keeps_its_digits(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the entry it is sure of, slope and q * (sum of slopes) are equal but for the last ones."""
+    force(monkeypatch, kernel)
+    student, teacher = sure_rows(dtype, 1031)
+    teacher = placed(teacher, kernel)
+    for spec in SLOPED if kernel in ("shared", "stream") else SLOPED[:1]:
+        for temperature in (1.0, 2.0):
+            assert_digits(student, teacher, spec, temperature=temperature)
+
+
+@each_cluster
+@pytest.mark.parametrize("kernel", ("registers", "shared"))
+def test_a_sure_student_in_clusters(
+    kernel: str, cluster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums without the sure entry, across warps and blocks."""
+    force(monkeypatch, kernel, cluster)
+    student, teacher = sure_rows(torch.float32, 4099)
+    for spec in SLOPED[:1] if kernel == "registers" else SLOPED[:2]:
+        assert_digits(student, teacher, spec, temperature=1.7)
+
+
+def test_a_sure_student_where_threads_have_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "registers", 8)
+    student, teacher = sure_rows(torch.bfloat16, 151_936)
+    assert_digits(student[2:3], teacher[2:3], SLOPED[0], temperature=2.0)
+
+
 @pytest.mark.parametrize("layout", ("odd offset", "stride 2", "shifted", "transposed", "padded"))
 def test_layouts(layout: str) -> None:
     """Rows that no bulk copy can fetch, or whose two tensors are aligned differently."""
