@@ -331,17 +331,26 @@ def sure_rows(dtype: torch.dtype, vocab: int) -> tuple[torch.Tensor, torch.Tenso
 def assert_digits(
     student: torch.Tensor, teacher: torch.Tensor, spec: cases.Spec, **options: Any
 ) -> None:
-    want = cases.oracle(student, teacher, None, reduction="none", **options, **spec.arguments)
+    if spec.name == "tvd":  # the sign of q - p is undecided where both round to the same
+        q, p = ((z.double() / options["temperature"]).softmax(-1) for z in (student, teacher))
+        at = q.argmax(-1, keepdim=True)
+        decided = (q - p).gather(-1, at).abs().squeeze(-1) > 1e-6
+        student, teacher = student[decided], teacher[decided]
+    options["reduction"] = "none"
+    want = cases.oracle(student, teacher, None, **options, **spec.arguments).gradient
+    eager = cases.plain(student, teacher, None, spec, dtype=torch.float32, **options).gradient
+    # Where both are sure of one entry its gradient may be far below those it is the sum of.
+    allowed = (1e-5 * want.abs().amax(-1)).maximum((eager - want).abs().amax(-1))
+    allowed += torch.finfo(student.dtype).eps / 2 * want.abs().amax(-1)
     for extras in (False, True):
         leaf = student.clone().requires_grad_()
         with simulator.simulated():
-            called = {"reduction": "none", "backend": "cuda", "return_outputs": extras}
+            called = {"backend": "cuda", "return_outputs": extras}
             got = cases.call(leaf, teacher, None, **called, **options, **spec.arguments)
             loss = got.loss if extras else got
             (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
-        error = (gradient.double() - want.gradient).abs().amax(-1)
-        allowed = 1e-5 + torch.finfo(student.dtype).eps / 2
-        assert (error <= allowed * want.gradient.abs().amax(-1)).all(), (str(spec), extras, error)
+        error = (gradient.double() - want).abs().amax(-1)
+        assert (error <= allowed).all(), (str(spec), extras, error / allowed)
         if os.environ["KDKERNELS_CUDA_KERNEL"] == "registers":
             return  # extra outputs take another kernel
 
