@@ -58,7 +58,6 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
   const Sweep<Functor, kWidth, Row> sweep{task, functor, span, student, teacher};
   const bool is_first_part = blockIdx.y == 0, is_first_thread = threadIdx.x == 0;
   const int64_t first_slot = static_cast<int64_t>(plan.row) * split.parts;
-  const int64_t slot = first_slot + blockIdx.y;
 
   Sums sums;
   if (split.steps & observe_step) {
@@ -66,7 +65,7 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
     if (is_first_thread) sums.label_logit = label_logit(task, plan, span, student);
     sums = block_reduce<Functor>(task, sums, scratch);
     if (split.steps == observe_step) {
-      if (is_first_thread) split.observed[slot] = sums;
+      if (is_first_thread) split.observed[first_slot + blockIdx.y] = sums;
       return;
     }
   } else {
@@ -82,7 +81,7 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
     if (split.steps & evaluate_step) {
       const Evaluated e = block_reduce(sweep.evaluate(totals), scratch);
       if (split.steps == evaluate_step) {
-        if (is_first_thread) split.evaluated[slot] = e;
+        if (is_first_thread) split.evaluated[first_slot + blockIdx.y] = e;
         return;
       }
       totals.take(task, e);

@@ -17,8 +17,11 @@ import torch
 from cases import Spec
 from torch import Tensor
 
+from kdkernels.divergences import ForwardKL
+
 VOCAB, TOP, OTHER = 2000, 1234, 9
-KINDS = ("same", "other", "unsure", "tie", "three", "none")
+TORN = ("tie", "three")
+KINDS = ("same", "other", "unsure", "none", *TORN)
 
 
 def sure(kind: str, gap: float, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
@@ -44,25 +47,37 @@ def error(got: Tensor, right: Tensor) -> float:
     return ((got.double() - right).abs().max() / right.abs().max()).item()
 
 
-def bound(backend: str, spec: Spec, eager: float) -> float:
-    """A few ulp. Where eager float32 has lost digits a backend may lose as many, but the native CPU
-    kernel may not."""
-    if backend not in ("cpu", "reference"):
-        return max(1e-5, 4 * eager)
-    # Powers of a probability are as good as its logarithm, and that of 2^-40 has 4e-6 in a float.
-    return 4e-5 if spec.name == "alpha_beta" else 4e-6
+def bound(
+    backend: str, kind: str, spec: Spec, right: Tensor, eager: Tensor, temperature: float = 1.0
+) -> float:
+    """A few ulp of the row's largest gradient for the native CPU kernel.
+
+    Where eager float32 has lost digits another backend may lose as many. The GPU kernels look for
+    one sure token, and not in forward KL, which sums no slopes: of others the gradient is as good
+    as a float's probability near 1.
+    """
+    if backend in ("cpu", "reference"):
+        # A power of a probability is as good as its logarithm, which of 2^-40 has 4e-6 in a float.
+        return 4e-5 if spec.name == "alpha_beta" else 4e-6
+    allowed = max(1e-5, 4 * error(eager, right))
+    if backend in ("triton", "cuda") and (kind in TORN or isinstance(spec.object, ForwardKL)):
+        allowed = max(allowed, 2.0**-22 * temperature / right.abs().max().item())
+    return allowed
 
 
 def check(
     backend: str,
     device: str,
-    logits: tuple[Tensor, Tensor],
-    labels: Tensor | None,
+    kind: str,
+    gap: float,
     spec: Spec,
+    labels: Tensor | None = None,
     least: float = 0.0,
     **options: Any,
 ) -> None:
     """The rule of ``bound``, or ``least`` if that is more."""
+    temperature = options.get("temperature", 1.0)
+    logits = sure(kind, gap * temperature)
     right = cases.oracle(*logits, labels, **spec.arguments, **options).gradient
     got = cases.evaluate(
         *(t.to(device) for t in logits),
@@ -72,7 +87,8 @@ def check(
         **options,
     ).gradient.cpu()
     eager = cases.plain(*logits, labels, spec, dtype=torch.float32, **options).gradient
-    assert error(got, right) <= max(least, bound(backend, spec, error(eager, right)))
+    allowed = bound(backend, kind, spec, right, eager, temperature)
+    assert error(got, right) <= max(least, allowed)
 
 
 each_gap = pytest.mark.parametrize("gap", (15.0, 20.0, 25.0))
@@ -83,8 +99,7 @@ each_gap = pytest.mark.parametrize("gap", (15.0, 20.0, 25.0))
 def test_a_gradient_keeps_its_digits(backend: str, device: str, spec: Spec, gap: float) -> None:
     for kind in KINDS:
         for temperature in (1.0, 2.0):
-            rows = sure(kind, gap * temperature)
-            check(backend, device, rows, None, spec, temperature=temperature)
+            check(backend, device, kind, gap, spec, temperature=temperature)
 
 
 @cases.each_name
@@ -106,9 +121,8 @@ def test_with_a_label(
     backend: str, device: str, spec: Spec, gap: float, options: dict[str, Any]
 ) -> None:
     for kind in ("same", "other"):
-        rows = sure(kind, gap * options.get("temperature", 1.0))
         for label in (TOP, OTHER):
-            check(backend, device, rows, torch.tensor([label]), spec, **options)
+            check(backend, device, kind, gap, spec, torch.tensor([label]), **options)
 
 
 @cases.each_name
@@ -125,7 +139,7 @@ def test_statistics_do_not_change_a_gradient(
         outputs.loss.backward()
         assert leaf.grad is not None
         eager = cases.plain(student.cpu(), teacher.cpu(), None, spec, dtype=torch.float32).gradient
-        assert error(leaf.grad.cpu(), right) <= bound(backend, spec, error(eager, right))
+        assert error(leaf.grad.cpu(), right) <= bound(backend, kind, spec, right.cpu(), eager)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
