@@ -450,7 +450,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (pipeline.is_producer()) scratch.copy.next = exchange.received(parity);
     pipeline.keep_claim(1 - parity, answer);
     const bool spoiled = totals.spoils_row(task);
-    const bool closed = totals.close<Functor>(totals.mean_gap<Functor>(task));
+    const bool closed = totals.close<Functor>(task);
     if ((task.alpha != 0.0f || task.extras) && !closed && !spoiled) {
       totals.take(task, exchange.sum(sweep.evaluate(totals)));
     }

@@ -202,13 +202,17 @@ struct Totals : Soundness {
     return student_weighs<Functor> ? mean + gap_at_pilot(task, sums) : mean;
   }
 
-  // The closed form; false if a sum over the entries has to take its place.
+  // The closed form, from the mean gap; false if a sum over the entries has to take its place.
   template <class Functor>
   KD_DEVICE bool close(float gap) {
     if constexpr (!has_closed_form<Functor>) return false;
     const float bits = closed_bits<Functor>(gap, student_log - teacher_log);
     kd = kLn2f * bits;
     return !is_cancelled(bits, gap);
+  }
+  template <class Functor>
+  KD_DEVICE bool close(const Task& task) {
+    return close<Functor>(mean_gap<Functor>(task));
   }
 
   // Where q is nearly 1, q times the sum of slopes is nearly the entry's own slope, and their

@@ -75,8 +75,7 @@ KD_DEVICE void stream_row(const Task& task, const Functor& functor, const Split&
   const bool spoiled = totals.spoils_row(task);
   const bool wanted = task.alpha != 0.0f || task.extras;
   // A cancelled closed form is summed anew only where that needs no further launch.
-  const bool closed = totals.close<Functor>(totals.mean_gap<Functor>(task)) ||
-                      (has_closed_form<Functor> && split.parts > 1);
+  const bool closed = totals.close<Functor>(task) || (has_closed_form<Functor> && split.parts > 1);
   if (wanted && !closed && !spoiled) {
     if (split.steps & evaluate_step) {
       const Evaluated e = block_reduce(sweep.evaluate(totals), scratch);
