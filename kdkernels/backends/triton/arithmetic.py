@@ -28,6 +28,16 @@ def product(x, factor):
 
 
 @triton.jit
+def exponent(z, factor, top, P: tl.constexpr):
+    """Of the exponential that the sums are made of: z * factor less the rounded top * factor."""
+    if P.single:
+        # The only exponential is 1, whatever a product's rounding would make of it.
+        return (z - top) * factor
+    else:
+        return scaled(z, factor, product(top, factor), P)
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in the gradient's dtype, rounded to nearest even; the interpreter's bfloat16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:

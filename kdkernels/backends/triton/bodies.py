@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Numbers
-from .arithmetic import at_one, power, product, rounded, scaled, tile_sum
+from .arithmetic import at_one, exponent, power, product, rounded, scaled, tile_sum
 from .functors import slope, value
 from .state import SURE, State, with_tile
 from .sweep import by_thread
@@ -100,11 +100,11 @@ def gradient(z, t, softmaxes, given, P: tl.constexpr):
     factor, temperature = numbers.factor, numbers.temperature
     top_s = product(state.student.top, factor)
     if not P.terms.kd_in_loss:
-        e_s = tl.exp2(scaled(z, factor, top_s, P))
+        e_s = tl.exp2(exponent(z, factor, state.student.top, P))
         out = given.label * at_one(e_s, z, top_s, temperature, P)
     elif P.functor.divergence == "forward_kl":
-        e_s = tl.exp2(scaled(z, factor, top_s, P))
-        e_t = tl.exp2(scaled(t, factor, product(state.teacher.top, factor), P))
+        e_s = tl.exp2(exponent(z, factor, state.student.top, P))
+        e_t = tl.exp2(exponent(t, factor, state.teacher.top, P))
         out = (e_s * given.balance - e_t) * given.kd
         if P.label_term and P.terms.power != 1:
             out += given.label * at_one(e_s, z, top_s, temperature, P)

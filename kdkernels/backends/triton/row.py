@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Numbers, Sizes, Statistics, Tensors
-from .arithmetic import finite, pair_sum, power, product, rounded, scaled
+from .arithmetic import exponent, finite, pair_sum, power, product, rounded, scaled
 from .bodies import (
     Coefficients,
     Softmaxes,
@@ -169,7 +169,7 @@ def _observed(place, shared, tensors, sizes, numbers, P: tl.constexpr):
 @triton.jit
 def _residue(top, factor, P: tl.constexpr):
     """What the rounded product, which the sums are relative to, misses."""
-    return scaled(top, factor, product(top, factor), P)
+    return exponent(top, factor, top, P)
 
 
 @triton.jit

@@ -16,11 +16,11 @@ import triton.language as tl
 
 from .arithmetic import (
     at_one,
+    exponent,
     pair_max,
     pair_sum,
     power,
     product,
-    scaled,
     tile_max,
     tile_sum,
 )
@@ -231,17 +231,17 @@ def with_tile(state, z, t, columns, inside, numbers, P: tl.constexpr):
     new_s = tl.maximum(state.student.top, high)
     new_t = tl.maximum(state.teacher.top, tile_max(t))
     state = moved(state, new_s, new_t, peak, numbers, P)
-    factor = numbers.factor
-    top_s = product(new_s, factor)[None, :, None]
-    x_s = scaled(z, factor, top_s, P)
-    x_t = scaled(t, factor, product(new_t, factor)[None, :, None], P)
+    factor, temperature = numbers.factor, numbers.temperature
+    x_s = exponent(z, factor, new_s[None, :, None], P)
+    x_t = exponent(t, factor, new_t[None, :, None], P)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
     sum_s = state.student.sum + tile_sum(e_s)
     sum_t = state.teacher.sum + tile_sum(e_t)
     sum_1, gap, total = state.at_one, state.gap, state.total
     if P.terms.power != 1:
-        sum_1 += tile_sum(at_one(e_s, z, top_s, numbers.temperature, P))
+        top_s = product(new_s, factor)[None, :, None]
+        sum_1 += tile_sum(at_one(e_s, z, top_s, temperature, P))
     # An excluded entry has x = -inf and weight 0: the product must be 0, the difference may be NaN.
     if P.functor.divergence == "forward_kl":
         gap += tile_sum(tl.where(e_t > 0, e_t * (x_t - x_s), 0.0))
