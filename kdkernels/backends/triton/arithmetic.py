@@ -16,6 +16,8 @@ from .functors import LOG2E
 def scaled(z, factor, top, P: tl.constexpr):
     """z * factor - top, rounded once."""
     if P.interpreted:
+        # A number of the call is a Python float here until a function has taken it.
+        factor = tl.cast(factor, tl.float32)
         return (z.to(tl.float64) * factor - top).to(tl.float32)
     else:
         return tl.fma(z, factor, -top)
