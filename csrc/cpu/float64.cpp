@@ -55,8 +55,9 @@ double log_probability(double z, double temperature, const LogSumExp& lse) {
 }
 
 // A multiple of q that is added to the slopes does not change slope - q sum(slope). The one that
-// makes the slope at the student's largest entry 0 keeps the digits of a row where the student is
-// sure: there the two are equal but for what the sum over the other entries is.
+// makes the slope 0 at an entry with more than half of the probability keeps the digits of a row
+// where the student is sure: there the two are equal but for what the sum over the other entries
+// is.
 void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatistics& statistics) {
   visit(problem.divergence, [&](auto functor) {
     const Term<double> unit = functor.unit();
@@ -69,7 +70,7 @@ void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatisti
     const Entry<double> top = entry_at(sums.student_top, log_p, log_q);
     double level = functor(top).slope / top.q;
     // An infinite divergence has no digits to keep.
-    if (!(fabs(level) < INFINITY)) level = 0.0;
+    if (!(top.q > 0.5 && fabs(level) < INFINITY)) level = 0.0;
     for (int64_t v = 0; v < problem.vocab; ++v) {
       const Entry<double> e = entry_at(v, log_p, log_q);
       const Term<double> term = functor(e);
@@ -90,14 +91,15 @@ void differentiate(const Problem& problem, const Row& row, const Columns& at, co
   const double t = problem.temperature, ce_weight = row.label < 0 ? 0.0 : problem.ce_weight();
   const double kd_factor = problem.alpha * problem.kd_scale() / t;
   const double pull = ce_weight + 2.0 * problem.z_loss * sums.label.value();
-  // The label's probability minus 1 is minus what the others have.
-  const double surplus = pull - ce_weight * (1.0 - problem.label_smoothing);
+  // The label's probability minus 1, where that is near 0, is minus what the others have.
+  const double hard = ce_weight * (1.0 - problem.label_smoothing), surplus = pull - hard;
+  const double others = sums.others.sum * exp(sums.others.max - sums.label.max) / sums.label.sum;
   const double constant = ce_weight * problem.label_smoothing / static_cast<double>(problem.vocab);
   for (int64_t v = 0; v < problem.vocab; ++v) {
     const double q = exp(log_probability(at.student[v], t, sums.student));
-    const double logit = v == row.label ? sums.others.value() : at.student[v];
-    double g = pull == 0.0 ? 0.0 : pull * exp(logit - sums.label.value());
-    if (v == row.label) g = surplus - g;
+    const double of_label = exp(at.student[v] - sums.label.value());
+    double g = pull == 0.0 ? 0.0 : pull * of_label;
+    if (v == row.label) g = of_label > 0.5 ? surplus - pull * others : g - hard;
     g -= constant;
     if (problem.alpha != 0.0) g += kd_factor * (at.slope[v] - q * sums.slope);
     gradient[v] = g * row.gradient_scale * at.derivative[v];
