@@ -656,7 +656,7 @@ def test_rows_that_count_come_first_in_ragged_products(
     given = inputs(torch.bfloat16, lead=(1, ROWS))
     if counted != "some":
         given["labels"].clamp_(min=0).add_(0 if counted == "all" else -1000).clamp_(min=-100)
-    options = {"gradient": mode, "token_weights": torch.linspace(-1, 2, ROWS).view(1, -1)}
+    options = {"gradient": mode, "token_weights": torch.linspace(2, -1, ROWS).view(1, -1)}
     if counted == "some":
         options["token_weights"][0, 20:] = 0.0
     want = expected(given, **options)
