@@ -63,7 +63,7 @@ def through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
     ``log_q = log_softmax(z)`` and ``slope`` is the sum's derivative in ``log_q``.
 
     Where q is near 1 these two are equal but for what the other entries have, which a sum of all
-    has lost. Multiples of q that are added to the slopes cancel, so where a q is above 1/2 they are
+    has lost. Multiples of q that are added to the slopes cancel, so where a q is above 1/4 they are
     first moved to be 0 there, and the sum is that of the others.
     """
     q = log_q.exp()
@@ -71,7 +71,7 @@ def through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
     of_top = slope.gather(-1, top)
     level = of_top / q.gather(-1, top)
     # An infinite divergence has no digits to keep.
-    sure = (q.gather(-1, top) > 0.5) & level.isfinite()
+    sure = (q.gather(-1, top) > 0.25) & level.isfinite()
     slope = slope - q * torch.where(sure, level, 0.0)
     slope = slope.scatter_(-1, top, torch.where(sure, 0.0, of_top))
     return slope - q * slope.sum(-1, keepdim=True)
