@@ -266,10 +266,11 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
                               : observe_kept<Functor, kPower, false>(task, slice, r, kept);
 }
 
-// The student's sums of the thread with the largest reference, which are kept out of the others':
-// where the student is sure of an entry, it is this thread's.
+// The sums of the thread with the student's largest reference, which are kept out of the others':
+// where the student is sure of an entry, it is this thread's. The teacher's are added up in the
+// same order, for a student that equals it.
 struct Leader {
-  float student, gap;
+  float student, teacher, gap;
 };
 
 // Sums of which only these are used, as they travel.
@@ -281,18 +282,21 @@ struct Brief {
   float label_logit;
   float label[kPower == 1 ? 0 : 1];                    // the student's otherwise
   float label_reference[kPower == kSeparate ? 1 : 0];  // a multiple of the student's otherwise
-  Leader leader[kLed ? 1 : 0];                         // not in `student` and `gap`
+  Leader leader[kLed ? 1 : 0];                         // not in `student`, `teacher` and `gap`
 
   // Of one thread.
   static KD_DEVICE Brief of(const Sums& s) {
     Brief b = of_others(s);
-    if constexpr (kLed) b.student = b.gap = 0.0f, b.leader[0] = {s.student, s.gap};
+    if constexpr (kLed) {
+      b.student = b.teacher = b.gap = 0.0f;
+      b.leader[0] = {s.student, s.teacher, s.gap};
+    }
     return b;
   }
 
   KD_DEVICE Sums sums() const {
     Sums s = of_others();
-    if constexpr (kLed) s.student += leader[0].student, s.gap += leader[0].gap;
+    if constexpr (kLed) add(s, leader[0]);
     return s;
   }
 
@@ -306,15 +310,14 @@ struct Brief {
     int leading = 0;
     if constexpr (kLed) {
       Sums mine = s;
-      mine.student = leader[0].student, mine.gap = leader[0].gap;
+      mine.student = leader[0].student, mine.teacher = leader[0].teacher;
+      mine.gap = leader[0].gap;
       rebase<Functor, false>(mine, top);
       rebase<Functor, false>(s, top);
       const unsigned leaders = __ballot_sync(kWholeWarp, student_reference == top.student);
       leading = __ffs(leaders) - 1;
-      first = {mine.student, mine.gap};
-      if (static_cast<int>(threadIdx.x % kCount) != leading) {
-        s.student += mine.student, s.gap += mine.gap;
-      }
+      first = {mine.student, mine.teacher, mine.gap};
+      if (static_cast<int>(threadIdx.x % kCount) != leading) add(s, first);
     } else {
       rebase<Functor, false>(s, top);
     }
@@ -324,6 +327,7 @@ struct Brief {
     s.label_logit = warp_max(s.label_logit);
     if constexpr (kLed) {
       first.student = __shfl_sync(kWholeWarp, first.student, leading);
+      first.teacher = __shfl_sync(kWholeWarp, first.teacher, leading);
       first.gap = __shfl_sync(kWholeWarp, first.gap, leading);
     }
     *this = of_others(s);
@@ -331,6 +335,10 @@ struct Brief {
   }
 
  private:
+  static KD_DEVICE void add(Sums& s, const Leader& leader) {
+    s.student += leader.student, s.teacher += leader.teacher, s.gap += leader.gap;
+  }
+
   static KD_DEVICE Brief of_others(const Sums& s) {
     Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.gap, s.label_logit};
     if constexpr (kPower != 1) b.label[0] = s.label;
