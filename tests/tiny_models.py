@@ -20,6 +20,20 @@ from kdkernels.training.trainer import DistillationArguments, DistillationTraine
 
 VOCAB = 17
 WORDS = [f"w{i}" for i in range(VOCAB - 2)]
+#: Of a configuration of Llama's kind; weights large enough for distributions that differ visibly.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 @pytest.fixture
@@ -32,22 +46,10 @@ def one_thread() -> Iterator[None]:
 
 
 def llama(layers: int, seed: int, vocab: int = VOCAB, hidden: int = 16) -> LlamaForCausalLM:
-    """A random Llama; weights are large enough for distributions that differ visibly."""
+    """A random Llama."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes | {"num_hidden_layers": layers}))
 
 
 def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:

@@ -1,5 +1,6 @@
 // Which instruction set runs: the fastest, forcible by name.
 #include <stdlib.h>
+#include <string.h>
 
 #include <stdexcept>
 #include <string>
@@ -29,6 +30,16 @@ const InstructionSet kInstructionSets[] = {
 #endif
 };
 
+std::string refusal_of(const char* forced) {
+  std::string possible;
+  for (const InstructionSet& candidate : kInstructionSets) {
+    if (!candidate.runs_here) continue;
+    possible += (possible.empty() ? "" : ", ") + std::string(candidate.name);
+  }
+  return "KDKERNELS_CPU_ISA='" + std::string(forced) +
+         "' is not an instruction set that can run here; possible: " + possible;
+}
+
 }  // namespace
 
 InstructionSets instruction_sets() {
@@ -38,18 +49,12 @@ InstructionSets instruction_sets() {
 const InstructionSet& instruction_set() {
   const InstructionSet* best = &kInstructionSets[0];
   const char* forced = getenv("KDKERNELS_CPU_ISA");
-  std::string possible;
   for (const InstructionSet& candidate : kInstructionSets) {
     if (!candidate.runs_here) continue;
-    if (forced && std::string(forced) == candidate.name) return candidate;
+    if (forced && strcmp(forced, candidate.name) == 0) return candidate;
     best = &candidate;
-    possible += (possible.empty() ? "" : ", ") + std::string(candidate.name);
   }
-  if (forced && *forced) {
-    throw std::invalid_argument(
-        "KDKERNELS_CPU_ISA='" + std::string(forced) +
-        "' is not an instruction set that can run here; possible: " + possible);
-  }
+  if (forced && *forced) throw std::invalid_argument(refusal_of(forced));
   return *best;
 }
 

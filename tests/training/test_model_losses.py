@@ -16,20 +16,7 @@ from torch.nn import functional
 pytestmark = pytest.mark.usefixtures("one_thread")
 one_thread = tiny_models.one_thread
 
-SIZES: dict[str, Any] = {
-    "vocab_size": tiny_models.VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 1,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "output_router_logits": True,
-}
+SIZES = tiny_models.SIZES | {"num_hidden_layers": 2, "output_router_logits": True}
 MIXTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.5},
     "Qwen2Moe": {

@@ -18,19 +18,6 @@ from kdkernels.training.trainer import DistillationTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 one_thread = tiny_models.one_thread
 
-SMALL: dict[str, Any] = {
-    "vocab_size": tiny_models.VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
 GPT2: dict[str, Any] = {
     "vocab_size": tiny_models.VOCAB,
     "n_embd": 16,
@@ -43,12 +30,16 @@ GPT2 |= {"initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 1}
 BERT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
 #: Class -> configuration, soft cap, scale.
 MODELS: dict[str, tuple[dict[str, Any], float | None, float | None]] = {
-    "LlamaForCausalLM": (SMALL, None, None),
+    "LlamaForCausalLM": (tiny_models.SIZES, None, None),
     "GPT2LMHeadModel": (GPT2, None, None),
-    "Gemma2ForCausalLM": (SMALL | {"head_dim": 8, "final_logit_softcapping": 3.0}, 3.0, None),
-    "GraniteForCausalLM": (SMALL | {"logits_scaling": 13.0}, None, 1 / 13),
-    "CohereForCausalLM": (SMALL | {"logit_scale": 0.0625}, None, 0.0625),
-    "BertForMaskedLM": (SMALL | BERT, None, None),
+    "Gemma2ForCausalLM": (
+        tiny_models.SIZES | {"head_dim": 8, "final_logit_softcapping": 3.0},
+        3.0,
+        None,
+    ),
+    "GraniteForCausalLM": (tiny_models.SIZES | {"logits_scaling": 13.0}, None, 1 / 13),
+    "CohereForCausalLM": (tiny_models.SIZES | {"logit_scale": 0.0625}, None, 0.0625),
+    "BertForMaskedLM": (tiny_models.SIZES | BERT, None, None),
 }
 
 
