@@ -266,11 +266,10 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
                               : observe_kept<Functor, kPower, false>(task, slice, r, kept);
 }
 
-// The sums of the thread with the student's largest reference, which are kept out of the others':
-// where the student is sure of an entry, it is this thread's. The teacher's are added up in the
-// same order, for a student that equals it.
-struct Leader {
-  float student, teacher, gap;
+// The student's sums without the thread that has the largest reference: where the student is sure
+// of an entry, it is that thread's.
+struct Others {
+  float student, gap;
 };
 
 // Sums of which only these are used, as they travel.
@@ -282,71 +281,18 @@ struct Brief {
   float label_logit;
   float label[kPower == 1 ? 0 : 1];                    // the student's otherwise
   float label_reference[kPower == kSeparate ? 1 : 0];  // a multiple of the student's otherwise
-  Leader leader[kLed ? 1 : 0];                         // not in `student`, `teacher` and `gap`
+  Others others[kLed ? 1 : 0];
 
   // Of one thread.
   static KD_DEVICE Brief of(const Sums& s) {
-    Brief b = of_others(s);
-    if constexpr (kLed) {
-      b.student = b.teacher = b.gap = 0.0f;
-      b.leader[0] = {s.student, s.teacher, s.gap};
-    }
+    Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.gap, s.label_logit};
+    if constexpr (kPower != 1) b.label[0] = s.label;
+    if constexpr (kPower == kSeparate) b.label_reference[0] = s.label_reference;
+    if constexpr (kLed) b.others[0] = {0.0f, 0.0f};
     return b;
   }
 
   KD_DEVICE Sums sums() const {
-    Sums s = of_others();
-    if constexpr (kLed) add(s, leader[0]);
-    return s;
-  }
-
-  template <int kCount>
-  KD_DEVICE void reduce(Lanes<kCount> lanes) {
-    Sums s = of_others();
-    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
-    top.label = kPower * top.student;
-    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
-    Leader first;
-    int leading = 0;
-    if constexpr (kLed) {
-      Sums mine = s;
-      mine.student = leader[0].student, mine.teacher = leader[0].teacher;
-      mine.gap = leader[0].gap;
-      rebase<Functor, false>(mine, top);
-      rebase<Functor, false>(s, top);
-      const unsigned leaders = __ballot_sync(kWholeWarp, student_reference == top.student);
-      leading = __ffs(leaders) - 1;
-      first = {mine.student, mine.teacher, mine.gap};
-      if (static_cast<int>(threadIdx.x % kCount) != leading) add(s, first);
-    } else {
-      rebase<Functor, false>(s, top);
-    }
-    float four[4] = {s.student, s.teacher, s.gap, s.label};
-    warp_sums(four, lanes);
-    s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
-    s.label_logit = warp_max(s.label_logit);
-    if constexpr (kLed) {
-      first.student = __shfl_sync(kWholeWarp, first.student, leading);
-      first.teacher = __shfl_sync(kWholeWarp, first.teacher, leading);
-      first.gap = __shfl_sync(kWholeWarp, first.gap, leading);
-    }
-    *this = of_others(s);
-    if constexpr (kLed) leader[0] = first;
-  }
-
- private:
-  static KD_DEVICE void add(Sums& s, const Leader& leader) {
-    s.student += leader.student, s.teacher += leader.teacher, s.gap += leader.gap;
-  }
-
-  static KD_DEVICE Brief of_others(const Sums& s) {
-    Brief b{s.student_reference, s.teacher_reference, s.student, s.teacher, s.gap, s.label_logit};
-    if constexpr (kPower != 1) b.label[0] = s.label;
-    if constexpr (kPower == kSeparate) b.label_reference[0] = s.label_reference;
-    return b;
-  }
-
-  KD_DEVICE Sums of_others() const {
     Sums s = nothing();
     s.student_reference = student_reference;
     s.teacher_reference = teacher_reference;
@@ -362,6 +308,36 @@ struct Brief {
     s.label_logit = label_logit;
     return s;
   }
+
+  template <int kCount>
+  KD_DEVICE void reduce(Lanes<kCount> lanes) {
+    Sums s = sums();
+    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
+    top.label = kPower * top.student;
+    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
+    const References from{student_reference, teacher_reference, 0.0f};
+    Others rest;
+    if constexpr (kLed) {
+      // All of each, but of the leading one what is not its leader's.
+      const unsigned leaders = __ballot_sync(kWholeWarp, student_reference == top.student);
+      rest = {student, gap};
+      if (static_cast<int>(threadIdx.x % kCount) == __ffs(leaders) - 1) rest = others[0];
+    }
+    rebase<Functor, false>(s, top);
+    float four[4] = {s.student, s.teacher, s.gap, s.label};
+    warp_sums(four, lanes);
+    s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
+    s.label_logit = warp_max(s.label_logit);
+    if constexpr (kLed) {
+      const float student_move = from.student - top.student;
+      const float move = (from.teacher - top.teacher) - student_move;
+      const float scale = power_of_two(student_move);
+      rest.gap = warp_sum(scale > 0.0f ? fmaf(rest.student, move, rest.gap) * scale : 0.0f, lanes);
+      rest.student = warp_sum(rest.student * scale, lanes);
+    }
+    *this = of(s);
+    if constexpr (kLed) others[0] = rest;
+  }
 };
 
 // The entry that the student is sure of. There the row's mean gap is nearly the entry's own, and
@@ -375,9 +351,9 @@ struct SureEntry {
   template <class Functor, int kPower, class Formats, int kColumns>
   KD_DEVICE bool find(const Brief<Functor, kPower>& row, const References& mine,
                       const Kept<Formats, kColumns>& kept) {
-    const Leader& leader = row.leader[0];
-    const float sum = row.student + leader.student, least = kSure * sum;
-    if (leader.student <= least || mine.student != row.student_reference) return false;
+    const Others& rest = row.others[0];
+    const float least = kSure * row.student;
+    if (row.student - rest.student <= least || mine.student != row.student_reference) return false;
     float top = 0.0f, weighed = 0.0f;
     kept.each([&](float e, float second) {
       if (e > top) top = e, weighed = second;
@@ -385,9 +361,9 @@ struct SureEntry {
     SureEntry found{top, weighed * reciprocal(top)};
     if (top <= least || fabsf(found.gap) == INFINITY) return false;
     const float moved = mine.teacher - row.teacher_reference;
-    float others = row.gap - (found.gap + moved) * row.student;
+    float others = rest.gap - (found.gap + moved) * rest.student;
     kept.each([&](float e, float second) { others += found.from_here(e, second); });
-    found.mean = others * reciprocal(sum);
+    found.mean = others * reciprocal(row.student);
     *this = found;
     return true;
   }
