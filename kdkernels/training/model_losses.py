@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from .layer_configs import parts
 from .models import describe
 from .tasks import base_of
 
@@ -24,7 +25,7 @@ def router_weight(model: nn.Module) -> float | None:
     """
     model = base_of(model)
     _refuse_own_z_loss(model)
-    configs = [model.config, *filter(None, [getattr(model.config, "text_config", None)])]
+    configs = list(parts(model.config))
     if not any(getattr(config, "output_router_logits", False) for config in configs):
         return None
     for owner in (model, *configs):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..losses.relations import POOLINGS, same_pooling
+from .folders import write_json
 from .layer_configs import text_config
 from .models import ModelSource
 
@@ -171,13 +172,9 @@ def write(folder: Path, made: Sentences, student: PreTrainedModel, teacher: Mode
         (folder / path).mkdir(parents=True, exist_ok=True)
     config = {"word_embedding_dimension": text_config(student.config).hidden_size}
     config |= {flag: same_pooling(mode, made.pooling) for flag, mode in _FLAGS.items()}
-    _write(folder / paths[1] / "config.json", config)
-    _write(folder / "modules.json", modules)
+    write_json(folder / paths[1] / "config.json", config)
+    write_json(folder / "modules.json", modules)
     for name in _TEXT_FILES:
         found = _file(teacher, name)
         if found is not None:
             shutil.copyfile(found, folder / name)
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
