@@ -73,6 +73,7 @@ kernel-report: $(VENV)/.installed
 # DRY=1 rehearses it here, on CPUs with tiny shapes; the CUDA kernels in ptxsim if simulate built it.
 OUT ?= outputs/gpu-day-$(shell date +%Y%m%d-%H%M%S)
 LIMIT ?= 340
+override DRY := $(filter-out 0,$(DRY))
 DAY = $(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks gpu-day
 DAY_ARGS = --output $(OUT) --limit $(LIMIT) $(if $(DRY),--dry)
 gpu-day gpu-day-first gpu-day-second: OUT := $(OUT)

@@ -33,14 +33,21 @@ RETAIN = {
 MEMORY_WORKLOADS = ("kd_ce/fp32/V32000/T2", "kd_ce/bf16/V32000/T2", "kd_ce/bf16/V151936/T2")
 
 
+def positive(text: str) -> int:
+    """The whole number above 0 that ``text`` is; what argparse reports otherwise."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
     add("--workloads", default="", help="comma-separated names or patterns, see --list")
     add("--providers", default="", help="comma-separated names, see --list")
     add("--quick", action="store_true", help="a few workloads of 8M logits, under two minutes")
-    add("--rounds", type=int, help="samples per contender (default 11, quick: 7)")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--rounds", type=positive, help="samples per contender (default 11, quick: 7)")
+    add("--threads", type=positive, default=torch.get_num_threads())
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR")
     add("--no-memory", action="store_true", help="skip the memory measurement")
@@ -102,8 +109,10 @@ def _memory(
         _progress(f"memory of {workload.name}")
 
 
-def execute(args: argparse.Namespace) -> record.Run:
-    """The whole run; every sample in the result."""
+def _begin(args: argparse.Namespace) -> tuple[record.Run, list[Workload], list[Provider]]:
+    """A run without results, and who takes part in what; ValueError if that cannot be."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: 'cuda' is not here: torch sees no CUDA device")
     args.rounds = args.rounds or (7 if args.quick else 11)
     torch.set_num_threads(args.threads)
     providers = _providers(args.providers, args.device)
@@ -112,6 +121,13 @@ def execute(args: argparse.Namespace) -> record.Run:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     options["max_chunk_bytes"] = MAX_CHUNK_BYTES
     run = record.Run(machine.describe(args.device), machine.versions(args.device), options)
+    return run, chosen, providers
+
+
+def _execute(
+    run: record.Run, chosen: list[Workload], providers: list[Provider], args: argparse.Namespace
+) -> None:
+    """The whole run; every sample goes into ``run``."""
     inside = args.allocator or "default"
     here = [w for w in chosen if w.allocator == inside]
     if not args.allocator:
@@ -125,7 +141,6 @@ def execute(args: argparse.Namespace) -> record.Run:
             _memory(run, here, providers, args)
         # Again at the end: the machine may have been busier, or quieter, at the start.
         run.bandwidth += machine.bandwidth(args.threads, args.device)
-    return run
 
 
 def _report(arguments: list[str]) -> int:
@@ -134,9 +149,18 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder (default: that of the file)")
     args = parser.parse_args(arguments)
     folder = args.output or args.file.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    _print(*report.write(record.load(args.file), folder, args.file.stem))
+    try:
+        run = record.load(args.file)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        return _refuse(error)
+    _print(*report.write(run, folder, args.file.stem))
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(error, file=sys.stderr)
+    return 2
 
 
 def _print(text: str, written: list[Path]) -> None:
@@ -155,14 +179,16 @@ def main(arguments: list[str]) -> int:
         print("providers:", ", ".join(PROVIDERS))
         return 0
     try:
-        run = execute(args)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    args.output.mkdir(parents=True, exist_ok=True)
+        run, chosen, providers = _begin(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        return _refuse(error)
     stem = args.stem or run.versions["date"].replace(":", "").split("+")[0]
     path = args.output / f"{stem}.json"
-    run.save(path)
+    try:
+        _execute(run, chosen, providers, args)
+    finally:
+        run.save(path)  # what was measured before an end that came early, too
     text, written = report.write(run, args.output, stem)
     _print(text, [path, *written])
     return 0

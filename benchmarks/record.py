@@ -88,9 +88,13 @@ def _contest(raw: dict[str, Any]) -> Contest:
 
 
 def load(path: Path) -> Run:
-    raw = json.loads(path.read_text())
-    if raw.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {raw.get('schema')!r} is not {SCHEMA}")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r} is not {SCHEMA}")
     contests = [_contest(c) for c in raw.pop("contests")]
     memory = [Memory(**m) for m in raw.pop("memory")]
     return Run(contests=contests, memory=memory, **raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -87,6 +88,49 @@ def test_the_runner_works_from_end_to_end_and_its_report_comes_from_the_json_alo
 def test_unknown_names_end_with_one_line(option, capsys):
     assert runner.main([option]) == 2
     assert option.split("=")[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--rounds=0",
+        "--threads=-1",
+        "gpu-day first --limit=nan",
+        "gpu-day first --limit=0",
+        "gpu-day second --only=nothing",
+        "report nothing.json",
+    ],
+)
+def test_what_cannot_be_run_is_named_before_it_runs(option, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):  # argparse's
+        assert runner.main(option.split()) == 2
+    printed = capsys.readouterr()
+    assert option.split()[-1].split("=")[-1] in (printed.err + printed.out).splitlines()[-1]
+
+
+def test_a_file_is_no_report_and_no_folder(tiny_suite, capsys, tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text("no JSON")
+    for words in (["report", str(text)], [f"--output={text}"]):
+        assert runner.main(words) == 2
+        assert str(text) in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_when_a_run_ends_early(tiny_suite, tmp_path, monkeypatch):
+    contest, calls = measure.contest, []
+
+    def second_is_interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return contest(*args, **options)
+
+    monkeypatch.setattr(measure, "contest", second_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.main(["--rounds=2", "--threads=1", "--providers=eager", f"--output={tmp_path}"])
+    (path,) = tmp_path.glob("*.json")
+    assert len(record.load(path).contests) == 1
 
 
 def _altered(factor_loss: float, factor_gradient: float) -> Provider:

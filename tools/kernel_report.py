@@ -212,8 +212,9 @@ def main() -> None:
     parser.add_argument(
         "--target", default="sm_90", choices=[t for t in offline.TARGETS if "sm" in t]
     )
-    parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--targets", action="store_true", help="registers and spills everywhere")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true")
+    form.add_argument("--targets", action="store_true", help="registers and spills everywhere")
     arguments = parser.parse_args()
     print(f"{datetime.date.today()}, Triton {triton.__version__}, {arguments.target}, 8192 rows")
     if arguments.targets:

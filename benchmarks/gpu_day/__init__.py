@@ -10,6 +10,7 @@ runs in those processes: the suite's own workloads, providers and measure. ``pre
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,13 +20,21 @@ from . import plan, prepare, steps
 OUTPUT = Path("outputs/gpu-day")
 
 
+def seconds(text: str) -> float:
+    """The finite number above 0 that ``text`` is."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-day", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare", help="fill .gpu/ (needs a network; nvcc for the native module)")
     for half in plan.HALVES:
         add = commands.add_parser(half, help=", ".join(s.name for s in plan.HALVES[half]))
-        add.add_argument("--limit", type=float, default=plan.LIMIT, help="seconds (%(default)s)")
+        add.add_argument("--limit", type=seconds, default=plan.LIMIT, help="seconds (%(default)s)")
         add.add_argument("--only", default="", help="comma-separated names of steps")
     add = commands.add_parser("step", help="one step in this process")
     add.add_argument("name", choices=steps.STEPS)

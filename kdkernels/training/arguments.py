@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from ..dtypes import WEIGHT_DTYPES
 from ..options import DIVISOR, VOCAB_POLICIES, divides
 from . import schedules
 from .terms import TermArguments
+
+logger = logging.getLogger(__name__)
 
 FUSED_LINEAR = ("auto", "true", "false")
 #: Options of ``TrainingArguments`` -> the least value with which training can start.
@@ -115,17 +118,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
         self._check_inherited()
         self._check_has_effect()
         self.check_terms()
-        # Evaluations are comparable along a run: they use what the schedules end with.
-        if self.alpha_schedule is not None:
-            ends = self.alpha_over_time()
-            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
-            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
-            self.alpha = ends.end
-        if self.temperature_schedule is not None:
-            ends = self.temperature_over_time()
-            for end in (ends.lowest, ends.highest):
-                self._check_number("temperature_schedule", end, divides(end), DIVISOR)
-            self.temperature = ends.end
+        self._check_schedules()
         self._check_number("temperature", self.temperature, divides(self.temperature), DIVISOR)
         self._check_number("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
         self._check_number("z_loss", self.z_loss, self.z_loss >= 0, ">= 0")
@@ -146,6 +139,26 @@ class DistillationArguments(TermArguments, TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start with `accelerate launch` or "
                 "`torchrun`, or set CUDA_VISIBLE_DEVICES to one of them (no nn.DataParallel)"
             )
+
+    def _check_schedules(self) -> None:
+        """Evaluations are comparable along a run: they use what the schedules end with."""
+        if self.alpha_schedule is not None:
+            ends = self.alpha_over_time()
+            self._check_number("alpha_schedule", ends.lowest, ends.lowest >= 0, "in [0, 1]")
+            self._check_number("alpha_schedule", ends.highest, ends.highest <= 1, "in [0, 1]")
+            self._take_end("alpha", ends)
+        if self.temperature_schedule is not None:
+            ends = self.temperature_over_time()
+            for end in (ends.lowest, ends.highest):
+                self._check_number("temperature_schedule", end, divides(end), DIVISOR)
+            self._take_end("temperature", ends)
+
+    def _take_end(self, name: str, schedule: schedules.Schedule) -> None:
+        """``schedule``'s last value for ``name``; a warning if that was something else."""
+        given = getattr(self, name)
+        if given not in (type(self).__dataclass_fields__[name].default, schedule.end):
+            logger.warning(f"{name}: {given} is not used; {name}_schedule stands for it")
+        setattr(self, name, schedule.end)
 
     def _check_inherited(self) -> None:
         """Numbers of the base class that would only fail, or do nothing, once training starts."""

@@ -162,20 +162,36 @@ _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "w
 def positions(model: PretrainedConfig | PreTrainedModel) -> int | None:
     """Tokens that an example may have; None if there is no limit.
 
-    A configuration says how many positions there are. In a model of RoBERTa's family the first
-    ones are not for tokens: they are counted from behind the padding token's id.
+    A configuration says how many positions there are, and tables of absolute positions have so many
+    rows.
     """
     config = model if isinstance(model, PretrainedConfig) else model.config
     number = getattr(text_config(config), "max_position_embeddings", None)
     found = [number] if isinstance(number, int) and number > 0 else []
     if isinstance(model, PreTrainedModel):
-        for name, module in _text_model(model).named_modules():
-            table = getattr(module, "weight", None)
-            if name.rpartition(".")[2] in _POSITIONS and table is not None and table.ndim == 2:
-                padding = getattr(module, "padding_idx", None)
-                unused = getattr(module, "offset", 0) if padding is None else padding + 1
-                found.append(table.shape[0] - unused)
+        found += _table_lengths(model)
     return min(found, default=None)
+
+
+def table_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that an example may have before a table of absolute positions ends; None: no table."""
+    return min(_table_lengths(model), default=None)
+
+
+def _table_lengths(model: PreTrainedModel) -> list[int]:
+    """For each table of absolute positions, the tokens it has a row for.
+
+    In a model of RoBERTa's family the first rows are not for tokens: positions are counted from
+    behind the padding token's id.
+    """
+    lengths = []
+    for name, module in _text_model(model).named_modules():
+        table = getattr(module, "weight", None)
+        if name.rpartition(".")[2] in _POSITIONS and table is not None and table.ndim == 2:
+            padding = getattr(module, "padding_idx", None)
+            unused = getattr(module, "offset", 0) if padding is None else padding + 1
+            lengths.append(table.shape[0] - unused)
+    return lengths
 
 
 def output_width(model: PreTrainedModel, task: Task) -> int:

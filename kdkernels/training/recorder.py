@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .models import decoder_layers, describe
+from .models import decoder_layers, describe, table_positions
 from .output_layer import Head, Hidden
 from .tasks import base_of
 
@@ -89,6 +89,7 @@ class Signature:
         self.names = frozenset(asked)
         self.others: frozenset[str] = frozenset()
         self._segments = getattr(base.config, "type_vocab_size", None)
+        self._positions = table_positions(base)
 
     def beside(self, other: Signature) -> None:
         """Share batches with the model of ``other``."""
@@ -99,8 +100,17 @@ class Signature:
         return self._takes_all or name in self.names
 
     def own(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries for this model; ValueError if it has fewer segments than they name."""
+        """The entries for this model; ValueError if they need more positions or segments.
+
+        The model would raise an error without a name, and on a GPU end the process's use of it.
+        """
         chosen = {name: value for name, value in inputs.items() if name not in self.others}
+        tokens = chosen.get("input_ids")
+        if tokens is not None and tokens.shape[-1] > (self._positions or tokens.shape[-1]):
+            raise ValueError(
+                f"input_ids: {tokens.shape[-1]} tokens in the batch, but {self.name} has "
+                f"{self._positions} positions"
+            )
         segments = chosen.get("token_type_ids")
         if segments is None or self._segments is None:
             return chosen

@@ -119,11 +119,16 @@ class TermArguments:
     )
     alpha_schedule: str | None = field(
         default=None,
-        metadata={"help": "alpha over the run, e.g. linear:1:0.5; evaluations use its end."},
+        metadata={
+            "help": "alpha over the run, in its place, e.g. linear:1:0.5; evaluations use its end."
+        },
     )
     temperature_schedule: str | None = field(
         default=None,
-        metadata={"help": "temperature over the run, e.g. cosine:4:1; evaluations use its end."},
+        metadata={
+            "help": "temperature over the run, in its place, e.g. cosine:4:1; evaluations use its "
+            "end."
+        },
     )
 
     def resolved_terms(self, with_response: bool = True) -> dict[str, Schedule]:

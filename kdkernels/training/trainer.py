@@ -773,11 +773,27 @@ class DistillationTrainer(Trainer):
         if state_dict is not None:
             prefix = f"{_TERMS_NAME}."
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
-        with self._attached_terms(False), self._without_secrets():
+        with self._student_alone(), self._without_secrets():
             super()._save(output_dir, state_dict)
         if self.terms is not None and self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             save_file(self.terms.state_dict(), folder / TERMS_FILE)
+
+    @contextlib.contextmanager
+    def _student_alone(self) -> Iterator[None]:
+        """Without the terms, and out of ``torch.compile`` or ``nn.DataParallel``.
+
+        Either puts a word before the name of each weight: under such names nothing else reads the
+        files, and PEFT does not find what it has to save.
+        """
+        with self._attached_terms(False):
+            given = self.model
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self.model = self.accelerator.unwrap_model(given, keep_torch_compile=False)
+            try:
+                yield
+            finally:
+                self.model = given
 
     @contextlib.contextmanager
     def _without_secrets(self) -> Iterator[None]:
@@ -817,14 +833,14 @@ class DistillationTrainer(Trainer):
         self._begin_if_new()
         self._resumes = True
         try:
-            with self._attached_terms(False):
+            with self._student_alone():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         finally:
             self._resumes = False
         self._load_terms(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._attached_terms(False):
+        with self._student_alone():
             super()._load_best_model()
         self._load_terms(str(self.state.best_model_checkpoint))
 

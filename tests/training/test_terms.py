@@ -210,6 +210,19 @@ def test_two_processes_give_the_update_of_one(tmp_path: Path) -> None:
         assert metrics[name] == pytest.approx(two["metrics"][name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("name", ["alpha", "temperature"])
+def test_a_number_that_a_schedule_stands_for_is_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for given, told in ((0.25, 1), (0.5, 0)):
+        caplog.clear()
+        options: dict[str, Any] = {name: given, f"{name}_schedule": "linear:1:0.5"}
+        arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+        assert getattr(arguments, name) == 0.5
+        found = [r.getMessage() for r in caplog.records if r.name.startswith("kdkernels")]
+        assert found == [f"{name}: 0.25 is not used; {name}_schedule stands for it"] * told
+
+
 @pytest.mark.parametrize("balance", ["fixed", "uncertainty", "gradient_norm"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(balance: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 4}

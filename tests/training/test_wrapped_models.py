@@ -9,6 +9,7 @@ import pytest
 import tiny_berts
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertForSequenceClassification,
@@ -110,6 +111,39 @@ def test_a_wrapped_model_is_the_kind_it_wraps(wrapper: str, role: str, tmp_path:
     trained.train()
     after = models["student"].parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("wrapper", ["adapter", "compiled", "compiled adapter", "data parallel"])
+def test_a_wrapped_student_is_saved_under_its_own_names(wrapper: str, tmp_path: Path) -> None:
+    """What is written is read by anybody, by a resumed training, and as the best model."""
+    options: dict[str, Any] = {"max_steps": 3, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    for name in ("save", "eval"):
+        options |= {f"{name}_strategy": "steps", f"{name}_steps": 1}
+
+    def trainer(folder: str) -> DistillationTrainer:
+        student = WRAPPERS[wrapper](bert(1, 1))
+        return tiny_berts.trainer(KIND, tmp_path / folder, student=student, **options)
+
+    trainer("whole").train()
+    resumed = trainer("resumed")
+    resumed.train(str(tmp_path / "whole" / "checkpoint-1"))
+    weights = {file.parent: load_file(file) for file in tmp_path.glob("*/*/*model.safetensors")}
+    assert len(weights) == 5
+    inner = tasks.base_of(resumed.model)
+    for folder, found in weights.items():
+        assert_same(found, weights[tmp_path / "whole" / folder.name])
+        if "adapter" not in wrapper:
+            assert_same(found, type(inner).from_pretrained(folder).state_dict())
+    best = Path(str(resumed.state.best_model_checkpoint))
+    if "adapter" not in wrapper:
+        assert_same(weights[best], inner.state_dict())
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(resumed.state.best_metric)
+
+
+def assert_same(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("wrapper", ["adapter", "compiled", "a user's own"])
@@ -331,3 +365,19 @@ def test_more_segments_than_a_model_has_are_named(tmp_path: Path) -> None:
     batch["token_type_ids"] = torch.full_like(batch["input_ids"], 2)
     with pytest.raises(ValueError, match=r"token_type_ids: 2 in the batch, but 'bert' .* has 2"):
         trained.compute_loss(trained.model, batch)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(("family", "most"), [("bert", 64), ("roberta", 62)])
+def test_more_tokens_than_a_model_has_positions_are_named(
+    family: str, most: int, role: str, tmp_path: Path
+) -> None:
+    """RoBERTa's positions begin behind its padding token's id, which is 1 here."""
+    models = {name: bert(1, 2, max_position_embeddings=128) for name in ("student", "teacher")}
+    models[role] = bert(1, 1) if family == "bert" else roberta(1)
+    trained = tiny_berts.trainer(KIND, tmp_path, **models)
+    batch = {"labels": torch.tensor([0, 1])}
+    trained.compute_loss(trained.model, batch | {"input_ids": torch.full((2, most), 7)})
+    told = rf"input_ids: {most + 1} tokens in the batch, but '{family}' .* has {most} positions"
+    with pytest.raises(ValueError, match=told):
+        trained.compute_loss(trained.model, batch | {"input_ids": torch.full((2, most + 1), 7)})
