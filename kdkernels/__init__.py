@@ -9,7 +9,7 @@ from ._version import __version__
 from .backends.gpu import label_errors
 from .dispatch import available_backends
 from .divergences import Divergence
-from .functional import KDLossOutput, fused_kd_loss
+from .functional import KDLossOutput, fused_kd_loss, fused_topk_kd_loss
 from .linear import fused_linear_kd_loss
 from .memory import release_memory
 from .modules import FusedLinearKDLoss, KDLoss
@@ -23,6 +23,7 @@ __all__ = [
     "available_backends",
     "fused_kd_loss",
     "fused_linear_kd_loss",
+    "fused_topk_kd_loss",
     "label_errors",
     "release_memory",
 ]

@@ -11,9 +11,9 @@ from . import ops
 from .backends import BACKENDS
 from .dispatch import choose_backend
 from .divergences import Divergence
-from .options import Given, check, check_takes_items
+from .kinds import check_kind
+from .options import Given, check, check_takes_items, with_options_of
 from .problem import (
-    LOGIT_DTYPES,
     STATISTICS,
     Problem,
     contiguous,
@@ -22,6 +22,7 @@ from .problem import (
     rows_that_count,
     sum_rows,
 )
+from .topk import TopK, checked_entries, options_with_tail
 
 #: ``ignore_index`` where a call without labels has rows that do not count.
 _NO_LABEL = -100
@@ -170,12 +171,84 @@ def fused_kd_loss(  # noqa: PLR0913
         return_outputs,
     )
     call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, given)
-    problem = call.problem
-    differentiable = student_logits.requires_grad and torch.is_grad_enabled()
+    return compute(call, return_outputs)
+
+
+@with_options_of(fused_kd_loss)
+def fused_topk_kd_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: str = "bucket",
+    teacher_temperature: float | None = None,
+    **options: Any,
+) -> Tensor | KDLossOutput:
+    """:func:`fused_kd_loss` of a teacher of which a row has K entries, not V logits.
+
+    Such are the top K of a cache or of a served teacher, or samples of it. Nothing of the size of
+    the teacher's vocabulary is made of them. With p the teacher's, q the student's probabilities at
+    the temperature, ``tail`` says what is known of the other V - K:
+
+    ``"bucket"``
+        D of K + 1 categories, the entries and all others together: p_rest = 1 - sum(p), and q_rest
+        what the student gives to the others. Assumes nothing, and is at most the D of the whole
+        distributions (coarse-graining; Cover and Thomas 2006, section 2.7 for the KLs).
+    ``"uniform"``
+        D of V entries, p_rest spread evenly over the others.
+    ``"renormalize"``
+        D of V entries, p / sum(p) at the K entries and 0 at the others.
+    ``"subset"``
+        D of K entries, p and q both divided by their sums over them. The student's others have no
+        gradient from it.
+    ``"none"``
+        sum p (log p - log q) over the entries as they are. For samples of the teacher with weights
+        that add up to 1 in expectation (Anshumann et al. 2025, arXiv:2503.16870): weights of one id
+        add up. Only the forward KL; it may be negative.
+
+    A row without an entry has D = 0.
+
+    Args:
+        student_logits: [..., V], as in ``fused_kd_loss``.
+        teacher_ids: [..., K], any integer dtype, same leading shape and device; which entries of
+            the vocabulary. Negative: an empty slot. In any order; none twice, but for ``"none"``.
+        teacher_log_probs: [..., K], natural logarithms of probabilities, float32, bfloat16, float16
+            or float64; -inf is legal. Not read in empty slots. A constant (detached).
+        labels: [...], as in ``fused_kd_loss``; a label need not be among the entries.
+        tail: see above.
+        teacher_temperature: of ``teacher_log_probs``; None: ``temperature``. Another one only with
+            ``"renormalize"`` and ``"subset"``, where p^(teacher_temperature / temperature) is
+            divided by its sum.
+        options: as in ``fused_kd_loss``. ``logit_softcap`` and ``logit_scale`` are the student's
+            alone. With ``vocab_policy="truncate"`` ids from V on are empty slots.
+
+    Returns:
+        As ``fused_kd_loss``. By ``return_outputs``, ``teacher_entropy`` is that of what is
+        compared, ``teacher_lse`` the logarithm of what p was divided by (0 where by nothing), and
+        ``agreement`` the share of rows whose likeliest id is the student's top entry.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``fused_kd_loss``. ValueError also where the entries
+            of a row have a mass above 1.1 (logits, say, under ``"bucket"`` or ``"uniform"``).
+        IndexError: an id from V on, or one that comes twice, or a bad label. On other devices than
+            a CPU such a row's loss and gradient are NaN, as is one whose mass is above 1.1.
+    """
+    known = fused_kd_loss.__kwdefaults__ or {}
+    if unknown := set(options) - set(known):
+        raise TypeError(f"fused_topk_kd_loss has no option {', '.join(sorted(unknown))}")
+    teacher = TopK(teacher_ids, teacher_log_probs, tail, teacher_temperature)
+    call = prepare(student_logits, teacher, labels, **{**known, **options})
+    return compute(call, options.get("return_outputs", False))
+
+
+def compute(call: Call, return_outputs: bool) -> Tensor | KDLossOutput:
+    """The loss of a checked call."""
+    differentiable = call.problem.student.requires_grad and torch.is_grad_enabled()
     foreseen = differentiable and call.gradient == "foreseen"
     expected = ops.GRAD_OUTPUT.expected() if foreseen else None
     store = (differentiable and call.gradient == "forward") or expected is not None
-    loss, statistics = ops.kd_loss(problem, call.backend, store, return_outputs, expected)
+    loss, statistics = ops.kd_loss(call.problem, call.backend, store, return_outputs, expected)
     return finish(call, loss, statistics, return_outputs)
 
 
@@ -191,7 +264,7 @@ class Call(NamedTuple):
 
 def prepare(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher: Tensor | TopK,
     labels: Tensor | None,
     *,
     num_items: float | Tensor | None,
@@ -200,22 +273,28 @@ def prepare(
 ) -> Call:
     """Check every argument of :func:`fused_kd_loss`, by its names, and choose the backend."""
     given = Given(num_items=None if isinstance(num_items, Tensor) else num_items, **options)
-    return _prepared(student_logits, teacher_logits, labels, num_items, token_weights, given)
+    return _prepared(student_logits, teacher, labels, num_items, token_weights, given)
 
 
 def _prepared(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    given_teacher: Tensor | TopK,
     labels: Tensor | None,
     num_items: float | Tensor | None,
     token_weights: Tensor | None,
     given: Given,
 ) -> Call:
     settings = check(given, labels is not None)
-    _check_logits(student_logits, teacher_logits, settings.vocab_policy)
+    _check_tensor("student_logits", student_logits)
+    options, ids = settings.options, None
+    if isinstance(given_teacher, TopK):
+        options = options_with_tail(given, options, given_teacher)
+        teacher, ids = checked_entries(student_logits, given_teacher, given, options)
+    else:
+        _check_pair(student_logits, given_teacher, settings.vocab_policy)
+        teacher = given_teacher.detach() if given_teacher.requires_grad else given_teacher
     mask = _row_tensor("labels", labels, student_logits)
     weights = _row_tensor("token_weights", token_weights, student_logits)
-    options = settings.options
     if settings.shift:
         if mask is None:  # the mask that stands for them is ours: no index of a vocabulary
             options = options._replace(ignore_index=_NO_LABEL)
@@ -223,8 +302,7 @@ def _prepared(
     items = None
     if isinstance(num_items, Tensor):
         items = _item_tensor(num_items, student_logits, options.reduction)
-    teacher = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
-    problem = Problem(student_logits, teacher, mask, weights, items, options)
+    problem = Problem(student_logits, teacher, mask, weights, items, options, ids)
     name = choose_backend(problem, settings.backend, extras=settings.return_outputs)
     gradient = settings.gradient
     if gradient == "auto":
@@ -251,29 +329,17 @@ def finish(
     return _outputs(call, loss, statistics) if return_outputs else loss
 
 
-def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a part of a tensor that several processes share."""
-    return type(tensor).__name__ == "DTensor"
+def _check_tensor(name: str, tensor: Any) -> None:
+    """TypeError or ValueError unless these are logits [..., vocab]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor [..., vocab], got {type(tensor).__name__}")
+    check_kind(name, tensor)
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
 
 
-def check_kind(name: str, tensor: Tensor) -> None:
-    """TypeError unless logits, or what they are made of, may be of this kind, dtype and layout."""
-    if is_dtensor(tensor):
-        raise TypeError(f"{name}: a DTensor; pass its full_tensor() or to_local()")
-    if tensor.dtype not in LOGIT_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
-        raise TypeError(f"{name}: dtype {tensor.dtype} is not one of {allowed}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
-
-
-def _check_logits(student: Any, teacher: Any, vocab_policy: str) -> None:
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor [..., vocab], got {type(tensor).__name__}")
-        check_kind(name, tensor)
-        if tensor.ndim == 0 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
+def _check_pair(student: Tensor, teacher: Any, vocab_policy: str) -> None:
+    _check_tensor("teacher_logits", teacher)
     same_shape = student.shape == teacher.shape
     if not same_shape and student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(

@@ -11,12 +11,11 @@ from torch import Tensor
 from .functional import (
     Call,
     KDLossOutput,
-    check_kind,
     finish,
     fused_kd_loss,
-    is_dtensor,
     prepare,
 )
+from .kinds import check_kind, is_dtensor
 from .linear_op import linear_kd_forward
 from .linear_tiles import STUDENT, TEACHER
 from .options import check_chunk_bytes, with_options_of

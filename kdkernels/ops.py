@@ -32,9 +32,10 @@ OPTIONS_SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(Options).items()
 )
 _TENSORS_SCHEMA = (
-    "Tensor student, Tensor teacher, Tensor? labels, Tensor? token_weights, Tensor? num_items"
+    "Tensor student, Tensor teacher, Tensor? labels, Tensor? token_weights, Tensor? num_items,"
+    " Tensor? teacher_ids"
 )
-_TENSORS = 5
+_TENSORS = 6
 _OPTIONS_END = _TENSORS + len(Options._fields)
 
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
@@ -118,9 +119,9 @@ def unpack_options(fields: Sequence[Any]) -> Options:
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
-    student, teacher, labels, token_weights, num_items = arguments[:_TENSORS]
+    *tensors, teacher_ids = arguments[:_TENSORS]
     options = unpack_options(arguments[_TENSORS:_OPTIONS_END])
-    problem = Problem(student, teacher, labels, token_weights, num_items, options)
+    problem = Problem(*tensors, options, teacher_ids)
     return problem, arguments[_OPTIONS_END]
 
 
@@ -346,7 +347,7 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, differentiable: ``kd_forward``, or the same without the dispatcher.
 
-    It would pass 23 arguments through twice: on [8, 1000], forward and backward, 215 to 233 us
+    It would pass 25 arguments through twice: on [8, 1000], forward and backward, 215 to 233 us
     instead of 167 to 181, eager PyTorch taking 310 to 333 (Zen 3, best and median of 30 rounds).
     On CUDA, where a call of less than 7e7 logits is bound by this time, the dispatcher would do no
     more: it sets no device for an op that is written in Python (the native module and Triton's
@@ -358,6 +359,7 @@ def kd_loss(
         problem.labels,
         problem.token_weights,
         problem.num_items,
+        problem.teacher_ids,
     )
     settings = (backend, want_gradient, extras, expected)
     arguments = (*tensors, *problem.options, *settings)

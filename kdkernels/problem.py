@@ -49,6 +49,7 @@ class Options(NamedTuple):
     ignore_index: int = -100
     reduction: str = "mean"
     denominator: float = 0.0  # of "mean"; 0: the tensor num_items, else the rows that count
+    tail: str = ""  # of a teacher that is a few entries; "": it is logits
 
     @property
     def kd_weight(self) -> float:
@@ -111,11 +112,14 @@ class Problem:
 
     Args:
         student, teacher: logits [..., V_s] and [..., V_t] with equal leading shapes; only the first
-            ``vocab = min(V_s, V_t)`` entries take part.
+            ``vocab = min(V_s, V_t)`` entries take part. With ``teacher_ids`` the teacher is
+            natural log-probabilities [..., K], contiguous, in ``entry_dtype``.
         labels: int64, contiguous, [...]; ``options.ignore_index`` marks rows that do not count.
             Also the mask of rows when no cross-entropy is wanted (``options.alpha == 1``).
         token_weights: float32, contiguous, [...]; None: all 1.
         num_items: one float element, the denominator of ``"mean"``; None: ``options.denominator``.
+        teacher_ids: int64, contiguous, [..., K], of which entries; negative: of none. None: the
+            teacher is dense.
     """
 
     student: Tensor
@@ -124,6 +128,7 @@ class Problem:
     token_weights: Tensor | None
     num_items: Tensor | None
     options: Options
+    teacher_ids: Tensor | None = None
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -135,6 +140,8 @@ class Problem:
 
     @property
     def vocab(self) -> int:
+        if self.teacher_ids is not None:
+            return self.student.shape[-1]
         return min(self.student.shape[-1], self.teacher.shape[-1])
 
     @property
@@ -171,6 +178,11 @@ def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def loss_dtype(student: Tensor) -> torch.dtype:
     """The dtype of the loss for this student."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def entry_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the few log-probabilities of a sparse teacher: 1 minus their sum is a number."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def counted_rows(problem: MaskedRows) -> Tensor | None:

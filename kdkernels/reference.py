@@ -7,13 +7,14 @@ something that does not contain them. It is slow and meant for tests and for sma
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from . import entries
 from .divergences import differentiable
 from .problem import STATISTICS, Options, Problem, row_scale, rows_that_count
 
@@ -31,10 +32,10 @@ def entropy(log_p: Tensor) -> Tensor:
     return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
 
-def top_hits(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+def top_hits(student: Tensor, teacher_top: Tensor, labels: Tensor | None) -> Tensor:
     """Per row: 1 if both have the same top entry, plus 2 if the student's is the label."""
     top = student.argmax(-1)
-    hits = (top == teacher.argmax(-1)).to(student.dtype)
+    hits = (top == teacher_top).to(student.dtype)
     return hits if labels is None else hits + 2.0 * (top == labels)
 
 
@@ -103,33 +104,76 @@ def _cross_entropy(log_q: Tensor, labels: Tensor, options: Options) -> Tensor:
     return torch.where(counted, ce, 0.0)
 
 
+class _Teacher(NamedTuple):
+    """What the losses of some rows take of the teacher."""
+
+    log_p: Tensor
+    log_q: Tensor  #: the student's, of the same entries or categories
+    exists: Tensor | None  #: bool, which of them there are; None: all
+    lse: Tensor  #: [rows], not finite where there is no distribution
+    entropy: Tensor
+    top: Tensor  #: [rows], the likeliest id
+
+
+def _dense_teacher(problem: Problem, log_q: Tensor) -> _Teacher:
+    options = problem.options
+    teacher = problem.teacher.detach().to(log_q.dtype).reshape(-1, problem.teacher.shape[-1])
+    teacher = transformed(
+        teacher[:, : problem.vocab], options.teacher_scale, options.teacher_softcap
+    )
+    counted = rows_that_count(problem)
+    if counted is not None:
+        teacher = torch.where(counted[:, None], teacher, 0.0)
+    log_p = F.log_softmax(teacher / options.temperature, -1)
+    lse = torch.logsumexp(teacher / options.temperature, -1)
+    return _Teacher(log_p, log_q, None, lse, entropy(log_p), teacher.argmax(-1))
+
+
+def _sparse_teacher(problem: Problem, log_q: Tensor) -> _Teacher:
+    assert problem.teacher_ids is not None
+    tail, count = problem.options.tail, problem.teacher.shape[-1]
+    ids = problem.teacher_ids.reshape(-1, count)
+    counted = rows_that_count(problem)
+    if counted is not None:
+        ids = torch.where(counted[:, None], ids, -1)
+    log_probs = problem.teacher.detach().to(log_q.dtype).reshape(-1, count)
+    found = entries.read(log_probs, ids, problem.vocab, tail)
+    compared = entries.compared(found, log_q, tail)
+    of_entries = entries.entropy(found, tail)
+    return _Teacher(
+        compared.log_p,
+        compared.log_q,
+        compared.exists,
+        found.lse,
+        of_entries,
+        entries.likeliest(found),
+    )
+
+
 def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Tensor]:
     """The unweighted losses and statistics of each row, by name; differentiable in ``student``.
 
     ``student`` is float64 [rows, vocab], already transformed by scale and softcap. Rows that do not
     count are computed like the others and have to be masked by the caller.
     """
-    options, vocab = problem.options, problem.vocab
-    teacher = problem.teacher.detach().to(student.dtype).reshape(-1, problem.teacher.shape[-1])
-    teacher = transformed(teacher[:, :vocab], options.teacher_scale, options.teacher_softcap)
-    counted = rows_that_count(problem)
+    options = problem.options
     labels = None if problem.labels is None else problem.labels.reshape(-1)
-    if counted is not None:
-        teacher = torch.where(counted[:, None], teacher, 0.0)
     out: dict[str, Tensor] = {}
     log_q = cast(Tensor, _LogSoftmax.apply(student / options.temperature))
-    log_p = F.log_softmax(teacher / options.temperature, -1)
+    teacher = (_dense_teacher if problem.teacher_ids is None else _sparse_teacher)(problem, log_q)
     if options.alpha != 0 or extras:
-        kd = problem.divergence.value(log_p, log_q).sum(-1)
+        kd = problem.divergence.value(teacher.log_p, teacher.log_q)
+        if teacher.exists is not None:
+            kd = torch.where(teacher.exists, kd, 0.0)
         # A row that has no distribution has no divergence, even where 0 * NaN was skipped.
         # A factor and not a choice, which would give that row a gradient of 0.
-        broken = log_p.isnan().any(-1) | log_q.isnan().any(-1)
-        kd = kd * torch.where(broken, math.nan, 1.0)
+        broken = ~teacher.lse.isfinite() | log_q.isnan().any(-1)
+        kd = kd.sum(-1) * torch.where(broken, math.nan, 1.0)
         out["kd"] = kd * options.kd_scale
     if labels is not None and (options.alpha != 1 or extras):
         out["ce"] = _cross_entropy(cast(Tensor, _LogSoftmax.apply(student)), labels, options)
     out["student_lse"] = torch.logsumexp(student / options.temperature, -1)
-    out["teacher_lse"] = torch.logsumexp(teacher / options.temperature, -1)
+    out["teacher_lse"] = teacher.lse
     out["label_lse"] = torch.logsumexp(student, -1)
     out["z"] = options.z_loss * out["label_lse"] ** 2
     loss = torch.zeros_like(out["z"])
@@ -140,8 +184,8 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     out["loss"] = loss + out["z"] if options.z_loss else loss
     if extras:
         out["student_entropy"] = entropy(log_q)
-        out["teacher_entropy"] = entropy(log_p)
-        out["hits"] = top_hits(student, teacher, labels)
+        out["teacher_entropy"] = teacher.entropy
+        out["hits"] = top_hits(student, teacher.top, labels)
     return out
 
 

@@ -30,6 +30,8 @@ class CpuBackend(NativeBackend):
             reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
         if problem.options.divergence not in DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
+        if problem.teacher_ids is not None:
+            reasons.append("it has no kernel for a sparse teacher")
         return reasons
 
     def denominator(self, problem: Problem) -> float:

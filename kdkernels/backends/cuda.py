@@ -64,6 +64,8 @@ class CudaBackend(NativeBackend):
         device = problem.student.device
         if device.type != self.device_type:
             return [f"it runs on {self.device_type} tensors, not on {device.type}"]
+        if problem.teacher_ids is not None:
+            return ["it has no kernel for a sparse teacher"]
         reasons = []
         refusal = _device_refusal(device.index or 0)
         if refusal:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import entries
 from ..problem import (
     STATISTICS,
     Problem,
@@ -72,6 +73,7 @@ class _Chunk:
         problem: Problem,
         student: Tensor,
         teacher: Tensor,
+        ids: Tensor | None,
         labels: Tensor | None,
         alive: Tensor,
     ) -> None:
@@ -79,20 +81,62 @@ class _Chunk:
         self.options, self.divergence = options, problem.divergence
         self.alive = alive.unsqueeze(-1)
         # Contiguous: how torch sums a row depends on the strides that it lies in.
-        student, teacher = (
-            torch.where(self.alive, logits.to(dtype), 0.0).contiguous()
-            for logits in (student, teacher)
-        )
+        student = torch.where(self.alive, student.to(dtype), 0.0).contiguous()
         self.student = transformed(student, options.student_scale, options.student_softcap)
-        self.teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
         self.log_q, self.student_lse = log_softmax(self.student / options.temperature)
-        self.log_p, self.teacher_lse = log_softmax(self.teacher / options.temperature)
         self.label_lse = torch.logsumexp(self.student, -1)
+        self.found: entries.Compared | None = None
+        if ids is None:
+            self._read_logits(torch.where(self.alive, teacher.to(dtype), 0.0).contiguous())
+        else:
+            self._read_entries(teacher, torch.where(self.alive, ids, -1))
         self.labels = None
         if labels is not None:
             self.labels = torch.where(self.alive.squeeze(-1), labels, 0)
         # A row that is all -inf or holds NaN or +inf has no distribution.
         self.broken = ~(self.student_lse.isfinite() & self.teacher_lse.isfinite())
+
+    def _read_logits(self, teacher: Tensor) -> None:
+        options = self.options
+        # Of the logits: of logarithms of probabilities more are equal, once rounded.
+        teacher = transformed(teacher, options.teacher_scale, options.teacher_softcap)
+        self.teacher_top = teacher.argmax(-1)
+        self.log_p, self.teacher_lse = log_softmax(teacher / options.temperature)
+        self.compared_log_q = self.log_q
+
+    def _read_entries(self, log_probs: Tensor, ids: Tensor) -> None:
+        tail = self.options.tail
+        found = entries.read(log_probs, ids, self.log_q.shape[-1], tail)
+        self.teacher_top = entries.likeliest(found)
+        self.teacher_lse = found.lse.to(self.log_q.dtype)
+        self.found = entries.compared(found, self.log_q, tail)
+        self.log_p, self.compared_log_q = self.found.log_p, self.found.log_q
+
+    def _divergence(self) -> Tensor:
+        """Per row, in the math dtype."""
+        value = self.divergence.value(self.log_p, self.compared_log_q)
+        if self.found is not None:
+            value = torch.where(self.found.exists, value, 0.0)
+        kd = value.sum(-1)
+        if self.divergence.nonnegative and self.options.tail != "none":
+            kd = kd.clamp(min=0)
+        return torch.where(self.broken, math.nan, kd).to(self.log_q.dtype)
+
+    def _divergence_gradient(self) -> Tensor:
+        """In the logits over the temperature."""
+        slope = self.divergence.slope(self.log_p, self.compared_log_q)
+        if self.found is None:
+            gradient = through_softmax(slope, self.log_q)
+        else:
+            there, log_q = self.found.exists, self.compared_log_q
+            slope, log_q = slope.masked_fill(~there, 0.0), log_q.masked_fill(~there, -math.inf)
+            gradient = self.found.in_columns(through_softmax(slope, log_q), self.log_q)
+        return torch.where(self.broken.unsqueeze(-1), math.nan, gradient)
+
+    def _teacher_entropy(self) -> Tensor:
+        if self.found is None:
+            return entropy(self.log_p)
+        return entries.entropy(self.found.entries, self.options.tail).to(self.log_q.dtype)
 
     def losses(self, extras: bool) -> dict[str, Tensor]:
         """Unweighted losses and statistics by name, each of the chunk's leading shape."""
@@ -105,10 +149,7 @@ class _Chunk:
         }
         loss = torch.zeros_like(self.label_lse)
         if options.alpha != 0 or extras:
-            kd = self.divergence.value(self.log_p, self.log_q).sum(-1) * options.kd_scale
-            if self.divergence.nonnegative:
-                kd = kd.clamp(min=0)
-            out["kd"] = torch.where(self.broken, math.nan, kd)
+            out["kd"] = self._divergence() * options.kd_scale
             loss = loss + options.alpha * out["kd"] if options.alpha else loss
         if self.labels is not None and (options.alpha != 1 or extras):
             out["ce"] = self._cross_entropy(self.labels)
@@ -119,9 +160,8 @@ class _Chunk:
         out["loss"] = loss
         if extras:
             out["student_entropy"] = entropy(self.log_q)
-            out["teacher_entropy"] = entropy(self.log_p)
-            # Of the logits: of logarithms of probabilities more are equal, once rounded.
-            out["hits"] = top_hits(self.student, self.teacher, self.labels)
+            out["teacher_entropy"] = self._teacher_entropy()
+            out["hits"] = top_hits(self.student, self.teacher_top, self.labels)
         out = spoil(out, options.alpha)
         alive = self.alive.squeeze(-1)
         return {name: torch.where(alive, part, 0.0) for name, part in out.items()}
@@ -140,10 +180,7 @@ class _Chunk:
         options = self.options
         total = torch.zeros_like(self.student)
         if options.alpha:
-            slope = self.divergence.slope(self.log_p, self.log_q)
-            slope = through_softmax(slope, self.log_q)
-            slope = torch.where(self.broken.unsqueeze(-1), math.nan, slope)
-            total += slope * (options.kd_weight / options.temperature)
+            total += self._divergence_gradient() * (options.kd_weight / options.temperature)
         if self.labels is not None and options.alpha != 1:
             smoothing = options.ce_weight * options.label_smoothing
             slope = torch.full_like(total, -smoothing / total.shape[-1])
@@ -176,13 +213,20 @@ def _run(
     problem: Problem, gradient: Tensor | None, extras: bool, grad_output: Tensor | None
 ) -> Result:
     check_labels(problem)
+    if problem.teacher_ids is not None and (problem.options.alpha != 0 or extras):
+        entries.check(problem)
     device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
     layout = row_layout(problem.student, problem.teacher)
     grid = (layout.outer, layout.inner)
     student, teacher = (
-        t.as_strided((*grid, t.shape[-1]), strides)[..., :vocab]
+        t.as_strided((*grid, t.shape[-1]), strides)
         for t, strides in zip(layout.tensors, layout.strides, strict=True)
     )
+    student, ids = student[..., :vocab], None
+    if problem.teacher_ids is None:
+        teacher = teacher[..., :vocab]
+    else:
+        ids = problem.teacher_ids.reshape(*grid, -1)
     scale = torch.as_tensor(row_scale(problem), dtype=dtype, device=device)
     scale = scale.expand(problem.rows).reshape(grid)
     alive = rows_that_count(problem)
@@ -201,7 +245,8 @@ def _run(
         grad_rows[..., vocab:] = 0
     for at in _tiles(grid, vocab * torch.finfo(dtype).bits // 8):
         chunk_labels = None if labels is None else labels[at]
-        chunk = _Chunk(problem, student[at], teacher[at], chunk_labels, alive[at])
+        chunk_ids = None if ids is None else ids[at]
+        chunk = _Chunk(problem, student[at], teacher[at], chunk_ids, chunk_labels, alive[at])
         parts = chunk.losses(extras)
         rows[at] = parts["loss"] * scale[at]
         if weights is not None:

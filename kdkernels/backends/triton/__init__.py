@@ -56,6 +56,8 @@ class TritonBackend(Backend):
         if kind != "cuda" and not (launch.INTERPRETED and kind == "cpu"):
             where = "cpu tensors" if launch.INTERPRETED else "cuda (or ROCm) tensors"
             reasons.append(f"it runs on {where}, not on {kind}")
+        if problem.teacher_ids is not None:
+            return [*reasons, "it has no kernel for a sparse teacher"]
         for name, tensor in (("student", problem.student), ("teacher", problem.teacher)):
             if tensor.dtype == torch.float64:
                 reasons.append(f"it computes in float32, the {name}'s logits are float64")
