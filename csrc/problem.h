@@ -29,6 +29,16 @@ struct Logits : Transform {
   int64_t outer_stride, inner_stride, column_stride;
 };
 
+// What is known of the entries that a sparse teacher does not give: kdkernels/entries.py says it.
+enum class Tail : int { bucket, uniform, renormalize, subset, none };
+
+// A teacher of which each row has a few entries of the vocabulary instead of logits.
+struct Entries {
+  const int64_t* ids;       // [rows, count], negative: an empty slot; null: the teacher is dense
+  const double* log_probs;  // [rows, count], natural logarithms
+  int64_t count;
+};
+
 // What a caller chooses once for many calls.
 struct Options {
   double temperature;
@@ -36,6 +46,7 @@ struct Options {
   double alpha;  // weight of the divergence
   double label_smoothing, z_loss;
   Divergence divergence;
+  Tail tail;  // of a sparse teacher
   int64_t ignore_index;
   bool reduce;
 };
@@ -48,6 +59,7 @@ struct Rows {
   const void* grad_output;   // float32, or float64 when the math is double; null = 1
   int64_t grad_output_stride;
   double denominator;  // 0 = the number of rows that count
+  Entries entries;
 };
 
 struct Results {

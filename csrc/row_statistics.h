@@ -70,6 +70,7 @@ struct RowStatistics {
   double label_lse = 0.0;                       // student, T = 1
   double student_entropy = 0.0, teacher_entropy = 0.0;
   bool top_agrees = false, label_is_top = false;
+  bool has_bad_entries = false;  // the sparse teacher's are none of a teacher's
 };
 
 }  // namespace kd

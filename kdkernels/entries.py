@@ -70,15 +70,14 @@ def read(log_probs: Tensor, ids: Tensor, vocab: int, tail: str) -> Entries:
     log_norm = torch.zeros_like(mass)
     log_rest = torch.full_like(mass, -math.inf)
     others = vocab - known.sum(-1)
-    if tail in NORMALIZED:
+    if tail != "none":
         log_norm = torch.where(known.any(-1), log_p.logsumexp(-1), 0.0)
+        if tail not in NORMALIZED:
+            sound &= mass <= MOST_MASS
+            # Of a part of the vocabulary only what rounding has added to 1 is taken off again.
+            log_norm = torch.where(others > 0, log_norm.clamp(min=0), log_norm)
+            log_rest = torch.where(others > 0, (1 - mass).clamp(min=0), 0.0).log()
         sound &= log_norm.isfinite()
-        log_p = log_p - log_norm.unsqueeze(-1)
-    elif tail != "none":
-        sound &= mass <= MOST_MASS
-        # What rounding has added to 1 is taken off again: a divergence is of distributions.
-        log_norm = mass.clamp(min=1).log()
-        log_rest = torch.where(others > 0, (1 - mass).clamp(min=0), 0.0).log()
         log_p = log_p - log_norm.unsqueeze(-1)
     return Entries(index, known, log_p, log_norm, log_rest, others, sound)
 

@@ -107,7 +107,7 @@ void store_statistics(const Problem& problem, int64_t row, double loss, const Ro
 // One row, from its label to its loss. Of a row that does not count, by its label or a weight of 0,
 // nothing is read: its results are 0.
 double run_row(const Problem& problem, int64_t row, RowFunction function, double denominator,
-               Workspace& workspace) {
+               Workspace& workspace, int64_t& bad_row) {
   const double weight = weight_of(problem, row);
   const bool counted = counts(problem, row) && weight != 0.0;
   double share = counted ? weight * grad_output_of(problem, row) / denominator : 0.0;
@@ -125,6 +125,7 @@ double run_row(const Problem& problem, int64_t row, RowFunction function, double
       function(value_only, work, workspace, statistics);
     }
     loss = weight * loss_of(problem, statistics);
+    if (statistics.has_bad_entries && row < bad_row) bad_row = row;
   }
   // Only now: the gradient's memory may be the student's.
   if (char* gradient = problem.gradient_row(row)) {
@@ -142,28 +143,30 @@ void finish_stores() {
 #endif
 }
 
-void run_rows(const Problem& problem, RowFunction function, double denominator, double* losses,
-              int threads) {
+// Returns the first row whose sparse teacher is none, or the number of rows.
+int64_t run_rows(const Problem& problem, RowFunction function, double denominator, double* losses,
+                 int threads) {
   static thread_local Workspace workspace;
   const int64_t rows = problem.rows();
+  int64_t bad_row = rows;
   if (threads <= 1) {
     for (int64_t row = 0; row < rows; ++row) {
-      losses[row] = run_row(problem, row, function, denominator, workspace);
+      losses[row] = run_row(problem, row, function, denominator, workspace, bad_row);
     }
     finish_stores();
     workspace.trim();
-    return;
+    return bad_row;
   }
   // Chunks that are taken as threads come free: a core lost to another process delays one chunk.
   [[maybe_unused]] const int64_t chunk = rows / (threads * 16) > 0 ? rows / (threads * 16) : 1;
   bool exhausted = false;
-#pragma omp parallel num_threads(threads) reduction(|| : exhausted)
+#pragma omp parallel num_threads(threads) reduction(|| : exhausted) reduction(min : bad_row)
   {
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t row = 0; row < rows; ++row) {
       // An exception must not leave the region.
       try {
-        losses[row] = run_row(problem, row, function, denominator, workspace);
+        losses[row] = run_row(problem, row, function, denominator, workspace, bad_row);
       } catch (const std::bad_alloc&) {
         exhausted = true;
       }
@@ -172,6 +175,7 @@ void run_rows(const Problem& problem, RowFunction function, double denominator, 
     workspace.trim();
   }
   if (exhausted) throw std::bad_alloc();
+  return bad_row;
 }
 
 // A first touch costs the kernel of the operating system more than the gradient costs this one:
@@ -210,7 +214,10 @@ int64_t run_on_cpu(const Problem& given, const InstructionSet& instructions) {
   const int64_t bad = first_bad_label(problem, counted);
   if (bad >= 0) return bad;
   // A teacher without weight is not read: the student stands in for it, and cancels.
-  if (problem.alpha == 0.0 && !problem.extras) problem.teacher = problem.student;
+  if (problem.alpha == 0.0 && !problem.extras) {
+    problem.teacher = problem.student;
+    problem.entries.ids = nullptr;
+  }
   double denominator = problem.denominator;
   if (denominator == 0.0) denominator = counted > 0 ? static_cast<double>(counted) : 1.0;
 
@@ -223,7 +230,8 @@ int64_t run_on_cpu(const Problem& given, const InstructionSet& instructions) {
   double few[64];
   std::vector<double> many(rows > 64 ? rows : 0);
   double* losses = rows > 64 ? many.data() : few;
-  const auto work = [&] { run_rows(problem, function, denominator, losses, threads); };
+  int64_t bad_row = rows;
+  const auto work = [&] { bad_row = run_rows(problem, function, denominator, losses, threads); };
   if (forked && threads > 1) {
     if (!deputy) deputy = new Deputy;
     deputy->run(work);
@@ -237,7 +245,7 @@ int64_t run_on_cpu(const Problem& given, const InstructionSet& instructions) {
     if (!problem.reduce) store(problem, problem.loss, row, losses[row]);
   }
   if (problem.reduce) store(problem, problem.loss, 0, sum / denominator);
-  return -1;
+  return bad_row < rows ? -2 - bad_row : -1;
 }
 
 }  // namespace kd

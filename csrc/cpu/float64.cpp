@@ -1,4 +1,5 @@
 // The same loss in double, element by element: for gradcheck, where nobody waits for it.
+#include "entries.h"
 #include "kernel.h"
 
 namespace kd {
@@ -32,21 +33,33 @@ struct Columns {
 // A NaN or +inf in the student, or nothing but -inf.
 bool is_bad(const LogSumExp& lse) { return !(fabs(lse.value()) < INFINITY); }
 
+void load_logits(const Logits& logits, const Problem& problem, const Row& row, double* to) {
+  const char* from = problem.row_of(logits, row.index);
+  for (int64_t v = 0; v < problem.vocab; ++v) to[v] = load(logits, from, v).z;
+}
+
+// The logits of the teacher: a sparse one's are T log p, with the rest spread evenly.
+void load_teacher(const Problem& problem, const Row& row, const SparseRow* sparse, double* to) {
+  if (!sparse) return load_logits(problem.teacher, problem, row, to);
+  const double t = problem.temperature, share = t * sparse->log_share();
+  for (int64_t v = 0; v < problem.vocab; ++v) to[v] = share;
+  for (const Category& known : sparse->categories()) to[known.column] = t * known.log_p;
+}
+
 void observe(const Problem& problem, const Row& row, const Columns& at, Sums& sums) {
   const char* student = problem.row_of(problem.student, row.index);
-  const char* teacher = problem.row_of(problem.teacher, row.index);
   for (int64_t v = 0; v < problem.vocab; ++v) {
-    const Logit s = load(problem.student, student, v), t = load(problem.teacher, teacher, v);
+    const Logit s = load(problem.student, student, v);
+    const double t = at.teacher[v];
     at.student[v] = s.z;
-    at.teacher[v] = t.z;
     at.derivative[v] = s.derivative;
     sums.student.observe(s.z / problem.temperature);
-    sums.teacher.observe(t.z / problem.temperature);
+    sums.teacher.observe(t / problem.temperature);
     sums.label.observe(s.z);
     if (v != row.label) sums.others.observe(s.z);
     sums.smoothed += s.z / static_cast<double>(problem.vocab);
     if (s.z > sums.student_peak) sums.student_peak = s.z, sums.student_top = v;
-    if (t.z > sums.teacher_peak) sums.teacher_peak = t.z, sums.teacher_top = v;
+    if (t > sums.teacher_peak) sums.teacher_peak = t, sums.teacher_top = v;
   }
 }
 
@@ -83,6 +96,41 @@ void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatisti
       statistics.teacher_entropy -= weigh(e.p, log_p);
     }
   });
+}
+
+// The entries' categories instead: `slope` becomes the gradient in the student's log-odds, which
+// has nothing left to be summed.
+void evaluate_entries(const Problem& problem, const Columns& at, SparseRow& sparse, Sums& sums) {
+  const double t = problem.temperature, weight = sparse.weight;
+  const bool is_subset = problem.tail == Tail::subset;
+  sums.value = sums.slope = 0.0;
+  for (int64_t v = 0; v < problem.vocab; ++v) at.slope[v] = 0.0;
+  if (sparse.is_empty()) return;
+  std::vector<Category>& categories = sparse.categories();
+  for (const Category& known : categories) at.slope[known.column] = NAN;  // a mark
+  LogSumExp others, all;
+  for (int64_t v = 0; v < problem.vocab; ++v) {
+    const bool is_known = at.slope[v] != at.slope[v];
+    (is_known ? all : others).observe(at.student[v] / t);
+  }
+  if (!is_subset) all.combine(others);
+  for (Category& known : categories) {
+    known.log_q = at.student[known.column] / t - all.value();
+    known.q = exp(known.log_q);
+  }
+  const double log_rest = others.value() - all.value();
+  const bool with_rest = !is_subset && sparse.others > 0;
+  if (with_rest) categories.push_back(sparse.rest(log_rest, exp(log_rest)));
+  sums.value = maximum(0.0, compare(problem.divergence, categories));  // keeps a NaN
+  // Weights that do not add up to 1 were compared as if they did.
+  if (problem.tail == Tail::none) sums.value = weight * (sums.value + log(weight));
+  const double of_others = with_rest && log_rest != -INFINITY ? categories.back().gradient : 0.0;
+  for (int64_t v = 0; v < problem.vocab && of_others != 0.0; ++v) {
+    at.slope[v] = weight * of_others * exp(at.student[v] / t - others.value());
+  }
+  for (const Category& known : categories) {
+    if (known.column >= 0) at.slope[known.column] = weight * known.gradient;
+  }
 }
 
 void differentiate(const Problem& problem, const Row& row, const Columns& at, const Sums& sums) {
@@ -132,17 +180,37 @@ void run_row_float64(const Problem& problem, const Row& row, Workspace& workspac
   double* memory = reinterpret_cast<double*>(workspace.reserve(4 * vocab * sizeof(double)));
   const Columns at{memory, memory + vocab, memory + 2 * vocab, memory + 3 * vocab};
   Sums sums;
-  observe(problem, row, at, sums);
-  const bool kd_counts = problem.alpha != 0.0;
-  if (is_bad(sums.student) || (kd_counts && is_bad(sums.teacher))) {
-    return spoil(problem, row, statistics);
+  static thread_local SparseRow of_thread;
+  SparseRow* sparse = problem.entries.ids ? &of_thread : nullptr;
+  bool is_taught = true;
+  if (sparse) {
+    sparse->read(problem, row.index);
+    is_taught = sparse->sound;
+    statistics.has_bad_entries = !is_taught;
   }
-  if (kd_counts || problem.extras) evaluate(problem, at, sums, statistics);
-  statistics.kd = problem.kd_scale() * (sums.value < 0.0 ? 0.0 : sums.value);
+  const bool is_spread = problem.tail == Tail::uniform || needs_spread(problem);
+  const bool is_row = !sparse || (is_taught && is_spread && !sparse->is_empty());
+  if (is_row) {
+    load_teacher(problem, row, sparse, at.teacher);
+  } else {  // categories are compared by themselves: the student stands in
+    load_logits(problem.student, problem, row, at.teacher);
+  }
+  observe(problem, row, at, sums);
+  is_taught = is_taught && !is_bad(sums.teacher);
+  const bool kd_counts = problem.alpha != 0.0;
+  if (is_bad(sums.student) || (kd_counts && !is_taught)) return spoil(problem, row, statistics);
+  if ((kd_counts && is_row) || problem.extras) evaluate(problem, at, sums, statistics);
+  if (!is_row && is_taught) evaluate_entries(problem, at, *sparse, sums);
+  if (is_row && sums.value < 0.0) sums.value = 0.0;
+  statistics.kd = problem.kd_scale() * sums.value;
   statistics.student_lse = sums.student.value();
-  statistics.teacher_lse = sums.teacher.value();
+  statistics.teacher_lse = sparse ? sparse->norm : sums.teacher.value();
+  if (sparse && is_taught) {
+    statistics.teacher_entropy = sparse->entropy(problem.tail);
+    sums.teacher_top = sparse->likeliest();
+  }
   statistics.top_agrees = sums.student_top == sums.teacher_top;
-  if (is_bad(sums.teacher)) {
+  if (!is_taught) {
     statistics.kd = statistics.teacher_lse = statistics.teacher_entropy = NAN;
     statistics.top_agrees = false;
   }

@@ -50,7 +50,8 @@ InstructionSets instruction_sets();
 const InstructionSet& instruction_set();
 
 // Runs the whole problem; returns -1, or the first row whose label is out of range, and then
-// nothing has been computed.
+// nothing has been computed. Or -2 minus the first row whose entries are none of a teacher's, which
+// has NaN.
 int64_t run_on_cpu(const Problem& problem, const InstructionSet& instructions);
 
 }  // namespace kd

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..entries import fault
 from ..problem import Problem, label_error
 from .base import empty_gradient
 from .native import DIVERGENCES, WHY_NOT, NativeBackend
@@ -30,8 +31,6 @@ class CpuBackend(NativeBackend):
             reasons.append(f"it runs on cpu tensors, not on {problem.student.device.type}")
         if problem.options.divergence not in DIVERGENCES:
             reasons.append(f"it has no kernel for the divergence {problem.options.divergence!r}")
-        if problem.teacher_ids is not None:
-            reasons.append("it has no kernel for a sparse teacher")
         return reasons
 
     def denominator(self, problem: Problem) -> float:
@@ -45,6 +44,10 @@ class CpuBackend(NativeBackend):
         bad_row = self.module.kd_loss(*native, torch.get_num_threads())
         if bad_row >= 0:
             raise label_error(problem, bad_row)
+        if bad_row < -1:
+            error = fault(problem, -2 - bad_row)
+            if error is not None:
+                raise error
 
     def backward(
         self,

@@ -60,7 +60,9 @@ class NativeBackend(Backend):
         extras: bool,
     ) -> None:
         """Compute the whole problem into the outputs that are given."""
-        module, student, teacher = self.module, problem.student, problem.teacher
+        module, student, ids = self.module, problem.student, problem.teacher_ids
+        # Beside entries no teacher's logits are read.
+        teacher = problem.teacher if ids is None else student
         if torch.float64 in (student.dtype, teacher.dtype):
             teacher = teacher.to(problem.math_dtype)  # no kernel has float64 beside another dtype
         layout = row_layout(student, teacher)  # kept: its tensors may be copies
@@ -75,6 +77,9 @@ class NativeBackend(Backend):
             pointer(grad_output),
             0 if grad_output is None or grad_output.ndim == 0 else 1,
             self.denominator(problem),
+            pointer(ids),
+            0 if ids is None else problem.teacher.data_ptr(),
+            0 if ids is None else ids.shape[-1],
         )
         results = module.Results(
             pointer(loss),
