@@ -33,8 +33,7 @@ Divergence resolve(const std::string& name, const std::vector<double>& parameter
 Problem make_problem(const Logits& student, const Logits& teacher, const Rows& rows,
                      const GivenOptions& options, const Results& results) {
   // Beside entries nothing is read of it.
-  if (!rows.entries.ids &&
-      (student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
+  if (!rows.entries.ids && (student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
     throw std::invalid_argument("float64 needs both tensors to be float64");
   }
   const int64_t columns = results.gradient_columns;
@@ -140,11 +139,12 @@ void bind_problem(py::module_& m) {
   py::class_<Results>(m, "Results", local)
       .def(py::init(&make_results), py::arg("loss"), py::arg("statistics"), py::arg("extras"),
            py::arg("gradient"), py::arg("gradient_columns"), py::arg("gradient_stride"));
-  m.def("kd_loss", &kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
-        py::arg("options"), py::arg("results"), py::arg("threads"),
-        "Row losses, statistics and the student's gradient. Returns -1; or the first row whose label "
-        "is out of range, and then nothing was computed; or -2 minus a row whose entries are none of "
-        "a teacher's.");
+  m.def(
+      "kd_loss", &kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
+      py::arg("options"), py::arg("results"), py::arg("threads"),
+      "Row losses, statistics and the student's gradient. Returns -1; or the first row whose label "
+      "is out of range, and then nothing was computed; or -2 minus a row whose entries are none of "
+      "a teacher's.");
 }
 
 }  // namespace kd

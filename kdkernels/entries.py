@@ -31,19 +31,21 @@ MOST_MASS = 1.1
 
 
 class Entries(NamedTuple):
-    """The entries of some rows, as a tail takes them. An empty slot has index 0, and is not known.
+    """The entries of some rows, as a tail takes them. An empty slot has column 0, and is not known.
 
     In float64 where the device has it: 1 minus the mass of the entries is all that is known of the
     rest.
     """
 
-    index: Tensor  #: int64 [..., K]
+    column: Tensor  #: int64 [..., K]
     known: Tensor  #: bool [..., K]
     log_p: Tensor  #: [..., K], after the tail's normalisation; -inf where not known
     log_norm: Tensor  #: [...], what that has subtracted: the logarithm of a mass
     log_rest: Tensor  #: [...], of all that is not among the entries; -inf: nothing
     others: Tensor  #: [...], how many entries that is
-    sound: Tensor  #: bool [...]: ids are of the vocabulary, and none twice; the masses are a teacher's
+    sound: (
+        Tensor  #: bool [...]: ids are of the vocabulary, and none twice; the masses are a teacher's
+    )
 
     @property
     def lse(self) -> Tensor:
@@ -62,7 +64,7 @@ def read(log_probs: Tensor, ids: Tensor, vocab: int, tail: str) -> Entries:
         log_probs, ids = _merged(log_probs, ids)
     known = ids >= 0
     inside = ids < vocab
-    index = torch.where(known & inside, ids, 0)
+    column = torch.where(known & inside, ids, 0)
     log_p = log_probs.masked_fill(~known, -math.inf)
     mass = log_p.exp().sum(-1)
     # Comparisons that NaN fails.
@@ -79,7 +81,7 @@ def read(log_probs: Tensor, ids: Tensor, vocab: int, tail: str) -> Entries:
             log_rest = torch.where(others > 0, (1 - mass).clamp(min=0), 0.0).log()
         sound &= log_norm.isfinite()
         log_p = log_p - log_norm.unsqueeze(-1)
-    return Entries(index, known, log_p, log_norm, log_rest, others, sound)
+    return Entries(column, known, log_p, log_norm, log_rest, others, sound)
 
 
 def _ordered(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,14 +113,14 @@ def _merged(log_probs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def spread(entries: Entries, vocab: int, dtype: torch.dtype) -> Tensor:
     """Log-probabilities [..., V]: the entries', and the rest evenly among all others."""
     share = entries.log_rest - entries.others.clamp(min=1).to(entries.log_rest.dtype).log()
-    dense = share.to(dtype).unsqueeze(-1).expand(*entries.index.shape[:-1], vocab)
+    dense = share.to(dtype).unsqueeze(-1).expand(*entries.column.shape[:-1], vocab)
     return _placed(dense, entries, entries.log_p.to(dtype))
 
 
 def _placed(dense: Tensor, entries: Entries, values: Tensor | float) -> Tensor:
     """A copy of ``dense`` [..., V] with ``values`` at the entries."""
     # One column more, into which empty slots write.
-    column = torch.where(entries.known, entries.index, dense.shape[-1])
+    column = torch.where(entries.known, entries.column, dense.shape[-1])
     padded = torch.nn.functional.pad(dense, (0, 1))
     return padded.scatter_(-1, column, values)[..., :-1]
 
@@ -143,7 +145,7 @@ class Compared(NamedTuple):
         gradient = gradient.to(log_q.dtype)
         if self.is_spread:
             return gradient
-        count = self.entries.index.shape[-1]
+        count = self.entries.column.shape[-1]
         dense = torch.zeros_like(log_q)
         if self.log_q_rest is not None:
             share = (log_q - self.log_q_rest.to(log_q.dtype).unsqueeze(-1)).exp()
@@ -162,7 +164,7 @@ def compared(entries: Entries, log_q: Tensor, tail: str) -> Compared:
         log_p, log_q = (torch.where(some, x, 0.0) for x in (log_p, log_q))
         return Compared(entries, log_p, log_q, some, True)
     wide = entries.log_p.dtype
-    own = log_q.gather(-1, entries.index).to(wide)
+    own = log_q.gather(-1, entries.column).to(wide)
     own = own.masked_fill(~entries.known, -math.inf)
     if tail == "subset":
         norm = own.logsumexp(-1, keepdim=True)
@@ -199,14 +201,17 @@ def likeliest(entries: Entries) -> Tensor:
     log_p = entries.log_p
     top = log_p.amax(-1, keepdim=True)
     is_top = entries.known & (log_p == top)
-    ids = torch.where(is_top, entries.index, torch.iinfo(torch.int64).max).amin(-1)
+    ids = torch.where(is_top, entries.column, torch.iinfo(torch.int64).max).amin(-1)
     return torch.where(is_top.any(-1), ids, -1)
 
 
-def check(problem: Problem) -> None:
-    """IndexError or ValueError for entries that are none, where looking costs no device sync."""
-    assert problem.teacher_ids is not None
-    if problem.student.device.type != "cpu":
+def check(problem: Problem, extras: bool) -> None:
+    """IndexError or ValueError for entries that are none, where looking costs no device sync.
+
+    Only where they are read: they have a weight, or ``extras`` are wanted.
+    """
+    is_read = problem.options.alpha != 0 or extras
+    if problem.teacher_ids is None or not is_read or problem.student.device.type != "cpu":
         return
     found = read(problem.teacher, problem.teacher_ids, problem.vocab, problem.options.tail)
     bad = ~found.sound.reshape(-1)

@@ -119,9 +119,9 @@ def unpack_options(fields: Sequence[Any]) -> Options:
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
-    *tensors, teacher_ids = arguments[:_TENSORS]
+    student, teacher, labels, token_weights, num_items, teacher_ids = arguments[:_TENSORS]
     options = unpack_options(arguments[_TENSORS:_OPTIONS_END])
-    problem = Problem(*tensors, options, teacher_ids)
+    problem = Problem(student, teacher, labels, token_weights, num_items, options, teacher_ids)
     return problem, arguments[_OPTIONS_END]
 
 

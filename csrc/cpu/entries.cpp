@@ -116,8 +116,7 @@ bool has_even_form(const Options& options) {
 
 bool needs_spread(const Options& options) {
   if (options.tail == Tail::uniform) return !has_even_form(options);
-  return options.tail == Tail::renormalize &&
-         options.divergence.kind == DivergenceKind::alpha_beta;
+  return options.tail == Tail::renormalize && options.divergence.kind == DivergenceKind::alpha_beta;
 }
 
 namespace {
@@ -140,8 +139,7 @@ double evaluate(const Functor& functor, std::vector<Category>& categories) {
   const Term<double> unit = functor.unit();
   double value = 0.0;
   for (Category& category : categories) {
-    const Term<double> term =
-        functor(make_entry<double>(functor, category.log_p, category.log_q));
+    const Term<double> term = functor(make_entry<double>(functor, category.log_p, category.log_q));
     value += term.value * unit.value;
     category.gradient = term.slope * unit.slope;
   }

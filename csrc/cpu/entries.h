@@ -63,9 +63,9 @@ bool needs_spread(const Options& options);
 // Whether the others' evenly spread mass has a closed form.
 bool has_even_form(const Options& options);
 
-// The divergence of categories whose p, q and logarithms are set, and their gradients. With the slopes
-// s the gradient of a category is s - q sum(s); where one has most of q, the digits that this loses
-// are kept by first subtracting the multiple of q that makes its slope 0.
+// The divergence of categories whose p, q and logarithms are set, and their gradients. With the
+// slopes s the gradient of a category is s - q sum(s); where one has most of q, the digits that
+// this loses are kept by first subtracting the multiple of q that makes its slope 0.
 double compare(const Divergence& divergence, std::vector<Category>& categories);
 
 }  // namespace kd

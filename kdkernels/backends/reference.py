@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import reference
+from .. import entries, reference
 from ..problem import Problem, check_labels
 from .base import Backend, Result, empty_gradient
 
@@ -28,6 +28,7 @@ class ReferenceBackend(Backend):
         grad_output: Tensor | None = None,
     ) -> Result:
         check_labels(problem)
+        entries.check(problem, extras)
         loss, statistics, gradient = reference.forward(
             problem, want_gradient=want_gradient, extras=extras, grad_output=grad_output
         )

@@ -213,8 +213,7 @@ def _run(
     problem: Problem, gradient: Tensor | None, extras: bool, grad_output: Tensor | None
 ) -> Result:
     check_labels(problem)
-    if problem.teacher_ids is not None and (problem.options.alpha != 0 or extras):
-        entries.check(problem)
+    entries.check(problem, extras)
     device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
     layout = row_layout(problem.student, problem.teacher)
     grid = (layout.outer, layout.inner)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdkernels import Divergence, KDLoss, fused_kd_loss, ops
 from kdkernels.functional import prepare
+from kdkernels.topk import TopK
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
     "padded": {"padded": True, "dtype": torch.bfloat16},
     "empty": {"rows": 0, "labels": True},
     "transforms": {"logit_softcap": 5.0, "logit_scale": (0.5, 2.0)},
+    "sparse": {"count": 3, "labels": True},
 }
 
 
@@ -59,6 +61,10 @@ def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -
     items = torch.tensor(3.0, device=device) if given.pop("items", False) else None
     weights = torch.rand(rows, device=device) if given.pop("weights", False) else None
     given.pop("extras", None)
+    count = given.pop("count", None)
+    if count:
+        log_probs, ids = teacher.log_softmax(-1).topk(count)
+        teacher = TopK(ids, log_probs)
     defaults = dict(fused_kd_loss.__kwdefaults__ or {})
     call = prepare(
         student.requires_grad_(grad),
@@ -73,6 +79,7 @@ def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -
         problem.labels,
         problem.token_weights,
         problem.num_items,
+        problem.teacher_ids,
         *problem.options,
         backend,
     )
