@@ -12,13 +12,14 @@ from .divergences import Divergence
 from .functional import KDLossOutput, fused_kd_loss, fused_topk_kd_loss
 from .linear import fused_linear_kd_loss
 from .memory import release_memory
-from .modules import FusedLinearKDLoss, KDLoss
+from .modules import FusedLinearKDLoss, KDLoss, TopKKDLoss
 
 __all__ = [
     "Divergence",
     "FusedLinearKDLoss",
     "KDLoss",
     "KDLossOutput",
+    "TopKKDLoss",
     "__version__",
     "available_backends",
     "fused_kd_loss",

@@ -20,6 +20,7 @@ from .linear_op import linear_kd_forward
 from .linear_tiles import STUDENT, TEACHER
 from .options import check_chunk_bytes, with_options_of
 from .problem import loss_dtype
+from .topk import TopK
 from .torch_private import constant_result
 
 #: Default memory for tiles of logits on a CPU. Two tiles in float32 are alive: the student's, whose
@@ -55,7 +56,7 @@ GPU_MEMORY_SHARE = 1 / 32
 
 
 @with_options_of(fused_kd_loss)
-def fused_linear_kd_loss(
+def fused_linear_kd_loss(  # noqa: PLR0913
     student_hidden: Tensor | None = None,
     student_weight: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
@@ -66,6 +67,10 @@ def fused_linear_kd_loss(
     teacher_bias: Tensor | None = None,
     student_logits: Tensor | None = None,
     teacher_logits: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
+    tail: str = "bucket",
+    teacher_temperature: float | None = None,
     max_chunk_bytes: int | None = None,
     return_outputs: bool = False,
     **options: Any,
@@ -96,6 +101,11 @@ def fused_linear_kd_loss(
             in both models).
         student_logits, teacher_logits: [..., V] instead of that model's hidden states and weight
             (logits cached from an earlier run, say). One model at least must have hidden states.
+        teacher_ids, teacher_log_probs: [..., K] instead of the teacher's hidden states and weight,
+            as in :func:`kdkernels.fused_topk_kd_loss`, whose loss this then is: the teacher's
+            entries of a tile are all that is read of it. With them the tiles are the student's
+            alone, of twice as many rows.
+        tail, teacher_temperature: as in ``fused_topk_kd_loss``; only with ``teacher_ids``.
         max_chunk_bytes: memory of the tiles of logits and of copies of their rows' hidden states,
             > 0; half-precision weights need pieces in float32 beside it (16 MiB on a CPU; none
             where their products have float32 results). None: 256 MiB on a CPU, which hold 667 rows
@@ -120,10 +130,14 @@ def fused_linear_kd_loss(
     student = (student_hidden, _gathered(student_weight), _gathered(student_bias), student_logits)
     teacher = (teacher_hidden, _gathered(teacher_weight), _gathered(teacher_bias), teacher_logits)
     _check_source(STUDENT, student)
-    _check_source(TEACHER, teacher)
-    if student_logits is not None and teacher_logits is not None:
-        raise ValueError("student_logits, teacher_logits: both given; that is fused_kd_loss")
-    call = _prepare(student, teacher, labels, options)
+    given = TopK(teacher_ids, teacher_log_probs, tail, teacher_temperature)
+    sparse = given if _is_sparse(given, teacher) else None
+    if sparse is None:
+        _check_source(TEACHER, teacher)
+    _check_has_hidden(student_logits, teacher_logits, sparse)
+    call = _prepare(student, sparse or teacher, labels, options)
+    if sparse is not None:
+        teacher = (None, None, None, call.problem.teacher)
     if max_chunk_bytes is None:
         max_chunk_bytes = _default_chunk_bytes(call.problem.student.device)
     grad = torch.is_grad_enabled() and call.gradient == "forward"
@@ -133,6 +147,7 @@ def fused_linear_kd_loss(
         call.problem.labels,
         call.problem.token_weights,
         call.problem.num_items,
+        call.problem.teacher_ids,
         *call.problem.options,
         call.backend,
         max_chunk_bytes,
@@ -171,6 +186,33 @@ class _Gather(torch.autograd.Function):
 def _gathered(tensor: Any) -> Any:
     """A sharded weight or bias as a whole; differentiable."""
     return _Gather.apply(tensor) if is_dtensor(tensor) else tensor
+
+
+def _is_sparse(given: TopK, dense: Sequence[Any]) -> bool:
+    """Whether the teacher is entries; ValueError if half of them is given, or another beside."""
+    if given.ids is None and given.log_probs is None:
+        if (given.tail, given.temperature) != (TopK(None, None).tail, None):
+            raise ValueError(
+                f"tail, teacher_temperature: {given.tail!r}, {given.temperature!r} have no effect "
+                "without teacher_ids and teacher_log_probs"
+            )
+        return False
+    if given.ids is None or given.log_probs is None:
+        raise ValueError("teacher_ids, teacher_log_probs: one is given without the other")
+    beside = [name for name, one in zip(TEACHER, dense, strict=True) if one is not None]
+    if beside:
+        raise ValueError(f"teacher_ids: given next to {', '.join(beside)}")
+    return True
+
+
+def _check_has_hidden(student_logits: Any, teacher_logits: Any, sparse: TopK | None) -> None:
+    """ValueError unless there is an output layer, of which alone tiles are made."""
+    if student_logits is None:
+        return
+    if sparse is not None:
+        raise ValueError("student_logits, teacher_ids: both given; that is fused_topk_kd_loss")
+    if teacher_logits is not None:
+        raise ValueError("student_logits, teacher_logits: both given; that is fused_kd_loss")
 
 
 def _check_source(names: Sequence[str], source: Sequence[Any]) -> None:
@@ -214,9 +256,12 @@ def _check_layer(names: Sequence[str], hidden: Tensor, weight: Tensor, bias: Ten
 
 
 def _prepare(
-    student: Sequence[Any], teacher: Sequence[Any], labels: Tensor | None, options: dict[str, Any]
+    student: Sequence[Any],
+    teacher: Sequence[Any] | TopK,
+    labels: Tensor | None,
+    options: dict[str, Any],
 ) -> Call:
-    """Checks and backend of the equivalent ``fused_kd_loss``, whose logits are stand-ins."""
+    """Checks and backend of the equivalent call on logits, which are stand-ins."""
     options = {**(fused_kd_loss.__kwdefaults__ or {}), **options}
     logits = student[3]
     if options["gradient"] == "auto" and options["reduction"] != "none":
@@ -229,7 +274,8 @@ def _prepare(
             "gradient: 'forward' is impossible with reduction 'none': the gradient of a weight "
             "depends on every row's grad_output; 'recompute' is possible"
         )
-    return prepare(_stand_in(student), _stand_in(teacher), labels, **options)
+    dense = teacher if isinstance(teacher, TopK) else _stand_in(teacher)
+    return prepare(_stand_in(student), dense, labels, **options)
 
 
 def _stand_in(source: Sequence[Any]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import products
+from . import entries, products
 from .backends import BACKENDS
 from .problem import Options, Problem, check_labels, loss_dtype, rows_that_count, sum_rows
 
@@ -71,7 +71,11 @@ _Source = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class LinearProblem(NamedTuple):
-    """One call: the leading arguments of both ops."""
+    """One call: the leading arguments of both ops.
+
+    With ``teacher_ids`` [..., K] the teacher's logits are log-probabilities [..., K], both as
+    :class:`~kdkernels.problem.Problem` has them.
+    """
 
     student_hidden: Tensor | None
     student_weight: Tensor | None
@@ -84,6 +88,7 @@ class LinearProblem(NamedTuple):
     labels: Tensor | None
     token_weights: Tensor | None
     num_items: Tensor | None
+    teacher_ids: Tensor | None
     options: Options
 
     @property
@@ -106,6 +111,8 @@ class LinearProblem(NamedTuple):
 
     @property
     def vocab(self) -> int:
+        if self.teacher_ids is not None:
+            return _vocab(self.student)
         return min(_vocab(self.student), _vocab(self.teacher))
 
     @property
@@ -141,6 +148,16 @@ def _logits_of(
         hidden.new_empty(shape) if by_index else None,
         None if hidden.dtype == dtype else hidden.new_empty(shape, dtype=dtype),
     )
+
+
+def _entries_of(problem: LinearProblem) -> tuple[_Given, _Given]:
+    """Log-probabilities and ids of a sparse teacher: contiguous, so that a tile of them is."""
+    assert problem.teacher_logits is not None and problem.teacher_ids is not None
+    log_probs, ids = (
+        _Given(torch.atleast_2d(one).flatten(0, -2))
+        for one in (problem.teacher_logits, problem.teacher_ids)
+    )
+    return log_probs, ids
 
 
 def _is_rounded(problem: LinearProblem) -> bool:
@@ -277,10 +294,13 @@ def _row_bytes(problem: LinearProblem, by_index: bool) -> int:
     """What a tile takes a row: logits and copies of hidden states.
 
     Two of logits, whatever is given: of given ones the rows that count are copied, or the gradient
-    needs memory.
+    needs memory. One beside a sparse teacher, whose rows that count are copied.
     """
     wide = problem.logits_dtype.itemsize
     size = 2 * problem.vocab * wide
+    if problem.teacher_ids is not None and problem.teacher_logits is not None:
+        entry = problem.teacher_ids.itemsize + problem.teacher_logits.itemsize
+        size = problem.vocab * wide + by_index * problem.teacher_ids.shape[-1] * entry
     for hidden, weight, *_ in (problem.student, problem.teacher):
         if hidden is not None and weight is not None:
             factor = products.factor_dtype(hidden, weight, problem.logits_dtype)
@@ -337,7 +357,12 @@ class _Sweep:
         tiles = max(1, math.ceil(self.total / most))
         self.step = max(1, math.ceil(self.total / tiles))  # tiles of one size: a short one is slow
         self.student = _logits_of(problem, problem.student, self.step, by_index)
-        self.teacher = _logits_of(problem, problem.teacher, self.step, by_index)
+        self.teacher: _Head | _Given
+        self.ids: _Given | None = None
+        if problem.teacher_ids is None:
+            self.teacher = _logits_of(problem, problem.teacher, self.step, by_index)
+        else:
+            self.teacher, self.ids = _entries_of(problem)
         heads = isinstance(self.student, _Head) + isinstance(self.teacher, _Head)
         # Freed with the call: keeping it for the next one would save 1.3 %, and raise the peak of
         # what else a training step does.
@@ -364,6 +389,7 @@ class _Sweep:
                     _picked(self.problem.token_weights, rows),
                     self.problem.num_items,
                     self.problem.options,
+                    None if self.ids is None else self.ids.tile(rows, self.memory),
                 ),
                 count,
             )
@@ -394,6 +420,26 @@ def _picked(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1)[rows]
 
 
+def _check(problem: LinearProblem, extras: bool) -> None:
+    """IndexError or ValueError for bad labels or entries, by their row in the call."""
+    check_labels(problem)
+    log_probs, options = problem.teacher_logits, problem.options
+    if problem.teacher_ids is None or log_probs is None or (options.alpha == 0 and not extras):
+        return
+    student = log_probs.new_empty((1,)).expand(*problem.leading_shape, problem.vocab)
+    entries.check(
+        Problem(
+            student,
+            log_probs,
+            problem.labels,
+            problem.token_weights,
+            None,
+            options,
+            problem.teacher_ids,
+        )
+    )
+
+
 def run_forward(
     problem: LinearProblem,
     backend: str,
@@ -402,7 +448,7 @@ def run_forward(
     extras: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Loss, statistics and the wanted gradients of the student's inputs."""
-    check_labels(problem)
+    _check(problem, extras)
     dtype, device, shape = problem.logits_dtype, problem.student_input.device, problem.leading_shape
     sweep = _Sweep(problem, max_chunk_bytes)
     gradients = _Gradients(sweep, wanted)

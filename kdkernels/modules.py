@@ -8,9 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .functional import KDLossOutput, fused_kd_loss
+from .functional import KDLossOutput, fused_kd_loss, fused_topk_kd_loss
 from .linear import fused_linear_kd_loss
 from .options import Given, check, check_chunk_bytes
+from .topk import TopK, options_with_tail
+
+#: Options of a sparse teacher, and their places in :class:`~kdkernels.topk.TopK`.
+_OF_ENTRIES = {"tail": "tail", "teacher_temperature": "temperature"}
 
 
 def _keywords(function: Callable[..., Any], *left_out: str) -> inspect.Signature:
@@ -25,6 +29,7 @@ class _Loss(nn.Module):
     """A loss function with its options fixed at construction, where bad ones are refused."""
 
     __signature__: ClassVar[inspect.Signature]
+    sparse: ClassVar[bool] = False  #: whether the teacher is always a few entries of a row
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -34,7 +39,11 @@ class _Loss(nn.Module):
         given = {name: options.get(name, known[name].default) for name in Given._fields}
         if isinstance(given["num_items"], Tensor):
             given["num_items"] = None
-        check(Given(**given), with_labels=True)
+        settings = check(Given(**given), with_labels=True)
+        of_entries = {to: options[name] for name, to in _OF_ENTRIES.items() if name in options}
+        if self.sparse or of_entries:
+            teacher = TopK(None, None, **of_entries)
+            options_with_tail(Given(**given), settings.options, teacher)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -67,6 +76,35 @@ class KDLoss(_Loss):
         )
 
 
+class TopKKDLoss(_Loss):
+    """:func:`kdkernels.fused_topk_kd_loss` with its options fixed at construction.
+
+    ``TopKKDLoss(tail="renormalize")(student_logits, teacher_ids, teacher_log_probs, labels)``.
+
+    Raises:
+        TypeError, ValueError: as :class:`KDLoss`.
+    """
+
+    __signature__ = _keywords(fused_topk_kd_loss)
+    sparse = True
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_ids: Tensor,
+        teacher_log_probs: Tensor,
+        labels: Tensor | None = None,
+        **per_batch: Any,
+    ) -> Tensor | KDLossOutput:
+        return fused_topk_kd_loss(
+            student_logits,
+            teacher_ids,
+            teacher_log_probs,
+            labels,
+            **{**self.options, **per_batch},
+        )
+
+
 class FusedLinearKDLoss(_Loss):
     """:func:`kdkernels.fused_linear_kd_loss` with its options fixed at construction.
 
@@ -79,7 +117,13 @@ class FusedLinearKDLoss(_Loss):
     """
 
     __signature__ = _keywords(
-        fused_linear_kd_loss, "student_bias", "teacher_bias", "student_logits", "teacher_logits"
+        fused_linear_kd_loss,
+        "student_bias",
+        "teacher_bias",
+        "student_logits",
+        "teacher_logits",
+        "teacher_ids",
+        "teacher_log_probs",
     )
 
     def __init__(self, **options: Any) -> None:

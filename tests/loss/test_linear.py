@@ -18,13 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 from kdkernels import (
     FusedLinearKDLoss,
+    TopKKDLoss,
     fused_kd_loss,
     fused_linear_kd_loss,
+    fused_topk_kd_loss,
     linear,
     linear_op,
     linear_tiles,
     products,
 )
+from kdkernels.backends import BACKENDS
+from kdkernels.entries import NORMALIZED, TAILS
+from kdkernels.problem import Options, Problem
 
 ROWS, H_STUDENT, H_TEACHER, VOCAB = 37, 24, 17, 211
 ROW_BYTES = 2 * VOCAB * 4  # the two float32 tiles of one row
@@ -92,6 +97,57 @@ def expected(given: dict[str, Tensor], grad: Tensor | None = None, **options: An
     loss = fused_kd_loss(student, teacher, wide["labels"], **options)
     loss.backward(torch.ones_like(loss) if grad is None else grad.double())
     return [loss.detach(), *(wide[name].grad for name in STUDENT if name in wide)]
+
+
+K = 9
+
+
+def sparse_inputs(
+    tail: str = "bucket", lead: tuple[int, ...] = (ROWS,), **changes: Any
+) -> dict[str, Tensor]:
+    """:func:`inputs` with the top K of the teacher in its place; samples of it for "none".
+
+    Some slots are empty, and one row has nothing but those.
+    """
+    given = inputs(lead=lead, **changes)
+    hidden, weight = given.pop("teacher_hidden"), given.pop("teacher_weight")
+    log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
+    if tail == "none":
+        sampled = log_p.exp().view(-1, log_p.shape[-1]).multinomial(K, replacement=True)
+        ids = sampled.view(*lead, K)
+        log_p = torch.full_like(ids, 1 / K, dtype=log_p.dtype).log()
+    else:
+        log_p, ids = log_p.topk(K, -1)
+    ids.view(-1, K)[3::5, K - 3 :] = -1
+    ids.view(-1, K)[8] = -7
+    return {**given, "teacher_ids": ids.int(), "teacher_log_probs": log_p.float()}
+
+
+def expected_sparse(
+    given: dict[str, Tensor], grad: Tensor | None = None, **options: Any
+) -> list[Tensor]:
+    """As :func:`expected`, of entries."""
+    wide = {name: given[name].detach().double().requires_grad_() for name in STUDENT}
+    student = wide["student_hidden"] @ wide["student_weight"].t() + wide["student_bias"]
+    options = _moved({**options, "gradient": "auto", "backend": "reference"}, student.device)
+    of_teacher = (given["teacher_ids"], given["teacher_log_probs"])
+    loss = fused_topk_kd_loss(student, *of_teacher, given.get("labels"), **options)
+    loss.backward(torch.ones_like(loss) if grad is None else grad.double())
+    return [loss.detach(), *(wide[name].grad for name in STUDENT)]
+
+
+@pytest.fixture
+def sparse_backend(backend: str, device: str) -> str:
+    """Each backend that takes entries; the others are skipped with their reasons."""
+    entries = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    ids, student = entries.long(), torch.zeros(1, 2, device=device)
+    options = Options(tail="bucket")
+    reasons = BACKENDS[backend].why_not(
+        Problem(student, entries, None, None, None, options, teacher_ids=ids)
+    )
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    return backend
 
 
 def _moved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -1121,6 +1177,226 @@ def test_gradcheck_in_float64(backend: str, device: str) -> None:
         )
 
     assert torch.autograd.gradcheck(loss, [tensor.requires_grad_() for tensor in student])
+
+
+# ---- a teacher of a few entries ---------------------------------------------------------------
+
+
+@CHUNKS
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_entries_over_chunks(sparse_backend: str, tail: str, mode: str, chunk_rows: int) -> None:
+    given = sparse_inputs(tail)
+    options = {"tail": tail, "temperature": 2.0, "alpha": 0.3}
+    budget = chunk_rows * ROW_BYTES // 2
+    got = run(given, backend=sparse_backend, gradient=mode, max_chunk_bytes=budget, **options)
+    assert_close(got, expected_sparse(given, **options), 2e-6)
+
+
+@pytest.mark.parametrize("name", cases.BUILT_IN)
+@pytest.mark.parametrize("tail", [tail for tail in TAILS if tail != "none"])
+def test_every_divergence_of_entries(sparse_backend: str, tail: str, name: str) -> None:
+    given = sparse_inputs(tail)
+    options = {"tail": tail, "divergence": name}
+    budget = 9 * ROW_BYTES
+    got = run(given, backend=sparse_backend, max_chunk_bytes=budget, **options)
+    want = expected_sparse(given, **options)
+    if (tail, name) == ("renormalize", "reverse_kl"):  # q log (q / 0)
+        got, want = [got[0].exp().reciprocal()], [torch.zeros_like(want[0])]
+    assert_close(got, want, 5e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.0, "labels": None},
+        {"alpha": 0.0},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"num_items": 11},
+        {"token_weights": torch.linspace(-1, 2, ROWS)},
+        {"label_smoothing": 0.1, "z_loss": 1e-3},
+        {"logit_softcap": (3.0, None), "logit_scale": 0.5},
+        {"tail": "subset", "teacher_temperature": 1.0, "temperature": 2.0},
+        {"tail": "renormalize", "teacher_temperature": 3.0},
+        {"temperature": 3.0, "temperature_squared": False},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_every_option_of_entries(sparse_backend: str, options: dict[str, Any]) -> None:
+    given = sparse_inputs(options.get("tail", "bucket"))
+    given |= {name: options[name] for name in ("labels",) if name in options}
+    options = {name: value for name, value in options.items() if name != "labels"}
+    grad = torch.linspace(-2, 3, ROWS) if options.get("reduction") == "none" else None
+    got = run(given, grad, backend=sparse_backend, max_chunk_bytes=9 * ROW_BYTES, **options)
+    assert_close(got, expected_sparse(given, grad, **options), 5e-6)
+
+
+@pytest.mark.parametrize("as_if_on", ["cpu", "device"])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_entries_of_rows_that_do_not_count_are_not_read(
+    sparse_backend: str, mode: str, as_if_on: str, request: pytest.FixtureRequest
+) -> None:
+    if as_if_on == "device":
+        request.getfixturevalue("waits")
+    given = sparse_inputs(lead=(3, 11))
+    options = {"backend": sparse_backend, "gradient": mode, "max_chunk_bytes": 4 * ROW_BYTES}
+    options["token_weights"] = torch.ones(3, 11).index_fill(1, torch.tensor([9]), 0.0)
+    rows = given["labels"].eq(-100) | options["token_weights"].eq(0)
+    want = run(given, **options)
+    with torch.no_grad():
+        given["student_hidden"][rows] = torch.nan
+        given["teacher_log_probs"][rows] = torch.nan
+        given["teacher_ids"][rows] = 10 * VOCAB
+    got = run(given, **options)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert not got[1][rows].any()
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), ()], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_entries_of_no_rows_and_of_a_single_one(lead: tuple[int, ...], reduction: str) -> None:
+    given = inputs(lead=lead)
+    del given["teacher_hidden"], given["teacher_weight"]
+    shape = (*lead, K)
+    given["teacher_ids"] = torch.arange(K).expand(shape)
+    given["teacher_log_probs"] = torch.full(shape, 1 / (2 * K)).log()
+    got = run(given, reduction=reduction)
+    assert_close(got, expected_sparse(given, reduction=reduction), 5e-6)
+
+
+def test_entries_with_shift_outputs_and_a_shorter_vocabulary(sparse_backend: str) -> None:
+    given = sparse_inputs(lead=(3, 11))
+    given["teacher_ids"][0, 4, 0] = VOCAB + 5
+    options: dict[str, Any] = {"shift": True, "vocab_policy": "truncate", "return_outputs": True}
+    student = given["student_hidden"] @ given["student_weight"].t() + given["student_bias"]
+    of_teacher = (given["teacher_ids"], given["teacher_log_probs"])
+    want = fused_topk_kd_loss(student, *of_teacher, given["labels"], **options)
+    got = fused_linear_kd_loss(
+        **given, **options, backend=sparse_backend, max_chunk_bytes=4 * ROW_BYTES
+    )
+    for name, one, other in zip(got._fields, got, want, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_opcheck_of_entries(
+    sparse_backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = sparse_inputs(lead=(2, 5), vocab=23)
+    opcheck(given, monkeypatch, backend=sparse_backend, gradient=mode)
+
+
+def test_entries_compile_as_one_graph_for_any_number_of_rows() -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "tail": "uniform", "backend": "torch"}
+    compiled = torch.compile(fused_linear_kd_loss, fullgraph=True, dynamic=True)
+    for rows in (ROWS, 12, 50):
+        given = sparse_inputs(lead=(rows,))
+        compiled(**given, **options).backward()
+        got = [given[name].grad for name in STUDENT]
+        want = run(given, **options)[1:]
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("who", ["teacher_ids", "teacher_log_probs"])
+def test_entries_made_in_inference_mode_may_be_overwritten(who: str) -> None:
+    given = sparse_inputs()
+    given = {name: given[name].clone() if name == who else t for name, t in given.items()}
+    given["teacher_log_probs"] = given["teacher_log_probs"].double()
+    given["teacher_ids"] = given["teacher_ids"].long()  # as they are handed on, without a copy
+    with torch.inference_mode():
+        given[who] = given[who].clone()
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, given["student_hidden"])[0]
+
+    want = gradient(fused_linear_kd_loss(**given, gradient="recompute"))
+    loss = fused_linear_kd_loss(**given, gradient="recompute")
+    with torch.inference_mode():
+        given[who].copy_(given[who].flip(0))
+    assert torch.equal(gradient(loss), want)
+
+
+def test_the_tiles_beside_entries_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model's logits, and what is copied of the rows that count: entries of 16 bytes."""
+    shapes: list[torch.Size] = []
+
+    class Recorded(linear_tiles._Sweep):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            shapes.append(self.memory.shape)
+
+    monkeypatch.setattr(linear_tiles, "_Sweep", Recorded)
+    row_bytes = ROW_BYTES // 2 + 2 * 4 * H_STUDENT + 16 * K
+    for budget in (16 * row_bytes, 16 * row_bytes - 1):
+        fused_linear_kd_loss(**sparse_inputs(lead=(480 + 5,)), max_chunk_bytes=budget).backward()
+    assert [shape[0] for shape in shapes] == [1, 1] and shapes[0][1] == 16 > shapes[1][1]
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"teacher_logits": torch.zeros(ROWS, VOCAB)}, ValueError, "ids: .* next to teacher_logi"),
+        ({"teacher_hidden": torch.zeros(ROWS, 2)}, ValueError, "ids: given next to teacher_hidd"),
+        ({"teacher_ids": None}, ValueError, "teacher_ids, teacher_log_probs: one is given"),
+        ({"teacher_log_probs": None}, ValueError, "teacher_ids, teacher_log_probs: one is given"),
+        ({"teacher_ids": [1]}, TypeError, "teacher_ids: expected a tensor"),
+        ({"teacher_ids": torch.zeros(3, K).long()}, ValueError, "teacher_ids: leading shape"),
+        ({"teacher_ids": torch.zeros(ROWS, 2).long()}, ValueError, "teacher_ids: shape"),
+        ({"tail": "rest"}, ValueError, "tail: 'rest'"),
+        ({"tail": "none", "divergence": "jsd"}, ValueError, "divergence: 'jsd'"),
+        ({"teacher_temperature": 2.0}, ValueError, "teacher_temperature: 2.0 is not temperature"),
+        ({"logit_scale": (1.0, 2.0)}, ValueError, "logit_scale: .* part for the teacher"),
+        ({"teacher_ids": torch.arange(K).expand(ROWS, K) + VOCAB - 8}, IndexError, "at row 0"),
+        ({"teacher_log_probs": torch.zeros(ROWS, K)}, ValueError, "add up to 9"),
+    ],
+)
+def test_bad_entries(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        fused_linear_kd_loss(**{**sparse_inputs(), **change})
+
+
+def test_bad_entries_are_named_by_their_row_in_the_call() -> None:
+    given = sparse_inputs()
+    given["teacher_ids"][30, 0] = VOCAB
+    with pytest.raises(IndexError, match=f"teacher_ids: {VOCAB} at row 30"):
+        fused_linear_kd_loss(**given, max_chunk_bytes=9 * ROW_BYTES)
+    fused_linear_kd_loss(**given, alpha=0.0)
+    given = sparse_inputs()
+    logits = {"student_logits": torch.zeros(ROWS, VOCAB)}
+    of_teacher = {name: given[name] for name in ("teacher_ids", "teacher_log_probs")}
+    with pytest.raises(ValueError, match="that is fused_topk_kd_loss"):
+        fused_linear_kd_loss(**logits, **of_teacher)
+    for option in ({"tail": "subset"}, {"teacher_temperature": 1.0}):
+        with pytest.raises(ValueError, match="have no effect without teacher_ids"):
+            fused_linear_kd_loss(**inputs(), **option)
+
+
+def test_modules_of_entries() -> None:
+    given = sparse_inputs()
+    options = {"temperature": 2.0, "tail": "renormalize", "teacher_temperature": 1.0}
+    want = fused_linear_kd_loss(**given, **options)
+    assert torch.equal(FusedLinearKDLoss(**options)(**given), want)
+    logits = given["student_hidden"] @ given["student_weight"].t() + given["student_bias"]
+    of_teacher = [given["teacher_ids"], given["teacher_log_probs"], given["labels"]]
+    torch.testing.assert_close(TopKKDLoss(**options)(logits, *of_teacher), want)
+    per_batch = {"num_items": torch.tensor(5)}
+    got = TopKKDLoss(tail="subset")(logits, *of_teacher, **per_batch)
+    assert torch.equal(got, fused_topk_kd_loss(logits, *of_teacher, tail="subset", **per_batch))
+    for module in (TopKKDLoss, FusedLinearKDLoss):
+        with pytest.raises(ValueError, match="tail: 'rest' is not one of"):
+            module(tail="rest")
+        with pytest.raises(ValueError, match="divergence: 'jsd' compares distributions"):
+            module(tail="none", divergence="jsd")
+        for tail in set(TAILS) - set(NORMALIZED):
+            with pytest.raises(ValueError, match=r"teacher_temperature: 1\.0 is not"):
+                module(tail=tail, teacher_temperature=1.0, temperature=2.0)
+    with pytest.raises(ValueError, match=r"logit_softcap: .* part for the teacher"):
+        TopKKDLoss(logit_softcap=(None, 3.0))
+    FusedLinearKDLoss(logit_softcap=(None, 3.0))  # of a teacher's logits
+    with pytest.raises(TypeError, match="TopKKDLoss has no option max_chunk_bytes"):
+        TopKKDLoss(max_chunk_bytes=1)
 
 
 def test_module_and_refusals() -> None:
