@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .. import divergences
 from ..dispatch import available_backends
 from ..dtypes import WEIGHT_DTYPES
+from ..entries import TAILS
 from ..options import DIVISOR, VOCAB_POLICIES, divides
 from . import schedules
 from .terms import TermArguments
@@ -107,6 +108,14 @@ class DistillationArguments(TermArguments, TrainingArguments):
     teacher_device: str | None = field(
         default=None, metadata={"help": "Device of the teacher; default: the student's."}
     )
+    cache_tail: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a teacher's cache with few entries of a row says of all others: "
+            + ", ".join(TAILS)
+            + " (see fused_topk_kd_loss); default: uniform."
+        },
+    )
     # The base class replaces a NaN loss in the log by the running mean, at the price of one host
     # synchronisation per micro-batch. A loss library shows NaN and does not synchronise.
     logging_nan_inf_filter: bool = field(
@@ -130,6 +139,8 @@ class DistillationArguments(TermArguments, TrainingArguments):
         self._check_choice("vocab_policy", self.vocab_policy, VOCAB_POLICIES)
         self._check_choice("teacher_dtype", self.teacher_dtype, WEIGHT_DTYPES)
         self.resolved_divergence()
+        if self.cache_tail is not None:
+            self._check_choice("cache_tail", self.cache_tail, TAILS)
         if self.teacher_device is not None:
             self._check_device("teacher_device", self.teacher_device)
         if self.loss_backend is not None:

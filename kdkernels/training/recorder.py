@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..topk import TopK
 from .models import decoder_layers, describe, table_positions
 from .output_layer import Head, Hidden
 from .tasks import base_of
@@ -41,11 +42,15 @@ class Features(NamedTuple):
     attentions: tuple[Tensor, ...] = ()  #: [B, heads, S, S] each, probabilities
     relations: tuple[Tensor, ...] = ()  #: queries, keys, values [B, S, W'] before any rotation
     entered: Hidden | None = None  #: what went into the output layer where it was left out
+    entries: TopK | None = (
+        None  #: a few log-probabilities of a row, where that is all that is known
+    )
 
     @property
-    def response(self) -> Tensor | Hidden | None:
-        """Logits, or what they are made of; None for a model without a head."""
-        return self.logits if self.entered is None else self.entered
+    def response(self) -> Tensor | Hidden | TopK | None:
+        """Logits, what they are made of, or what is known of them; None: the model has no head."""
+        known = self.logits if self.entries is None else self.entries
+        return known if self.entered is None else self.entered
 
     def to(self, device: torch.device) -> Features:
         """All that the loss looks at, on ``device``."""

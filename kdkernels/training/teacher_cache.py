@@ -8,15 +8,32 @@ cache has is fixed.
 * **Full** (``top_k=None``): the logits as the teacher gave them. The loss is bitwise that of the
   teacher itself, at every temperature.
 * **Top-k**: for one temperature T the k largest log-probabilities of softmax(z / T), their ids, and
-  the mass m of all others. Reading spreads m evenly over the other V - k entries. With p the
-  teacher's, q the student's probabilities at T and p_k the k-th largest p, forward KL (before T^2)
-  then differs from the teacher's own by at most :func:`forward_kl_bound`::
+  the mass m of all others. They go to :func:`kdkernels.fused_topk_kd_loss` as they are, nothing of
+  the vocabulary's size is made of them, and a run's ``cache_tail`` says what it makes of m. With p
+  the teacher's, q the student's probabilities at T and p_k the k-th largest p, forward KL (before
+  T^2) and its gradient ``T (q - p)`` in the student's logits are then:
+
+  ``"uniform"`` (default)
+    m spread evenly over the other V - k entries. The KL differs from the teacher's own by at most
+    :func:`forward_kl_bound`::
 
       m * (log((V - k) * p_k / m) + max_tail log q - min_tail log q)
 
-  (the tail's negative entropy is at most ``m log p_k`` and at least that of the even spread; moving
-  the mass m within the tail changes ``sum p log q`` by at most m times the range of log q there.)
-  The gradient in the student's logits, ``T (q - p)``, differs by at most ``2 m T`` in the 1-norm.
+    (the tail's negative entropy is at most ``m log p_k`` and at least that of the even spread;
+    moving the mass m within the tail changes ``sum p log q`` by at most m times the range of log q
+    there.) The gradient differs by at most ``2 m T`` in the 1-norm.
+  ``"bucket"``
+    All others are one category, of which the student gives q_m. The KL is the teacher's own without
+    ``m KL(p / m, q / q_m)`` within the tail: never above it, and below by at most ``m * (log(p_k /
+    m) + log q_m - min_tail log q)``, which is at most the same bound, as ``q_m <= (V - k) max_tail
+    q``. The gradient differs by at most ``2 m T`` here, too.
+  ``"renormalize"``
+    ``p / (1 - m)``, and 0 in the tail. With A = sum p (log p - log q) over the entries the KL is
+    ``A / (1 - m) - log(1 - m)``: what the tail would say is not in it, so the bound does not hold.
+    The gradient differs by at most ``2 m T``, half of it in the tail, which is pushed to 0.
+  ``"subset"``
+    The k entries alone, both models' renormalised over them. Says nothing of the tail: no bound,
+    and no gradient there.
 """
 
 from __future__ import annotations
@@ -35,6 +52,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..problem import entry_dtype
+from ..topk import TopK
 from .batches import batches
 from .folders import check_new, write_json, written_whole
 from .models import output_width, parameter_count
@@ -46,6 +65,10 @@ FORMAT = 1
 
 #: A shard is written once it holds this many bytes.
 _SHARD_BYTES = 256 * 2**20
+
+#: The least mass of the others that is handed out: 1 minus a sum of 256 float64 numbers below 1
+#: errs by 2.8e-14 at most.
+_LEAST_REST = 2.0**-44
 
 
 @dataclass(frozen=True)
@@ -328,8 +351,18 @@ class TeacherCache:
             first += length
         self._shards.append(shard)
 
-    def check(self, task: Task, beside_response: list[str], temperatures: set[float]) -> None:
-        """ValueError if a run with these terms and temperatures cannot use the cache."""
+    def tail(self, given: str | None) -> str:
+        """What a run makes of the entries that are not kept: as it says, or else evenly spread."""
+        return "uniform" if given is None else given
+
+    def check(
+        self,
+        task: Task,
+        beside_response: list[str],
+        temperatures: set[float],
+        tail: str | None = None,
+    ) -> None:
+        """ValueError if a run with these terms, temperatures and ``cache_tail`` cannot use it."""
         info = self.info
         if beside_response:
             raise ValueError(
@@ -342,6 +375,10 @@ class TeacherCache:
                 f"teacher_cache: the top {info.top_k} at temperature {info.temperature} cannot be "
                 f"used at {', '.join(map(str, sorted(temperatures)))}"
             )
+        if info.top_k is None and tail is not None:
+            raise ValueError(f"cache_tail: {tail!r} has no effect; the cache holds all logits")
+        if tail == "none":
+            raise ValueError("cache_tail: 'none' is for samples of a teacher, not for its top k")
 
     def require(self, items: Iterable[dict[str, Any]]) -> None:
         """ValueError unless the cache holds every one of these examples."""
@@ -358,20 +395,61 @@ class TeacherCache:
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         """Teacher logits of a batch, [B, S, V] or [B, V], on the CPU; 0 where there is padding.
 
-        ValueError if an example is not in the cache.
+        ValueError if an example is not in the cache, or the cache has no logits.
         """
+        if self.info.top_k is not None:
+            raise ValueError(f"teacher_cache: {str(self.folder)!r} holds entries, no logits")
         examples = _examples(inputs)
-        found = [self._example(at, key) for at, (key, _) in enumerate(examples)]
+        found = [rows["logits"] for rows in self._found(examples)]
+        return self._batch(inputs, examples, found, 0.0)
+
+    def entries(
+        self, inputs: dict[str, Any], device: torch.device, vocab: int | None = None
+    ) -> TopK:
+        """Ids and log-probabilities [B, S, K] or [B, K] of a batch; no id where there is padding.
+
+        1 minus the sum of a row's probabilities is the mass of all others as it was written, to
+        3e-14, and at least 2^-44, so that it is not rounding noise. Log-probabilities are float64
+        (float32 where ``device`` has no such), moved by what float32 had rounded off.
+
+        Args:
+            vocab: what is left of the vocabulary, whose first ids these are; None: all. The rest of
+                it is taken out of the distribution, of the others as an even spread has there.
+
+        Raises:
+            ValueError: an example is not in the cache, or the cache is full.
+        """
+        if self.info.top_k is None:
+            raise ValueError(f"teacher_cache: {str(self.folder)!r} holds logits, no entries")
+        examples = _examples(inputs)
+        parts = [self._entries(rows, vocab) for rows in self._found(examples)]
+        ids, log_probs = (
+            self._batch(inputs, examples, [part[i] for part in parts], fill)
+            for i, fill in enumerate((-1, 0.0))
+        )
+        return TopK(ids.to(device), log_probs.to(entry_dtype(device)).to(device))
+
+    def _batch(
+        self,
+        inputs: dict[str, Any],
+        examples: list[tuple[str, Tensor]],
+        found: list[Tensor],
+        fill: float,
+    ) -> Tensor:
+        """The examples' rows as [B, S, ...] or [B, ...], ``fill`` at tokens that are padding."""
         if self.info.task == SEQUENCE.name:
             return torch.cat(found)
-        shape = (*inputs["input_ids"].shape, self.info.vocab)
-        logits = torch.zeros(shape, dtype=found[0].dtype)
+        shape = (*inputs["input_ids"].shape, found[0].shape[-1])
+        batch = torch.full(shape, fill, dtype=found[0].dtype)
         for at, (_, tokens) in enumerate(examples):
-            logits[at, tokens] = found[at]
-        return logits
+            batch[at, tokens] = found[at]
+        return batch
 
-    def _example(self, at: int, key: str) -> Tensor:
-        """Logits [R, V] of one example."""
+    def _found(self, examples: list[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What the cache holds of each example."""
+        return [self._example(at, key) for at, (key, _) in enumerate(examples)]
+
+    def _example(self, at: int, key: str) -> dict[str, Tensor]:
         if key not in self._places:
             raise ValueError(
                 f"teacher_cache: {str(self.folder)!r} does not hold example {at} of this batch; it "
@@ -379,29 +457,30 @@ class TeacherCache:
             )
         shard_index, first, last = self._places[key]
         shard = self._shards[shard_index]
-        if self.info.top_k is None:
-            return shard.get_slice("logits")[first:last]
-        log_probs, ids, tail = (
-            shard.get_slice(name)[first:last] for name in ("log_probs", "ids", "tail")
-        )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.info.vocab:
+        return {name: shard.get_slice(name)[first:last] for name in shard.keys()}  # noqa: SIM118
+
+    def _entries(self, rows: dict[str, Tensor], vocab: int | None) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities [R, K] of one example."""
+        ids, full = rows["ids"].long(), self.info.vocab
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < full:
             raise ValueError(
                 f"teacher_cache: {str(self.folder)!r} is damaged: its ids are not all in "
-                f"0..{self.info.vocab - 1}"
+                f"0..{full - 1}"
             )
-        log_p = spread(log_probs, ids, tail, vocab=self.info.vocab)
-        return log_p * self.info.temperature  # softmax(z / T) is what was kept
+        log_probs, rest = rows["log_probs"].double(), rows["tail"].double()
+        if vocab is not None and vocab < full:
+            inside = ids < vocab
+            ids, log_probs = ids.masked_fill(~inside, -1), log_probs.masked_fill(~inside, -math.inf)
+            rest = rest * (vocab - inside.sum(-1)) / (full - ids.shape[-1])
+            total = log_probs.exp().sum(-1) + rest
+            rest = torch.where(total > 0, rest / total, 1.0)
+        return ids, _with_rest(log_probs, rest)
 
 
-def spread(log_probs: Tensor, ids: Tensor, tail: Tensor, *, vocab: int) -> Tensor:
-    """Log-probabilities [R, V]: the kept ones, and the tail's mass spread evenly over the others.
-
-    Args:
-        log_probs: [R, k]. ids: integers [R, k]. tail: [R], the mass of what was not kept.
-    """
-    share = tail.clamp_min(torch.finfo(tail.dtype).tiny).log() - math.log(vocab - ids.shape[-1])
-    dense = share[:, None].expand(-1, vocab).contiguous()
-    return dense.scatter_(-1, ids.long(), log_probs)
+def _with_rest(log_probs: Tensor, rest: Tensor) -> Tensor:
+    """The log-probabilities [R, K], shifted so that their mass is 1 minus ``rest`` [R]."""
+    mass = torch.log1p(-rest.clamp(_LEAST_REST, 1.0)) - log_probs.logsumexp(-1)
+    return torch.where(log_probs == -math.inf, log_probs, log_probs + mass.unsqueeze(-1))
 
 
 def forward_kl_bound(
@@ -409,8 +488,11 @@ def forward_kl_bound(
 ) -> Tensor:
     """The most by which a row's forward KL from a top-k cache can differ from the teacher's, [R].
 
+    With ``cache_tail`` "uniform" or "bucket".
+
     Args:
-        log_probs, ids, tail: as in :func:`spread`. student_log_probs: [R, V], at the same T.
+        log_probs: [R, k], the kept ones. ids: integers [R, k]. tail: [R], the mass of the others.
+        student_log_probs: [R, V], at the same T.
     """
     others = student_log_probs.shape[-1] - ids.shape[-1]
     kept = torch.zeros_like(student_log_probs, dtype=torch.bool).scatter_(-1, ids.long(), True)

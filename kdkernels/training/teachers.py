@@ -186,6 +186,7 @@ class ModelTeacher(Teacher):
         return output_width(self._base, task)
 
     def check(self, student: Student) -> None:
+        _check_no_tail(student.args)
         task = task_of(self.model)
         if task is not student.task:
             raise ValueError(
@@ -245,6 +246,8 @@ class CachedTeacher(Teacher):
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
+        self._tail = cache.tail(None)
+        self._common: int | None = None
 
     def __str__(self) -> str:
         return "teacher from its cache"
@@ -256,22 +259,34 @@ class CachedTeacher(Teacher):
     def width(self, task: Task) -> int:
         return self.cache.info.vocab
 
+    def _check_cache(self, student: Student) -> None:
+        self.cache.check(
+            student.task, student.beside_response, student.temperatures, student.args.cache_tail
+        )
+
     def check(self, student: Student) -> None:
-        self.cache.check(student.task, student.beside_response, student.temperatures)
+        self._check_cache(student)
         if student.task in (SEQUENCE, TOKEN):
             check_labels(student.model.config, self.cache.info.labels)
         _common_prefix(student, self.cache.info.vocab)
 
     def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
-        self.cache.check(student.task, student.beside_response, student.temperatures)
+        self._check_cache(student)
         if student.task is SEQUENCE:
             ours, theirs = student.model.config.num_labels, self.cache.info.vocab
             if ours != theirs:
                 raise ValueError(f"student: {ours} labels, the cache has {theirs}")
         self.cache.require(examples)
 
+    def begin(self, student: Student) -> None:
+        self._tail = self.cache.tail(student.args.cache_tail)
+        self._common = _common_prefix(student, self.cache.info.vocab)
+
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
-        return Features(None, logits=self.cache.logits(inputs).to(device))
+        if self.cache.info.top_k is None:
+            return Features(None, logits=self.cache.logits(inputs).to(device))
+        entries = self.cache.entries(inputs, device, self._common)
+        return Features(None, entries=entries._replace(tail=self._tail))
 
 
 class NoTeacher(Teacher):
@@ -288,6 +303,7 @@ class NoTeacher(Teacher):
         return 0
 
     def check(self, student: Student) -> None:
+        _check_no_tail(student.args)
         if student.beside_response:
             raise ValueError(
                 f"teacher: None, but terms: {', '.join(student.beside_response)} need one"
@@ -299,6 +315,14 @@ class NoTeacher(Teacher):
 
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> None:
         return None
+
+
+def _check_no_tail(args: DistillationArguments) -> None:
+    if args.cache_tail is not None:
+        raise ValueError(
+            f"cache_tail: {args.cache_tail!r} has no effect; it needs a teacher_cache of few "
+            "entries of a row"
+        )
 
 
 def _checkpoints_reentrantly(model: PreTrainedModel, args: DistillationArguments) -> bool:

@@ -1,6 +1,7 @@
 """Distillation inside ``transformers.Trainer``: :class:`DistillationTrainer`.
 
-No mathematics here: the response is :func:`kdkernels.fused_kd_loss`, or
+No mathematics here: the response is :func:`kdkernels.fused_kd_loss`,
+:func:`kdkernels.fused_topk_kd_loss` where a cache holds a few entries of a row, or
 :func:`kdkernels.fused_linear_kd_loss` where output layers can be left out of the models' forward;
 one of them is called once per micro-batch. Every other term is in :mod:`kdkernels.training.terms`.
 What this file owns is bookkeeping that has to be exact: which denominator a term has under gradient
@@ -25,8 +26,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..functional import KDLossOutput, fused_kd_loss
+from ..functional import KDLossOutput, fused_kd_loss, fused_topk_kd_loss
 from ..linear import fused_linear_kd_loss
+from ..topk import TopK
 from . import checkpoints
 from .arguments import DistillationArguments
 from .folders import plain
@@ -298,7 +300,7 @@ class DistillationTrainer(Trainer):
     def distillation_loss(
         self,
         student: Tensor | Hidden,
-        teacher: Tensor | Hidden | None,
+        teacher: Tensor | Hidden | TopK | None,
         labels: Tensor,
         **options: Any,
     ) -> KDLossOutput:
@@ -319,6 +321,9 @@ class DistillationTrainer(Trainer):
             teacher = student.no_teacher() if isinstance(student, Hidden) else student.detach()
             settings["alpha"] = 0.0
         loss: Callable[..., Any] = fused_kd_loss
+        if isinstance(teacher, TopK):
+            loss = fused_topk_kd_loss
+            student = _narrowed(student, self._teacher.width(self.task))
         if isinstance(student, Hidden) or isinstance(teacher, Hidden):
             loss = fused_linear_kd_loss
             for name in ("softcap", "scale"):
@@ -391,7 +396,7 @@ class DistillationTrainer(Trainer):
         if labels is None:
             return None
         own, taught = student.response, None
-        if own is None:
+        if own is None or isinstance(own, TopK):
             raise ValueError(f"model: {describe(self.model)} gives no logits")
         if teacher is not None and self._response_has_teacher:
             taught = teacher.response
@@ -852,8 +857,23 @@ class Targets(NamedTuple):
     known: bool  #: False: nobody gave labels, and these only say which predictions count
 
 
-def _source(role: str, given: Tensor | Hidden) -> dict[str, Tensor | None]:
+def _narrowed(student: Tensor | Hidden, vocab: int) -> Tensor | Hidden:
+    """The student's first ``vocab`` entries, all that a smaller teacher can say something of."""
+    if not isinstance(student, Hidden):
+        # Not a slice of everything, whose gradient would be copied.
+        return student if student.shape[-1] <= vocab else student[..., :vocab]
+    bias = None if student.bias is None else student.bias[:vocab]
+    return student._replace(weight=student.weight[:vocab], bias=bias)
+
+
+def _source(role: str, given: Tensor | Hidden | TopK) -> dict[str, Any]:
     """The arguments of a loss that say what a model gave."""
+    if isinstance(given, TopK):
+        return {
+            f"{role}_ids": given.ids,
+            f"{role}_log_probs": given.log_probs,
+            "tail": given.tail,
+        }
     if isinstance(given, Hidden):
         names = ("hidden", "weight", "bias")
         return {f"{role}_{name}": getattr(given, name) for name in names}

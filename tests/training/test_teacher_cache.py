@@ -19,6 +19,7 @@ from safetensors.torch import save
 from tiny_berts import bert, masking_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
+from kdkernels import fused_topk_kd_loss
 from kdkernels.commands import init_student as student
 from kdkernels.commands import main as cli
 from kdkernels.training import DistillationArguments, DistillationTrainer
@@ -69,15 +70,20 @@ def test_a_full_cache_gives_the_loss_of_the_teacher_exactly(
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-6)
 
 
+@pytest.mark.parametrize("tail", [None, "uniform", "bucket"])
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (4, 2.0), (12, 1.0), (16, 3.0)])
-def test_a_top_k_cache_is_within_its_bound(top_k: int, temperature: float, tmp_path: Path) -> None:
+def test_a_top_k_cache_is_within_its_bound(
+    top_k: int, temperature: float, tail: str | None, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"temperature": temperature, "alpha": 1.0, "max_steps": 1}
     online = tiny_models.trainer(tmp_path, **options)
     datasets = [online.train_dataset, online.eval_dataset]
     cache = write(
         tmp_path / "cache", online.teacher, datasets, top_k=top_k, temperature=temperature
     )
-    cached = tiny_models.trainer(tmp_path, teacher=None, teacher_cache=cache, **options)
+    cached = tiny_models.trainer(
+        tmp_path, teacher=None, teacher_cache=cache, cache_tail=tail, **options
+    )
     losses = [t.evaluate()["eval_kd_loss"] for t in (online, cached)]
     data = online.eval_dataset
     ids, labels = (
@@ -91,15 +97,120 @@ def test_a_top_k_cache_is_within_its_bound(top_k: int, temperature: float, tmp_p
     counted = torch.zeros_like(labels, dtype=torch.bool)
     counted[:, :-1] = labels[:, 1:] != -100
     top = log_p.topk(top_k)
-    tail = log_p.scatter(-1, top.indices, -math.inf).exp().sum(-1)
-    parts = (top.values, top.indices, tail)
-    bound = caching.forward_kl_bound(*(part[counted] for part in parts), log_q[counted])
-    near = caching.spread(*(part[counted] for part in parts), vocab=tiny_models.VOCAB)
-    true, seen = ((p.exp() * (p - log_q[counted])).sum(-1) for p in (log_p[counted], near))
+    others = log_p.scatter(-1, top.indices, -math.inf).exp().sum(-1)
+    parts = [part[counted] for part in (top.values, top.indices, others)]
+    bound = caching.forward_kl_bound(*parts, log_q[counted])
+    true = (log_p.exp() * (log_p - log_q)).sum(-1)[counted]
+    seen = fused_topk_kd_loss(
+        log_q[counted],
+        parts[1],
+        parts[0],
+        tail=tail or "uniform",
+        reduction="none",
+        backend="reference",
+    )
     assert ((true - seen).abs() <= bound + 1e-9).all()  # in every row
+    assert tail != "bucket" or (seen <= true + 1e-12).all()
     gap = abs(losses[0] - losses[1])
     assert gap <= temperature**2 * bound.mean().item() + 1e-5
     assert losses[1] == pytest.approx(temperature**2 * seen.mean().item(), rel=1e-4, abs=1e-5)
+
+
+def test_a_top_k_cache_hands_out_the_mass_of_the_others(tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(6)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(12)  # some rows are sure of a token
+    cache = write(tmp_path / "cache", teacher, [data], top_k=5)
+    batch = default_data_collator([data[i] for i in range(6)])
+    entries = cache.entries(batch, torch.device("cpu"))
+    assert entries.log_probs.dtype == torch.float64 and entries.ids.shape == (6, 12, 5)
+    with torch.no_grad():
+        log_p = teacher(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
+    want = log_p.scatter(-1, entries.ids, -math.inf).exp().sum(-1)
+    got = 1 - entries.log_probs.exp().sum(-1)
+    assert want.min() < 2**-44 and want.max() > 1e-3
+    torch.testing.assert_close(got, want.clamp(min=2**-44), rtol=1e-4, atol=1e-14)
+    top = log_p.gather(-1, entries.ids)
+    torch.testing.assert_close(entries.log_probs, top, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="holds entries, no logits"):
+        cache.logits(batch)
+    full = write(tmp_path / "full", teacher, [data])
+    with pytest.raises(ValueError, match="holds logits, no entries"):
+        full.entries(batch, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalize", "subset"])
+@pytest.mark.parametrize("fused_linear", ["true", "false"])
+@pytest.mark.parametrize(("ours", "theirs"), [(17, 17), (14, 17), (17, 14)])
+def test_every_tail_trains_as_the_oracle(
+    ours: int, theirs: int, fused_linear: str, tail: str, tmp_path: Path
+) -> None:
+    """Also where one model has more entries: of the teacher's then, the student's are left."""
+    teacher, data = tiny_models.llama(2, seed=2, vocab=theirs), tiny_models.dataset(8)
+    data.blocks.clamp_(max=min(ours, theirs) - 1)
+    cache = write(tmp_path / "cache", teacher, [data], top_k=5, temperature=2.0)
+    trained = tiny_models.trainer(
+        tmp_path,
+        teacher=None,
+        teacher_cache=cache,
+        student=tiny_models.llama(1, seed=1, vocab=ours),
+        fused_linear=fused_linear,
+        cache_tail=tail,
+        vocab_policy="truncate",
+    )
+    batch = default_data_collator([data[i] for i in range(4)])
+    loss = trained.compute_loss(trained.model, batch)
+    loss.backward()
+    weight = trained.model.lm_head.weight
+    got, weight.grad = weight.grad.clone(), None
+    common = min(ours, theirs)
+    with torch.no_grad():
+        z = teacher(input_ids=batch["input_ids"]).logits.double() / 2
+        top = z.log_softmax(-1).topk(5)
+    log_p = z.log_softmax(-1)
+    share = log_p.scatter(-1, top.indices, -math.inf).exp().sum(-1, keepdim=True) / (theirs - 5)
+    spread = share.expand_as(z).scatter(-1, top.indices, top.values.exp())[..., :common]
+    log_probs = (spread / spread.sum(-1, keepdim=True)).log()
+    inside = top.indices < common
+    ids = top.indices.masked_fill(~inside, -1)
+    logits = trained.model(input_ids=batch["input_ids"]).logits.double()[..., :common]
+    want = fused_topk_kd_loss(
+        logits,
+        ids,
+        log_probs.gather(-1, ids.clamp(min=0)),
+        batch["labels"],
+        tail=tail,
+        temperature=2.0,
+        alpha=0.7,
+        shift=True,
+        backend="reference",
+    )
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification", "token-classification"])
+def test_padded_batches_of_entries(kind: str, tmp_path: Path) -> None:
+    """Of all but one entry everything is known, that one's too."""
+    online = tiny_berts.trainer(kind, tmp_path)
+    items = [online.train_dataset[i] for i in range(8)]
+    logits = online.teacher(**default_data_collator(items)).logits
+    cache_teacher(
+        online.teacher,
+        masking_tokenizer(),
+        items,
+        default_data_collator,
+        tmp_path / "cache",
+        top_k=logits.shape[-1] - 1,
+        temperature=online.args.temperature,
+    )
+    cached = DistillationTrainer(
+        online.model, online.args, teacher_cache=TeacherCache(tmp_path / "cache")
+    )
+    metrics = [one.evaluate(online.train_dataset) for one in (online, cached)]
+    for name in ("eval_loss", "eval_kd_loss", "eval_agreement", "eval_ce_loss", "eval_accuracy"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification", "token-classification"])
@@ -149,6 +260,18 @@ def test_what_a_cache_refuses(tmp_path: Path) -> None:
         make(terms="hidden=1")
     with pytest.raises(ValueError, match="not both"):
         make(teacher=teacher)
+    with pytest.raises(ValueError, match=r"cache_tail: 'none' is for samples of a teacher"):
+        make(cache_tail="none")
+    with pytest.raises(ValueError, match="cache_tail: 'rest' is not one of bucket, uniform"):
+        make(cache_tail="rest")
+    full = write(tmp_path / "full", teacher, [data])
+    with pytest.raises(ValueError, match=r"cache_tail: 'bucket' .* holds all logits"):
+        make(cache_tail="bucket", teacher_cache=full)
+    for nobody in ({"teacher": teacher}, {"alpha": 0.0}):
+        with pytest.raises(
+            ValueError, match=r"cache_tail: 'bucket' .* needs a teacher_cache of fe"
+        ):
+            make(cache_tail="bucket", **{"teacher_cache": None} | nobody)
     with pytest.raises(ValueError, match="vocabulary of 17, the student's has 20"):
         make(student=tiny_models.llama(1, seed=1, vocab=20))
     trained = make()
