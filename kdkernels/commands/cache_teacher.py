@@ -30,8 +30,9 @@ def write_cache(
     """Run the teacher over the texts and write what it says; ValueError on bad input."""
     if run_args.teacher_cache is None:
         raise ValueError("teacher_cache: name the folder that is to be written")
-    if args.temperature_schedule is not None and run_args.cache_top_k is not None:
-        raise ValueError("cache_top_k: a top-k cache has one temperature, not a schedule")
+    for name in ("cache_top_k", "cache_samples"):
+        if args.temperature_schedule is not None and getattr(run_args, name) is not None:
+            raise ValueError(f"{name}: such a cache has one temperature, not a schedule")
     check_can_be_written(Path(run_args.teacher_cache), TASKS[model_args.task])
     inputs = prepare_inputs(model_args, data_args, args, labels_needed=False)
     model = inputs.teacher.model(args.teacher_dtype, inputs.task)
@@ -45,7 +46,9 @@ def write_cache(
         collator_for(inputs.corpus, inputs.tokenizer),
         run_args.teacher_cache,
         top_k=run_args.cache_top_k,
+        samples=run_args.cache_samples,
         temperature=args.temperature,
+        seed=args.seed,
         batch_size=args.per_device_eval_batch_size,
         fingerprint=fingerprint_of(model_args.teacher),
         name=model_args.teacher,

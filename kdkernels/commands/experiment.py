@@ -41,7 +41,7 @@ from ..training.tasks import (
     check_config,
     label_names,
 )
-from ..training.teacher_cache import TeacherCache, fingerprint_of
+from ..training.teacher_cache import TeacherCache, check_kept, fingerprint_of
 from ..training.teachers import CachedTeacher, ModelTeacher, Student, Teacher, check_labels
 from .data import (
     Corpus,
@@ -193,6 +193,13 @@ class RunArguments:
             "run's temperature and the mass of the others; default: all logits."
         },
     )
+    cache_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "What cache-teacher keeps instead: this many tokens of a prediction, drawn "
+            "from the teacher's distribution at the run's temperature, by seed."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of an earlier run in output_dir."}
     )
@@ -200,8 +207,7 @@ class RunArguments:
     config_file: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.cache_top_k is not None and self.cache_top_k < 1:
-            raise ValueError(f"cache_top_k: {self.cache_top_k} is not at least 1")
+        check_kept(self.cache_top_k, self.cache_samples)
 
 
 @dataclass

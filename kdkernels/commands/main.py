@@ -43,6 +43,7 @@ _EPILOG = """examples:
   kdkernels sweep config.yaml --sweep_temperatures 1 2 4 --sweep_steps 40 --output_dir out
   kdkernels init-student --teacher FOLDER --layers uniform:3 --output_dir student
   kdkernels cache-teacher config.yaml --teacher_cache cache --cache_top_k 64
+  kdkernels cache-teacher config.yaml --teacher_cache cache --cache_samples 50
   kdkernels distill --teacher FOLDER --student_layers 0-5 --train_text notes.txt --output_dir out
 """
 
@@ -263,7 +264,7 @@ def cache(arguments: list[str]) -> int:
         info = write_cache(*parse(arguments, "cache-teacher"))
     except Exception as error:
         return _refuse("cache-teacher", error)
-    kept = "all logits" if info.top_k is None else f"the top {info.top_k} at T = {info.temperature}"
+    kept = info.kept if info.is_full else f"{info.kept} at T = {info.temperature}"
     print(f"{info.examples} examples, {info.rows} rows, {kept} of {info.vocab}")
     return 0
 

@@ -118,14 +118,15 @@ def check(experiment: Experiment, sweep: SweepArguments) -> None:
     for name in ("temperature_schedule", "alpha_schedule", "divergence_parameters"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: cannot be given together with a sweep")
+    keys = set()
     for name in sweep.sweep_divergences:
         try:
-            divergences.resolve(name, args.beta)
+            keys.add(divergences.resolve(name, args.beta).key)
         except ValueError as error:
             raise ValueError(f"sweep_divergences: {name!r}: {error}") from error
     student = Student.of(experiment.student, experiment.task, args)
     temperatures = {s["temperature"] for s in sweep.settings(args.seed)}
-    experiment.teacher.check(student._replace(temperatures=temperatures))
+    experiment.teacher.check(student._replace(temperatures=temperatures, divergences=keys))
 
 
 def check_folder(

@@ -113,7 +113,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
         metadata={
             "help": "What a teacher's cache with few entries of a row says of all others: "
             + ", ".join(TAILS)
-            + " (see fused_topk_kd_loss); default: uniform."
+            + " (see fused_topk_kd_loss); default: uniform, of samples none."
         },
     )
     # The base class replaces a NaN loss in the log by the running mean, at the price of one host

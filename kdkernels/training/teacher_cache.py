@@ -34,6 +34,12 @@ cache has is fixed.
   ``"subset"``
     The k entries alone, both models' renormalised over them. Says nothing of the tail: no bound,
     and no gradient there.
+* **Samples** (Anshumann et al. 2025, arXiv:2503.16870): for one temperature, N ids drawn from
+  softmax(z / T) with replacement; each weighs its count / N, and these add up to 1. Under the tail
+  ``"none"``, which is the default here, the gradient's expectation over the draws is the teacher's
+  own, whatever the student is, which no top k has. The KL's value is above the teacher's own, in
+  expectation, by the entropy that the drawn weights lack. An example's draws depend on the seed and
+  its tokens, not on the batch that it is in.
 """
 
 from __future__ import annotations
@@ -41,10 +47,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,6 +71,12 @@ FORMAT = 1
 
 #: A shard is written once it holds this many bytes.
 _SHARD_BYTES = 256 * 2**20
+
+#: Rows are drawn from this many bytes of their probabilities at a time.
+_DRAW_BYTES = 64 * 2**20
+
+#: What fills slots that a row has no entry for; elsewhere 0.
+_EMPTY = {"ids": -1}
 
 #: The least mass of the others that is handed out: 1 minus a sum of 256 float64 numbers below 1
 #: errs by 2.8e-14 at most.
@@ -87,6 +99,18 @@ class CacheInfo:
     examples: int
     rows: int
     labels: list[str] | None = None  #: a classifier's, in the order of its logits, if named
+    samples: int | None = None  #: of each row; None: the top k, or full logits
+
+    @property
+    def is_full(self) -> bool:
+        return self.top_k is None and self.samples is None
+
+    @property
+    def kept(self) -> str:
+        """What there is of a row, in words."""
+        if self.samples is not None:
+            return f"{self.samples} samples"
+        return "all logits" if self.top_k is None else f"the top {self.top_k}"
 
     def check_types(self) -> None:
         """TypeError unless every field has the type that it is declared with."""
@@ -153,11 +177,34 @@ def _examples(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
+class _Kept(NamedTuple):
+    """What is kept of a row of logits."""
+
+    top_k: int | None
+    samples: int | None
+    temperature: float
+    seed: int  #: of the samples
+
+    def of(self, logits: Tensor, key: str) -> dict[str, Tensor]:
+        """What is kept of an example's logits [R, V]."""
+        if self.samples is not None:
+            digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            return drawn(logits, self.samples, self.temperature, generator)
+        if self.top_k is None:
+            return {"logits": logits.cpu().contiguous()}
+        log_p = torch.log_softmax(logits.float() / self.temperature, -1)
+        kept, ids = log_p.topk(self.top_k, dim=-1)
+        # Summed over the tail itself: 1 - sum(top) would be rounding noise where the tail is small.
+        tail = log_p.scatter(-1, ids, -math.inf).exp().sum(-1)
+        return {"log_probs": kept.cpu(), "ids": ids.int().cpu(), "tail": tail.cpu()}
+
+
 class _Writer:
     """Collects rows and writes a shard whenever there are enough."""
 
-    def __init__(self, folder: Path, top_k: int | None, temperature: float) -> None:
-        self.folder, self.top_k, self.temperature = folder, top_k, temperature
+    def __init__(self, folder: Path, kept: _Kept) -> None:
+        self.folder, self.kept = folder, kept
         self.keys: set[str] = set()
         self.rows = self.shards = self.bytes = 0
         self._names: list[str] = []
@@ -169,7 +216,7 @@ class _Writer:
             if key not in self.keys:
                 of_tokens = task.labels == "token"
                 rows = logits[at][tokens.to(logits.device)] if of_tokens else logits[at : at + 1]
-                self._add(key, _rows(rows, self.top_k, self.temperature))
+                self._add(key, self.kept.of(rows, key))
 
     def _add(self, key: str, tensors: dict[str, Tensor]) -> None:
         self.keys.add(key)
@@ -184,22 +231,72 @@ class _Writer:
         if not self._parts:
             return
         lengths = [len(next(iter(part.values()))) for part in self._parts]
-        shard = {name: torch.cat([p[name] for p in self._parts]) for name in self._parts[0]}
+        shard = {
+            name: torch.cat(_of_one_width([p[name] for p in self._parts], _EMPTY.get(name, 0)))
+            for name in self._parts[0]
+        }
         metadata = {"keys": json.dumps(self._names), "lengths": json.dumps(lengths)}
         file = self.folder / f"rows-{self.shards:05}.safetensors"
         save_file(shard, file, metadata=metadata)
         self.shards, self.bytes, self._names, self._parts = self.shards + 1, 0, [], []
 
 
-def _rows(logits: Tensor, top_k: int | None, temperature: float) -> dict[str, Tensor]:
-    """What is kept of logits [R, V]."""
-    if top_k is None:
-        return {"logits": logits.cpu().contiguous()}
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
-    kept, ids = log_p.topk(top_k, dim=-1)
-    # Summed over the tail itself: 1 - sum(top) would be rounding noise where the tail is small.
-    tail = log_p.scatter(-1, ids, -math.inf).exp().sum(-1)
-    return {"log_probs": kept.cpu(), "ids": ids.int().cpu(), "tail": tail.cpu()}
+def _of_one_width(rows: list[Tensor], fill: float) -> list[Tensor]:
+    """Tensors [R, K] filled up to the largest K; those [R] as they are."""
+    if rows[0].ndim == 1:
+        return rows
+    widest = max(one.shape[-1] for one in rows)
+    pad = torch.nn.functional.pad
+    return [pad(one, (0, widest - one.shape[-1]), value=fill) for one in rows]
+
+
+def drawn(
+    logits: Tensor, samples: int, temperature: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Ids drawn from softmax(logits / temperature) with replacement, and how often each came.
+
+    ``ids`` and ``counts``, int32 [R, K] on the CPU: K is the most that one row has of different
+    ones; empty slots have id -1 and count 0. ValueError for rows that are no distribution.
+    """
+    if entry_dtype(logits.device) != torch.float64:
+        logits = logits.cpu()
+    uniform = torch.rand(len(logits), samples, dtype=torch.float64, generator=generator)
+    step = max(1, _DRAW_BYTES // (8 * logits.shape[-1]))
+    found = []
+    for rows, points in zip(logits.split(step), uniform.split(step), strict=True):
+        up_to = torch.softmax(rows.double() / temperature, -1).cumsum(-1)
+        if not bool(up_to[:, -1].isfinite().all()):
+            raise ValueError("cache_samples: the teacher's logits hold NaN or infinity")
+        # Of the first entry whose sum exceeds the point, which no entry of probability 0 is.
+        points = points.to(rows.device) * up_to[:, -1:]
+        found.append(torch.searchsorted(up_to, points, right=True).cpu())
+    return _counted(torch.cat(found))
+
+
+def _counted(ids: Tensor) -> dict[str, Tensor]:
+    """Each row's different ids [R, N], and their numbers, as :func:`drawn` has them."""
+    ordered = ids.sort(-1).values
+    starts = torch.ones_like(ordered)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slot = starts.cumsum(-1) - 1
+    width = int(slot.max()) + 1 if slot.numel() else 1
+    shape = (len(ids), width)
+    counts = torch.zeros(shape, dtype=torch.int64).scatter_add_(-1, slot, torch.ones_like(slot))
+    unique = torch.full(shape, _EMPTY["ids"]).scatter_(-1, slot, ordered)
+    return {"ids": unique.int(), "counts": counts.int()}
+
+
+def check_kept(top_k: int | None, samples: int | None, vocab: int | None = None) -> None:
+    """ValueError unless it is one of them at most, and positive; fewer than all of ``vocab``."""
+    for name, number in (("cache_top_k", top_k), ("cache_samples", samples)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: {number} is not at least 1")
+    if top_k is not None and samples is not None:
+        raise ValueError(
+            f"cache_samples: {samples} next to cache_top_k: {top_k}; a cache holds one of them"
+        )
+    if top_k is not None and vocab is not None and top_k >= vocab:
+        raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
 
 
 def check_can_be_written(folder: Path, task: Task) -> None:
@@ -218,7 +315,9 @@ def cache_teacher(
     folder: str | Path,
     *,
     top_k: int | None = None,
+    samples: int | None = None,
     temperature: float = 1.0,
+    seed: int = 0,
     batch_size: int = 8,
     fingerprint: str | None = None,
     name: str = "teacher",
@@ -232,24 +331,23 @@ def cache_teacher(
         collator: makes a batch of a list of items.
         folder: is made; must not exist, or be empty.
         top_k: how many log-probabilities of a row are kept; None: its logits.
-        temperature: of a top-k cache; only this one can be read from it.
+        samples, seed: how many ids are drawn of a row instead, and the seed of all draws.
+        temperature: of a top-k cache or of samples; only this one can be read from it.
         fingerprint: of the teacher; default: :func:`model_fingerprint`.
 
     Raises:
-        ValueError: the folder is not empty, ``top_k`` is not in 1..V - 1, or the teacher has no
-            logits.
+        ValueError: the folder is not empty, ``top_k`` is not in 1..V - 1, both are given, or the
+            teacher has no logits, or (of samples) logits that are no distribution.
     """
     output, task = Path(folder), task_of(teacher)
     check_can_be_written(output, task)
     base, signature = base_of(teacher), Signature(teacher)
-    vocab = output_width(base, task)
-    if top_k is not None and not 1 <= top_k < vocab:
-        raise ValueError(f"cache_top_k: {top_k} is not in 1..{vocab - 1}")
+    check_kept(top_k, samples, vocab := output_width(base, task))
     with written_whole(output) as scratch:
-        writer = _Writer(scratch, top_k, temperature)
+        writer = _Writer(scratch, _Kept(top_k, samples, temperature, seed))
         for batch in batches(items, batch_size):
             inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
-            moved = {name: tensor.to(base.device) for name, tensor in signature.own(inputs).items()}
+            moved = {n: t.to(base.device) for n, t in signature.own(inputs).items()}
             writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
         writer.flush()
         info = CacheInfo(
@@ -265,6 +363,7 @@ def cache_teacher(
             examples=len(writer.keys),
             rows=writer.rows,
             labels=label_names(base.config) if task in (SEQUENCE, TOKEN) else None,
+            samples=samples,
         )
         write_json(scratch / META_FILE, asdict(info))
     return info
@@ -339,10 +438,7 @@ class TeacherCache:
                 raise ValueError(f"lengths: {lengths}")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is damaged, or no part of a cache ({error})") from error
-        vocab, top_k = self.info.vocab, self.info.top_k
-        wanted: dict[str, list[int]] = {"logits": [rows, vocab]}
-        if top_k is not None:
-            wanted = {"log_probs": [rows, top_k], "ids": [rows, top_k], "tail": [rows]}
+        wanted = self._shapes(rows, shapes.get("ids", [0])[-1])
         if shapes != wanted:
             raise ValueError(f"{where} holds {shapes}, {META_FILE} and its header say {wanted}")
         first = 0
@@ -351,18 +447,34 @@ class TeacherCache:
             first += length
         self._shards.append(shard)
 
+    def _shapes(self, rows: int, width: int) -> dict[str, list[int]]:
+        """The shapes of a shard's tensors; ``width``: that of its ids."""
+        info = self.info
+        if info.samples is not None:
+            width = min(max(width, 1), info.samples)
+            return {"counts": [rows, width], "ids": [rows, width]}
+        if info.top_k is not None:
+            return {"log_probs": [rows, info.top_k], "ids": [rows, info.top_k], "tail": [rows]}
+        return {"logits": [rows, info.vocab]}
+
     def tail(self, given: str | None) -> str:
-        """What a run makes of the entries that are not kept: as it says, or else evenly spread."""
-        return "uniform" if given is None else given
+        """What a run makes of the entries that are not kept: as it says, or else what fits."""
+        if given is not None:
+            return given
+        return "uniform" if self.info.samples is None else "none"
 
     def check(
         self,
         task: Task,
         beside_response: list[str],
         temperatures: set[float],
+        divergences: Set[str] = frozenset(),
         tail: str | None = None,
     ) -> None:
-        """ValueError if a run with these terms, temperatures and ``cache_tail`` cannot use it."""
+        """ValueError if a run with these terms, temperatures and so on cannot use it.
+
+        ``divergences``: their keys. ``tail``: the run's ``cache_tail``.
+        """
         info = self.info
         if beside_response:
             raise ValueError(
@@ -370,15 +482,25 @@ class TeacherCache:
             )
         if info.task != task.name:
             raise ValueError(f"teacher_cache: made for {info.task}, the student is {task.name}")
-        if info.top_k is not None and temperatures != {info.temperature}:
+        if not info.is_full and temperatures != {info.temperature}:
             raise ValueError(
-                f"teacher_cache: the top {info.top_k} at temperature {info.temperature} cannot be "
+                f"teacher_cache: {info.kept} at temperature {info.temperature} cannot be "
                 f"used at {', '.join(map(str, sorted(temperatures)))}"
             )
-        if info.top_k is None and tail is not None:
+        if info.is_full and tail is not None:
             raise ValueError(f"cache_tail: {tail!r} has no effect; the cache holds all logits")
-        if tail == "none":
+        if self.tail(tail) == "none":
+            self._check_none(divergences)
+
+    def _check_none(self, divergences: Set[str]) -> None:
+        """ValueError unless a sum over entries as they are is what a run may have of them."""
+        if self.info.samples is None:
             raise ValueError("cache_tail: 'none' is for samples of a teacher, not for its top k")
+        if others := sorted(divergences - {"forward_kl"}):
+            raise ValueError(
+                f"divergence: {others[0]!r} compares distributions, and samples are none; only "
+                "'forward_kl' is possible, or cache_tail 'renormalize'"
+            )
 
     def require(self, items: Iterable[dict[str, Any]]) -> None:
         """ValueError unless the cache holds every one of these examples."""
@@ -397,7 +519,7 @@ class TeacherCache:
 
         ValueError if an example is not in the cache, or the cache has no logits.
         """
-        if self.info.top_k is not None:
+        if not self.info.is_full:
             raise ValueError(f"teacher_cache: {str(self.folder)!r} holds entries, no logits")
         examples = _examples(inputs)
         found = [rows["logits"] for rows in self._found(examples)]
@@ -408,9 +530,9 @@ class TeacherCache:
     ) -> TopK:
         """Ids and log-probabilities [B, S, K] or [B, K] of a batch; no id where there is padding.
 
-        1 minus the sum of a row's probabilities is the mass of all others as it was written, to
-        3e-14, and at least 2^-44, so that it is not rounding noise. Log-probabilities are float64
-        (float32 where ``device`` has no such), moved by what float32 had rounded off.
+        Of a top k, 1 minus the sum of a row's probabilities is the mass of all others as it was
+        written, to 3e-14, and at least 2^-44, so that it is not rounding noise. Log-probabilities
+        are float64 (float32 where ``device`` has no such), moved by what float32 had rounded off.
 
         Args:
             vocab: what is left of the vocabulary, whose first ids these are; None: all. The rest of
@@ -419,13 +541,13 @@ class TeacherCache:
         Raises:
             ValueError: an example is not in the cache, or the cache is full.
         """
-        if self.info.top_k is None:
+        if self.info.is_full:
             raise ValueError(f"teacher_cache: {str(self.folder)!r} holds logits, no entries")
         examples = _examples(inputs)
         parts = [self._entries(rows, vocab) for rows in self._found(examples)]
         ids, log_probs = (
-            self._batch(inputs, examples, [part[i] for part in parts], fill)
-            for i, fill in enumerate((-1, 0.0))
+            self._batch(inputs, examples, _of_one_width([part[i] for part in parts], fill), fill)
+            for i, fill in enumerate((-1, -math.inf))
         )
         return TopK(ids.to(device), log_probs.to(entry_dtype(device)).to(device))
 
@@ -462,19 +584,30 @@ class TeacherCache:
     def _entries(self, rows: dict[str, Tensor], vocab: int | None) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [R, K] of one example."""
         ids, full = rows["ids"].long(), self.info.vocab
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < full:
+        least = 0 if self.info.samples is None else _EMPTY["ids"]
+        if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < full:
             raise ValueError(
                 f"teacher_cache: {str(self.folder)!r} is damaged: its ids are not all in "
-                f"0..{full - 1}"
+                f"{least}..{full - 1}"
             )
+        inside = ids < (full if vocab is None else vocab)
+        if self.info.samples is not None:
+            counts = rows["counts"].double().masked_fill(~inside, 0.0)
+            log_probs = (counts / counts.sum(-1, keepdim=True).clamp(min=1)).log()
+        else:
+            log_probs = self._top(rows, inside, full if vocab is None else vocab)
+        return ids.masked_fill(~inside, -1), log_probs
+
+    def _top(self, rows: dict[str, Tensor], inside: Tensor, vocab: int) -> Tensor:
+        """Log-probabilities [R, k] of a top k, -inf where they are not ``inside`` [R, k]."""
         log_probs, rest = rows["log_probs"].double(), rows["tail"].double()
-        if vocab is not None and vocab < full:
-            inside = ids < vocab
-            ids, log_probs = ids.masked_fill(~inside, -1), log_probs.masked_fill(~inside, -math.inf)
-            rest = rest * (vocab - inside.sum(-1)) / (full - ids.shape[-1])
+        if vocab < self.info.vocab:
+            log_probs = log_probs.masked_fill(~inside, -math.inf)
+            others = self.info.vocab - inside.shape[-1]
+            rest = rest * (vocab - inside.sum(-1)) / others
             total = log_probs.exp().sum(-1) + rest
             rest = torch.where(total > 0, rest / total, 1.0)
-        return ids, _with_rest(log_probs, rest)
+        return _with_rest(log_probs, rest)
 
 
 def _with_rest(log_probs: Tensor, rest: Tensor) -> Tensor:

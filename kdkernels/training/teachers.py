@@ -53,6 +53,7 @@ class Student(NamedTuple):
     weights: dict[str, Schedule]  #: of all terms
     router_weight: float | None  #: of the loss that its experts' loads add to the terms
     temperatures: set[float]  #: the ends of those that it is taught at
+    divergences: set[str]  #: the keys of those that it is taught by
     tokenizer: Any  #: whatever prepares its data; compared if it is a tokenizer
 
     @classmethod
@@ -63,10 +64,17 @@ class Student(NamedTuple):
         own = frozenset(map(id, model.parameters()))
         ends = args.temperature_over_time()
         weights = args.resolved_terms(task.labels is not None)
-        temperatures = {ends.lowest, ends.highest}
-        router = router_weight(model)
         student = cls(
-            base_of(model), model, own, task, args, weights, router, temperatures, tokenizer
+            base_of(model),
+            model,
+            own,
+            task,
+            args,
+            weights,
+            router_weight=router_weight(model),
+            temperatures={ends.lowest, ends.highest},
+            divergences={args.resolved_divergence().key},
+            tokenizer=tokenizer,
         )
         student._check_checkpointing()
         return student
@@ -261,7 +269,11 @@ class CachedTeacher(Teacher):
 
     def _check_cache(self, student: Student) -> None:
         self.cache.check(
-            student.task, student.beside_response, student.temperatures, student.args.cache_tail
+            student.task,
+            student.beside_response,
+            student.temperatures,
+            student.divergences,
+            student.args.cache_tail,
         )
 
     def check(self, student: Student) -> None:
@@ -283,7 +295,7 @@ class CachedTeacher(Teacher):
         self._common = _common_prefix(student, self.cache.info.vocab)
 
     def features(self, inputs: dict[str, Any], device: torch.device, head: Head | None) -> Features:
-        if self.cache.info.top_k is None:
+        if self.cache.info.is_full:
             return Features(None, logits=self.cache.logits(inputs).to(device))
         entries = self.cache.entries(inputs, device, self._common)
         return Features(None, entries=entries._replace(tail=self._tail))

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from tiny_berts import bert, masking_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
-from kdkernels import fused_topk_kd_loss
+from kdkernels import fused_kd_loss, fused_topk_kd_loss
 from kdkernels.commands import init_student as student
 from kdkernels.commands import main as cli
 from kdkernels.training import DistillationArguments, DistillationTrainer
@@ -188,6 +188,134 @@ def test_every_tail_trains_as_the_oracle(
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_gradient_of_samples_is_the_teachers(temperature: float) -> None:
+    """To 5 of its standard errors, in each of 40 entries; that of the top 6 is far off."""
+    draws, samples = 4000, 6
+    student, teacher = (torch.randn(1, 40, dtype=torch.float64) * 2 for _ in range(2))
+    teacher[0, 7] = -math.inf
+
+    def gradient(loss: Any) -> Any:
+        leaf = student.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    generator = torch.Generator().manual_seed(3)
+    kept = caching.drawn(teacher.expand(draws, -1), samples, temperature, generator)
+    ids, log_probs = kept["ids"], (kept["counts"].double() / samples).log()
+    assert (kept["counts"].sum(-1) == samples).all() and not (ids == 7).any()
+    options: dict[str, Any] = {"temperature": temperature, "temperature_squared": False}
+    got = gradient(
+        lambda z: fused_topk_kd_loss(z.expand(draws, -1), ids, log_probs, tail="none", **options)
+    )
+    want = gradient(lambda z: fused_kd_loss(z, teacher, **options))
+    p = (teacher / temperature).softmax(-1)
+    error = (p * (1 - p) / (samples * draws)).sqrt() / temperature
+    assert ((got - want).abs() <= 5 * error + 1e-12).all()
+    top = (teacher / temperature).log_softmax(-1).topk(samples)
+    off = gradient(
+        lambda z: fused_topk_kd_loss(z, top.indices, top.values, tail="renormalize", **options)
+    )
+    assert ((off - want).abs() > 20 * error).any()
+
+
+def test_samples_are_the_same_whatever_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And padding, the order of examples, what else is in the cache, and the pieces of a row."""
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(12)
+    options: dict[str, Any] = {"samples": 9, "temperature": 2.0, "seed": 4}
+    whole = write(tmp_path / "whole", teacher, [data], batch_size=12, **options)
+    monkeypatch.setattr(caching, "_SHARD_BYTES", 500)
+    monkeypatch.setattr(caching, "_DRAW_BYTES", 3 * 8 * tiny_models.VOCAB)
+    some = [data[i] for i in (8, 2, 5)]
+    pieces = write(tmp_path / "pieces", teacher, [some], batch_size=1, **options)
+    assert len(list((tmp_path / "pieces").iterdir())) > 2
+    batch, here = default_data_collator(some), torch.device("cpu")
+    entries = [cache.entries(batch, here) for cache in (whole, pieces)]
+    for got, want in zip(entries[0][:2], entries[1][:2], strict=True):
+        assert torch.equal(got, want)
+    ids, log_probs = entries[0][:2]
+    assert ids.shape[-1] == int((ids >= 0).sum(-1).max()) <= 9
+    assert (log_probs.exp().sum(-1) - 1).abs().max() < 1e-15
+    assert all(len(set(row[row >= 0].tolist())) == int((row >= 0).sum()) for row in ids.view(-1, 9))
+    other = write(tmp_path / "other", teacher, [some], **options | {"seed": 5})
+    assert not torch.equal(other.entries(batch, here).ids, ids)
+    with torch.no_grad():
+        teacher.lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="cache_samples: the teacher's logits hold NaN"):
+        write(tmp_path / "nan", teacher, [some], **options)
+    assert not (tmp_path / "nan").exists()
+
+
+@pytest.mark.parametrize("fused_linear", ["true", "false"])
+@pytest.mark.parametrize(("ours", "tail"), [(17, None), (17, "renormalize"), (14, None)])
+def test_a_run_from_samples(ours: int, tail: str | None, fused_linear: str, tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(8)
+    data.blocks.clamp_(max=ours - 1)
+    cache = write(tmp_path / "cache", teacher, [data], samples=7, temperature=2.0)
+    trained = tiny_models.trainer(
+        tmp_path,
+        teacher=None,
+        teacher_cache=cache,
+        student=tiny_models.llama(1, seed=1, vocab=ours),
+        fused_linear=fused_linear,
+        cache_tail=tail,
+        vocab_policy="truncate",
+    )
+    batch = default_data_collator([data[i] for i in range(4)])
+    entries = cache.entries(batch, torch.device("cpu"))
+    ids = entries.ids.masked_fill(entries.ids >= ours, -1)
+    p = entries.log_probs.exp().masked_fill(ids < 0, 0.0)
+    want = fused_topk_kd_loss(
+        trained.model(input_ids=batch["input_ids"]).logits,
+        ids,
+        (p / p.sum(-1, keepdim=True).clamp(min=1e-9)).log(),
+        batch["labels"],
+        tail=tail or "none",
+        temperature=2.0,
+        alpha=0.7,
+        shift=True,
+        backend="reference",
+    )
+    got = trained.compute_loss(trained.model, batch)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    trained.train_dataset = data
+    trained.train()
+    assert math.isfinite(trained.evaluate(data)["eval_kd_loss"])
+
+
+def test_what_samples_refuse(tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(12)
+    cache = write(tmp_path / "cache", teacher, [data], samples=5, temperature=2.0)
+    make = lambda **o: tiny_models.trainer(  # noqa: E731
+        tmp_path, **{"teacher": None, "teacher_cache": cache} | o
+    )
+    with pytest.raises(ValueError, match=r"5 samples at temperature 2\.0 cannot be used at 1\.0"):
+        make(temperature=1.0)
+    with pytest.raises(ValueError, match="divergence: 'jsd' compares distributions"):
+        make(divergence="jsd")
+    make(divergence="jsd", cache_tail="renormalize")
+    make(divergence="jsd", beta=0.0)  # the forward KL
+    for both, message in [
+        ({"samples": 0}, "cache_samples: 0 is not at least 1"),
+        ({"samples": 2, "top_k": 3}, "cache_samples: 2 next to cache_top_k: 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "other", teacher, [data], **both)
+    shard = tmp_path / "cache" / "rows-00000.safetensors"
+    with safe_open(shard, "pt") as opened:
+        header, tensors = opened.metadata(), {n: opened.get_tensor(n) for n in ("ids", "counts")}
+    damaged = tensors | {"ids": tensors["ids"] - 1}
+    shard.write_bytes(save(damaged, header))
+    with pytest.raises(ValueError, match=r"is damaged: its ids are not all in -1\.\.16"):
+        TeacherCache(tmp_path / "cache").entries(
+            default_data_collator([data[0]]), torch.device("cpu")
+        )
+    shard.write_bytes(save(tensors | {"counts": tensors["counts"][:, :1].clone()}, header))
+    with pytest.raises(ValueError, match=r"holds {'counts'"):
+        TeacherCache(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification", "token-classification"])
@@ -390,6 +518,26 @@ def test_a_run_without_the_teacher(
         ({"teacher_cache": tmp_path / "none"}, "holds no finished cache"),
     ]:
         refused(options(llama_assets, tmp_path / "new", **changes | wrong), message, capfd)
+
+
+def test_a_run_from_samples_by_the_command_line(
+    llama_assets: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = ["init-student", f"--teacher={llama_assets / 'teacher'}", "--layers=0,3"]
+    assert cli.main([*made, f"--output_dir={tmp_path / 'student'}"]) == 0
+    changes: dict[str, Any] = {"student": tmp_path / "student", "student_layers": None}
+    changes |= {"teacher_cache": tmp_path / "cache"}
+    command = options(llama_assets, tmp_path / "out", **changes)
+    both = ["cache-teacher", *command[1:], "--cache_samples=20", "--cache_top_k=3"]
+    refused(both, "cache_samples: 20 next to cache_top_k: 3", capfd)
+    assert cli.main(["cache-teacher", *command[1:], "--cache_samples=20"]) == 0
+    assert "20 samples at T = " in capfd.readouterr().out
+    assert cli.main(command) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert all(math.isfinite(row["divergence"]) for row in rows[1:])
+    sweep = ["sweep", *options(llama_assets, tmp_path / "sweep", **changes)[1:]]
+    sweep += ["--sweep_temperatures=1", "--sweep_divergences", "forward_kl", "jsd"]
+    refused(sweep, "divergence: 'jsd' compares distributions", capfd)
 
 
 def test_students_of_layers(
