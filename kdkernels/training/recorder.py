@@ -42,9 +42,7 @@ class Features(NamedTuple):
     attentions: tuple[Tensor, ...] = ()  #: [B, heads, S, S] each, probabilities
     relations: tuple[Tensor, ...] = ()  #: queries, keys, values [B, S, W'] before any rotation
     entered: Hidden | None = None  #: what went into the output layer where it was left out
-    entries: TopK | None = (
-        None  #: a few log-probabilities of a row, where that is all that is known
-    )
+    entries: TopK | None = None  #: of a row, where a few log-probabilities are all that is known
 
     @property
     def response(self) -> Tensor | Hidden | TopK | None:

@@ -859,9 +859,11 @@ class Targets(NamedTuple):
 
 def _narrowed(student: Tensor | Hidden, vocab: int) -> Tensor | Hidden:
     """The student's first ``vocab`` entries, all that a smaller teacher can say something of."""
+    width = student.weight.shape[0] if isinstance(student, Hidden) else student.shape[-1]
+    if width <= vocab:
+        return student
     if not isinstance(student, Hidden):
-        # Not a slice of everything, whose gradient would be copied.
-        return student if student.shape[-1] <= vocab else student[..., :vocab]
+        return student[..., :vocab]
     bias = None if student.bias is None else student.bias[:vocab]
     return student._replace(weight=student.weight[:vocab], bias=bias)
 

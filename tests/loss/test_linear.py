@@ -1253,6 +1253,23 @@ def test_entries_of_rows_that_do_not_count_are_not_read(
     assert not got[1][rows].any()
 
 
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_products_beside_entries(
+    wide_products: list[str], dtype: torch.dtype, mode: str, tiles: int
+) -> None:
+    """Where a tile's gradient is rounded there is no teacher's tile whose memory it could take."""
+    given = sparse_inputs(dtype=dtype)
+    row_bytes = ROW_BYTES // 2 + 2 * VOCAB + 2 * H_STUDENT
+    budget = -(-ROWS // tiles) * row_bytes
+    got = run(given, gradient=mode, temperature=2.0, backend="torch", max_chunk_bytes=budget)
+    want = expected_sparse(given, temperature=2.0)
+    assert set(wide_products) == {str(dtype)}
+    assert_close(got[:1], want[:1], 2e-6)
+    assert_close(got[1:], want[1:], torch.finfo(dtype).eps / 2)
+
+
 @pytest.mark.parametrize("lead", [(0,), (2, 0), ()], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_entries_of_no_rows_and_of_a_single_one(lead: tuple[int, ...], reduction: str) -> None:
