@@ -423,21 +423,12 @@ def _picked(tensor: Tensor | None, rows: Tensor | slice) -> Tensor | None:
 def _check(problem: LinearProblem, extras: bool) -> None:
     """IndexError or ValueError for bad labels or entries, by their row in the call."""
     check_labels(problem)
-    log_probs, options = problem.teacher_logits, problem.options
-    if problem.teacher_ids is None or log_probs is None or (options.alpha == 0 and not extras):
+    log_probs, ids = problem.teacher_logits, problem.teacher_ids
+    if ids is None or log_probs is None:
         return
     student = log_probs.new_empty((1,)).expand(*problem.leading_shape, problem.vocab)
-    entries.check(
-        Problem(
-            student,
-            log_probs,
-            problem.labels,
-            problem.token_weights,
-            None,
-            options,
-            problem.teacher_ids,
-        )
-    )
+    labels, weights = problem.labels, problem.token_weights
+    entries.check(Problem(student, log_probs, labels, weights, None, problem.options, ids), extras)
 
 
 def run_forward(
