@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels
-from kdkernels import divergences, fused_kd_loss, fused_linear_kd_loss
+from kdkernels import divergences, fused_kd_loss, fused_linear_kd_loss, fused_topk_kd_loss
 from kdkernels.backends import BACKENDS
 from kdkernels.backends.base import empty_gradient
 from kdkernels.dispatch import choose_backend
@@ -55,7 +55,7 @@ def _same(workload: Workload) -> Workload:
 class Provider:
     """A contender.
 
-    family: ``linear`` (from hidden states), ``chunk`` (the same with tiles of another size),
+    family: ``linear`` (from hidden states), ``topk`` (a sparse teacher, and its dense yardstick), ``chunk`` (the same with tiles of another size),
         ``fused``, ``kernel`` (the backend called directly with a reused gradient buffer),
         ``eager``, ``upcast`` (eager in float32 on half-precision logits), ``compile``, ``chunked``,
         ``peer``, ``variant`` (a kernel that the environment forces) or ``graph`` (a CUDA graph of
@@ -398,6 +398,46 @@ def _eager(compiled: bool = False, **form: bool) -> Callable[..., Step]:
     return prepare
 
 
+def _prepare_topk(workload: Workload, inputs: Inputs) -> Step:
+    def loss(leaves: Inputs) -> Tensor:
+        assert leaves.ids is not None and leaves.log_probs is not None
+        value = fused_topk_kd_loss(
+            leaves.student,
+            leaves.ids,
+            leaves.log_probs,
+            leaves.labels,
+            temperature=workload.temperature,
+            alpha=workload.alpha,
+            divergence=workload.divergence,
+        )
+        assert isinstance(value, Tensor)
+        return value
+
+    return step_from(loss, workload, inputs)
+
+
+def _prepare_eager_topk(workload: Workload, inputs: Inputs) -> Step:
+    """Gathered log-probabilities and one category for the rest; forward KL."""
+    temperature, alpha = workload.temperature, workload.alpha
+
+    def loss(leaves: Inputs) -> Tensor:
+        assert leaves.ids is not None and leaves.log_probs is not None
+        log_q = F.log_softmax(leaves.student.float() / temperature, -1).gather(-1, leaves.ids)
+        log_p = leaves.log_probs
+        p_rest, q_rest = (1 - x.exp().sum(-1, keepdim=True) for x in (log_p, log_q))
+        log_p = torch.cat([log_p, p_rest.clamp(min=1e-9).log()], -1)
+        log_q = torch.cat([log_q, q_rest.clamp(min=1e-9).log()], -1)
+        kd = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        ce = F.cross_entropy(leaves.student.float(), leaves.labels)
+        return alpha * temperature**2 * kd + (1 - alpha) * ce
+
+    return step_from(loss, workload, inputs)
+
+
+def _all_entries(workload: Workload) -> Workload:
+    return replace(workload, entries=0)
+
+
 def _only_forward_kl(workload: Workload) -> str | None:
     return None if workload.divergence == "forward_kl" else "forward KL only"
 
@@ -627,6 +667,9 @@ def _registry() -> dict[str, Provider]:
         Provider("compile_log_target", "compile", _eager(True)),
         Provider("compile_fp32", "compile", _eager(True, upcast=True), _only_half),
         Provider("chunked", "chunked", _prepare_chunked),
+        Provider("fused_topk", "topk", _prepare_topk),
+        Provider("eager_topk", "topk", _prepare_eager_topk, _only_forward_kl),
+        Provider("fused_dense", "topk", _fused(), computes=_all_entries),
         Provider("fused_linear", "linear", _prepare_linear()),
         Provider("products", "products", _prepare_products, _no_floor),
         Provider("chunked_linear", "linear", _prepare_chunked_linear, _only_forward_kl),

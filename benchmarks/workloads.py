@@ -18,6 +18,9 @@ from kdkernels.problem import Options, Problem
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARIES = (30522, 32000, 128256, 151936)
 TEMPERATURES = (1.0, 2.0, 3.0)
+#: Entries of a sparse teacher's row, and vocabularies.
+ENTRIES = 64
+TOPK_VOCABULARIES = (32000, 151936)
 
 #: Logits of a workload in the full and in the quick suite, at least. From 2^24 on, a gradient in
 #: half precision is larger than 32 MiB, glibc's highest threshold: all of them are fresh pages.
@@ -98,6 +101,8 @@ class Inputs(NamedTuple):
     labels: Tensor  #: [rows], int64
     student_weight: Tensor | None = None
     teacher_weight: Tensor | None = None
+    ids: Tensor | None = None  #: [rows, entries] of the teacher's largest, where they are all of it
+    log_probs: Tensor | None = None  #: [rows, entries], at the temperature
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Of student and teacher; materialised, if they have to be made."""
@@ -133,6 +138,7 @@ class Workload:
     ``hidden`` is the size of the hidden states that the logits are made from; 0: logits are given.
     ``teacher_dtype`` is the student's if it is empty. ``columns`` is the length of the student's
     rows, of which the vocabulary is the beginning; 0: all. The teacher's rows are packed.
+    ``entries`` of a row are what is known of the teacher, with the tail "bucket"; 0: all.
     ``allocator`` is ``"default"``, or ``"retain"`` for a process in which glibc keeps freed blocks
     (so that no contender pays for fresh pages).
     """
@@ -149,6 +155,7 @@ class Workload:
     hidden: int = 0
     teacher_dtype: str = ""
     columns: int = 0
+    entries: int = 0
 
     @property
     def group(self) -> str:
@@ -166,12 +173,16 @@ class Workload:
             return chunk_provider(MAX_CHUNK_BYTES)
         if self.group in _KERNELS_ALONE:
             return "kernel"
+        if self.entries:
+            return "fused_topk"
         return "fused_linear" if self.hidden else "fused"
 
     def excludes(self, name: str, family: str) -> str | None:
         """Why a provider is not asked to take part, or None. Divergences: against eager only."""
         if self.group == "linear_chunk":
             asked = family == "chunk"
+        elif self.entries:
+            asked = family == "topk"
         elif self.hidden:
             asked = name in LINEAR_PROVIDERS + GPU_LINEAR_PROVIDERS
             asked = asked and (self.timed or name not in ONLY_TIMED)
@@ -182,7 +193,7 @@ class Workload:
         elif self.group == "small":
             asked = family in ("fused", "kernel", "graph", "eager", "compile")
         else:
-            asked = family not in ("linear", "chunk", "products", "variant", "graph")
+            asked = family not in ("linear", "chunk", "products", "variant", "graph", "topk")
         return None if asked else f"not in {self.group}"
 
     @property
@@ -200,6 +211,9 @@ class Workload:
     @property
     def bytes_moved(self) -> int:
         """The least traffic with memory: student and teacher read once, the gradient written."""
+        if self.entries:
+            passes = 2 if self.backward else 1
+            return passes * self.itemsize * self.logits + 16 * self.rows * self.entries
         bytes_each = (2 if self.backward else 1) * self.itemsize + self.of_teacher.itemsize
         return bytes_each * (self.learnt_elements or self.logits)
 
@@ -235,7 +249,12 @@ class Workload:
             student, teacher = pair(self.rows, self.vocab)
             if self.columns:
                 student = F.pad(student, (0, self.columns - self.vocab))[:, : self.vocab]
-            return Inputs(student, teacher, choose_labels())
+            labels = choose_labels()
+            if not self.entries:
+                return Inputs(student, teacher, labels)
+            log_p = F.log_softmax(teacher.float() / self.temperature, -1)
+            log_probs, ids = log_p.topk(self.entries)
+            return Inputs(student, teacher, labels, ids=ids, log_probs=log_probs)
         labels = choose_labels()
         # The same hidden states for both, so that the logits are as above.
         shape = (self.rows, self.hidden)
@@ -252,8 +271,13 @@ class Workload:
             divergence=divergence.name,
             parameters=divergence.parameters,
             denominator=denominator,
+            tail="bucket" if self.entries else "",
         )
-        return Problem(*inputs.logits(), inputs.labels, None, None, options)
+        if not self.entries:
+            return Problem(*inputs.logits(), inputs.labels, None, None, options)
+        assert inputs.log_probs is not None
+        wide = inputs.log_probs.double()
+        return Problem(inputs.student, wide, inputs.labels, None, None, options, inputs.ids)
 
     def oracle(self, inputs: Inputs) -> Truth:
         """Loss and gradients in float64, from the very inputs that the contenders get."""
@@ -362,6 +386,11 @@ def suite(quick: bool = False, device: str = "cpu") -> list[Workload]:
             for dtype in (dtypes[:1] if quick else dtypes)
         ),
         *(Workload(f"divergence/fp32/{n}", middle, 32000, divergence=n) for n in names),
+        *(
+            Workload(f"topk/{d}/V{v}/K{ENTRIES}", _rows(v, logits), v, d, entries=ENTRIES)
+            for v in TOPK_VOCABULARIES[: 1 if quick else None]
+            for d in dtypes[:2]
+        ),
         *(_kd_ce(32000, d, 2.0, logits, allocator="retain") for d in dtypes if not quick),
         *_linear_suite(quick),
     ]

@@ -14,6 +14,7 @@ struct Category {
   double log_q = 0.0, q = 0.0;
   double gradient = 0.0;  // of the divergence in the student's log-odds; of the rest: all columns'
   float kept = 0.0f;      // whoever takes an entry out of a row keeps it here
+  int64_t next = -1;      // the next one of the same block, as they are linked
 };
 
 // Probabilities of a row that rounding to bfloat16 has let add up to more than this are none.
@@ -34,10 +35,20 @@ class SparseRow {
   bool is_empty() const { return categories_.empty(); }
   std::vector<Category>& categories() { return categories_; }
   const std::vector<Category>& categories() const { return categories_; }
-  // Zeros, one for each block of a row
-  double* block_sums(int64_t blocks) {
-    block_sums_.assign(static_cast<size_t>(blocks), 0.0);
-    return block_sums_.data();
+  // The entries of a row's blocks, linked: the first of each, and what was added up of them.
+  struct Block {
+    int64_t first = -1;
+    double sum = 0.0;
+  };
+  std::vector<Block>& link(int64_t blocks, int64_t length) {
+    blocks_.assign(static_cast<size_t>(blocks), Block{});
+    int64_t at = 0;
+    for (Category& known : categories_) {
+      Block& block = blocks_[static_cast<size_t>(known.column / length)];
+      known.next = block.first;
+      block.first = at++;
+    }
+    return blocks_;
   }
   // The category of all that is not among the entries, for a student that gives it this.
   Category rest(double log_q, double q) const { return {-1, log_rest, exp(log_rest), log_q, q}; }
@@ -53,7 +64,7 @@ class SparseRow {
   bool normalize(Tail tail);
 
   std::vector<Category> categories_;
-  std::vector<double> block_sums_;
+  std::vector<Block> blocks_;
   std::vector<uint64_t> seen_;  // a bit for each column; all 0 between rows
 };
 
