@@ -55,11 +55,12 @@ def _same(workload: Workload) -> Workload:
 class Provider:
     """A contender.
 
-    family: ``linear`` (from hidden states), ``topk`` (a sparse teacher, and its dense yardstick), ``chunk`` (the same with tiles of another size),
-        ``fused``, ``kernel`` (the backend called directly with a reused gradient buffer),
-        ``eager``, ``upcast`` (eager in float32 on half-precision logits), ``compile``, ``chunked``,
-        ``peer``, ``variant`` (a kernel that the environment forces) or ``graph`` (a CUDA graph of
-        another provider's call: the device's time without that of Python).
+    family: ``linear`` (from hidden states), ``topk`` (a sparse teacher, and its dense yardstick),
+        ``chunk`` (``linear`` with tiles of another size), ``fused``, ``kernel`` (the backend called
+        directly with a reused gradient buffer), ``eager``, ``upcast`` (eager in float32 on
+        half-precision logits), ``compile``, ``chunked``, ``peer``, ``variant`` (a kernel that the
+        environment forces) or ``graph`` (a CUDA graph of another provider's call: the device's time
+        without that of Python).
     prepare: builds the call; whatever it does is not timed.
     why_not: the reason why it does not take part in a workload, or None.
     computes: the workload that it really computes, whose oracle it is held to: a yardstick run next
@@ -255,7 +256,7 @@ def _prepare_products(workload: Workload, inputs: Inputs) -> Step:
 
     What a fused loss from hidden states cannot do without.
     """
-    student, teacher, labels, weight, teacher_weight = inputs
+    student, teacher, labels, weight, teacher_weight = inputs[:5]
     assert weight is not None and teacher_weight is not None
     logits, theirs = (student.new_empty(workload.rows, workload.vocab) for _ in range(2))
     to_hidden, to_weight = torch.empty_like(student), torch.empty_like(weight)
@@ -276,7 +277,7 @@ def _prepare_products(workload: Workload, inputs: Inputs) -> Step:
 
 def _prepare_bare_products(workload: Workload, inputs: Inputs) -> Step:
     """The matrix products alone, on whatever the memory for logits holds: there is no answer."""
-    student, teacher, _, weight, teacher_weight = inputs
+    student, teacher, _, weight, teacher_weight = inputs[:5]
     assert weight is not None and teacher_weight is not None
     logits, theirs = (student.new_zeros(workload.rows, workload.vocab) for _ in range(2))
     to_hidden, to_weight = torch.empty_like(student), torch.empty_like(weight)

@@ -144,7 +144,9 @@ def _speed_table(run: Run, timed: Sequence[Contest]) -> str:
 
 def _given_sections(run: Run) -> list[str]:
     """Time and memory of the loss on given logits."""
-    timed = [c for c in run.contests if not c.workload["hidden"]]
+    given = [c for c in run.contests if not c.workload["hidden"]]
+    timed = [c for c in given if not c.workload.get("entries")]  # older runs have none
+    sparse = [c for c in given if c.workload.get("entries")]
     memory = [m for m in run.memory if not m.workload["hidden"]]
     parts = []
     if timed:
@@ -154,9 +156,30 @@ def _given_sections(run: Run) -> list[str]:
             "a reused gradient buffer, CPU time / threads.",
             _speed_table(run, timed),
         ]
+    if sparse:
+        parts += ["## A teacher of a few entries a row", _sparse_table(run, sparse)]
     if memory:
         parts += ["## Peak extra memory", _memory_table(memory)]
     return parts
+
+
+def _sparse_table(run: Run, timed: Sequence[Contest]) -> str:
+    """Of ``dense`` more is more: how many times longer a whole teacher takes."""
+    rows = []
+    for contest in timed:
+        rows.append(
+            [
+                summary.case(contest.workload),
+                _range(summary.spread(summary.samples(contest, "fused_topk"))),
+                _number(summary.bandwidth_share(run, contest, "fused_topk"), ".0%"),
+                _times(contest, "fused_dense", digits=2),
+                _times(contest, "eager_topk"),
+                _errors(contest, "fused_topk"),
+                _errors(contest, "eager_topk"),
+            ]
+        )
+    names = ("case", "fused_topk", "of copy bw", "x dense", "x eager", "error", "eager's error")
+    return table(names, rows)
 
 
 #: Sections of a GPU's report: group of workloads, title.

@@ -271,12 +271,12 @@ def _linear_memory(run: Run) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _linear(slow: str, fast: str, dtype: str) -> Callable[[Run], dict]:
+def _times(group: str, slow: str, fast: str, *dtypes: str) -> Callable[[Run], dict]:
     def measured(run: Run) -> dict[str, float]:
         found = {
             case(c.workload): ratio(c, slow, fast)
-            for c in contests(run, "linear")
-            if c.workload["dtype"] == dtype
+            for c in contests(run, group)
+            if c.workload["dtype"] in dtypes
         }
         return {name: value.median for name, value in found.items() if value}
 
@@ -359,13 +359,13 @@ TARGETS = (
         "linear vs bare products + loss, fp32",
         1.15,
         "x",
-        _linear("fused_linear", "products", "fp32"),
+        _times("linear", "fused_linear", "products", "fp32"),
     ),
     Target(
         "linear vs materialised + eager, fp32",
         1.65,
         "x",
-        _linear("eager", "fused_linear", "fp32"),
+        _times("linear", "eager", "fused_linear", "fp32"),
         True,
         2,
     ),
@@ -373,7 +373,20 @@ TARGETS = (
         "linear vs materialised + eager, bf16",
         20,
         "x",
-        _linear("eager", "fused_linear", "bf16"),
+        _times("linear", "eager", "fused_linear", "bf16"),
+        True,
+    ),
+    Target(
+        "64 entries of a teacher vs all",
+        0.75,
+        "x",
+        _times("topk", "fused_topk", "fused_dense", "fp32", "bf16"),
+    ),
+    Target(
+        "64 entries of a teacher vs eager, fp32",
+        15,
+        "x",
+        _times("topk", "eager_topk", "fused_topk", "fp32"),
         True,
     ),
     Target("linear peak memory beyond the gradients", 1.05, "chunks", _linear_memory, aim=1),

@@ -24,6 +24,7 @@ EXPECTED = {
     "kd_ce": {"fused", "kernel", "eager", "eager_log_target", "fused_torch"},
     "forward": {"fused", "kernel", "eager", "eager_log_target", "fused_torch"},
     "divergence": {"fused", "kernel", "kernel_forward_kl", "eager_log_target"},
+    "topk": {"fused_topk", "eager_topk", "fused_dense"},
     "linear": {"fused_linear", "products", "fused", "eager", "chunked_linear"},
     "linear_chunk": {"chunk_256M", "chunk_512M"},
 }
@@ -36,6 +37,7 @@ def tiny_suite(monkeypatch):
         TINY,
         Workload("forward/bf16/tiny/T2", 4, 50, "bf16", backward=False),
         Workload("divergence/fp32/jsd", 4, 50, divergence="jsd"),
+        Workload("topk/fp32/tiny/K3", 4, 50, entries=3),
         LINEAR,
         dataclasses.replace(LINEAR, name="linear_chunk/fp32/tiny"),
         dataclasses.replace(LINEAR, name="linear_memory/fp32/tiny/N70"),
@@ -51,6 +53,7 @@ def test_the_runner_works_from_end_to_end_and_its_report_comes_from_the_json_alo
 ):
     names = "fused,kernel,kernel_forward_kl,eager,eager_log_target,fused_torch"
     names += ",fused_linear,products,chunked_linear,chunk_256M,chunk_512M"
+    names += ",fused_topk,eager_topk,fused_dense"
     options = ["--rounds=3", "--threads=1", f"--output={tmp_path}", f"--providers={names}"]
     assert runner.main(options) == 0
     printed = capsys.readouterr().out
