@@ -32,8 +32,7 @@ Divergence resolve(const std::string& name, const std::vector<double>& parameter
 
 Problem make_problem(const Logits& student, const Logits& teacher, const Rows& rows,
                      const GivenOptions& options, const Results& results) {
-  // Beside entries nothing is read of it.
-  if (!rows.entries.ids && (student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
+  if ((student.dtype == DType::float64) != (teacher.dtype == DType::float64)) {
     throw std::invalid_argument("float64 needs both tensors to be float64");
   }
   const int64_t columns = results.gradient_columns;
@@ -49,15 +48,6 @@ Problem make_problem(const Logits& student, const Logits& teacher, const Rows& r
 
 namespace {
 
-Tail resolve_tail(const std::string& name) {
-  if (name.empty()) return Tail::bucket;  // of a dense teacher, which has none
-  constexpr const char* names[] = {"bucket", "uniform", "renormalize", "subset", "none"};
-  for (int i = 0; i < 5; ++i) {
-    if (name == names[i]) return static_cast<Tail>(i);
-  }
-  throw std::invalid_argument("unknown tail '" + name + "'");
-}
-
 GivenOptions make_options(const py::object& given) {
   const auto number = [&](const char* name) { return given.attr(name).cast<double>(); };
   GivenOptions options{};
@@ -68,7 +58,6 @@ GivenOptions make_options(const py::object& given) {
   options.numbers.z_loss = number("z_loss");
   options.numbers.divergence = resolve(given.attr("divergence").cast<std::string>(),
                                        given.attr("parameters").cast<std::vector<double>>());
-  options.numbers.tail = resolve_tail(given.attr("tail").cast<std::string>());
   options.numbers.ignore_index = given.attr("ignore_index").cast<int64_t>();
   options.numbers.reduce = given.attr("reduction").cast<std::string>() != "none";
   options.student = {number("student_scale"), number("student_softcap")};
@@ -89,11 +78,19 @@ Logits make_logits(Address data, int dtype, int64_t outer_stride, int64_t inner_
           column_stride};
 }
 
+SparseTeacher make_sparse_teacher(Address ids, Address log_probs, int64_t count, int tail) {
+  if (tail < 0 || tail > static_cast<int>(Tail::none)) {
+    throw std::invalid_argument("tail must be 0 to 4, got " + std::to_string(tail));
+  }
+  return {pointer<const int64_t>(ids), pointer<const double>(log_probs), count,
+          static_cast<Tail>(tail)};
+}
+
 Rows make_rows(int64_t outer, int64_t inner, int64_t vocab, Address labels, Address row_weights,
                Address grad_output, int64_t grad_output_stride, double denominator,
-               Address entry_ids, Address entry_log_probs, int64_t entries) {
-  if (outer < 0 || inner < 0 || vocab < 1 || entries < 0) {
-    throw std::invalid_argument("rows and entries must not be negative, and vocab at least 1");
+               const SparseTeacher& sparse) {
+  if (outer < 0 || inner < 0 || vocab < 1) {
+    throw std::invalid_argument("rows must not be negative, and vocab at least 1");
   }
   return {outer,
           inner,
@@ -103,7 +100,7 @@ Rows make_rows(int64_t outer, int64_t inner, int64_t vocab, Address labels, Addr
           pointer<const void>(grad_output),
           grad_output_stride,
           denominator,
-          {pointer<const int64_t>(entry_ids), pointer<const double>(entry_log_probs), entries}};
+          sparse};
 }
 
 Results make_results(Address loss, Address statistics, bool extras, Address gradient,
@@ -131,20 +128,22 @@ void bind_problem(py::module_& m) {
   py::class_<Logits>(m, "Logits", local)
       .def(py::init(&make_logits), py::arg("data"), py::arg("dtype"), py::arg("outer_stride"),
            py::arg("inner_stride"), py::arg("column_stride"));
+  py::class_<SparseTeacher>(m, "SparseTeacher", local)
+      .def(py::init(&make_sparse_teacher), py::arg("ids"), py::arg("log_probs"), py::arg("count"),
+           py::arg("tail"));
   py::class_<Rows>(m, "Rows", local)
       .def(py::init(&make_rows), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("labels"), py::arg("row_weights"), py::arg("grad_output"),
-           py::arg("grad_output_stride"), py::arg("denominator"), py::arg("entry_ids") = 0,
-           py::arg("entry_log_probs") = 0, py::arg("entries") = 0);
+           py::arg("grad_output_stride"), py::arg("denominator"),
+           py::arg("sparse") = SparseTeacher{});
   py::class_<Results>(m, "Results", local)
       .def(py::init(&make_results), py::arg("loss"), py::arg("statistics"), py::arg("extras"),
            py::arg("gradient"), py::arg("gradient_columns"), py::arg("gradient_stride"));
-  m.def(
-      "kd_loss", &kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
-      py::arg("options"), py::arg("results"), py::arg("threads"),
-      "Row losses, statistics and the student's gradient. Returns -1; or the first row whose label "
-      "is out of range, and then nothing was computed; or -2 minus a row whose entries are none of "
-      "a teacher's.");
+  m.def("kd_loss", &kd_loss, py::arg("student"), py::arg("teacher"), py::arg("rows"),
+        py::arg("options"), py::arg("results"), py::arg("threads"),
+        "Row losses, statistics and the student's gradient. Returns -1; or the first row whose "
+        "label is out of range, and then nothing was computed; or -2 minus a row whose entries are "
+        "none of a teacher's.");
 }
 
 }  // namespace kd

@@ -48,4 +48,9 @@ PYBIND11_MODULE(_native, m) {
       "cuda_most_columns", &kd::cuda::most_register_columns, py::arg("bytes"),
       "The longest row that the CUDA kernels hold in registers, by the bytes of the wider logits; "
       "known in every build.");
+  m.def(
+      "cuda_entries_limits",
+      [] { return py::make_tuple(kd::cuda::kEntriesBytes, kd::cuda::kSlotBytes); },
+      "What the CUDA kernel of sparse teachers has of shared memory for a bit of every column and "
+      "for a row's slots, and the bytes of a slot; known in every build.");
 }

@@ -29,14 +29,16 @@ struct Logits : Transform {
   int64_t outer_stride, inner_stride, column_stride;
 };
 
-// What is known of the entries that a sparse teacher does not give: kdkernels/entries.py says it.
-enum class Tail : int { bucket, uniform, renormalize, subset, none };
+// What is known of the vocabulary entries that a sparse teacher does not give, in the order of
+// kdkernels/entries.py, which says what each means.
+enum class Tail : int { bucket = 0, uniform = 1, renormalize = 2, subset = 3, none = 4 };
 
-// A teacher of which each row has a few entries of the vocabulary instead of logits.
-struct Entries {
-  const int64_t* ids;       // [rows, count], negative: an empty slot; null: the teacher is dense
-  const double* log_probs;  // [rows, count], natural logarithms
+// A teacher of which a row has a few entries [rows, count].
+struct SparseTeacher {
+  const int64_t* ids;       // negative: an empty slot; null: the teacher is dense
+  const double* log_probs;  // natural, at the loss's temperature
   int64_t count;
+  Tail tail;
 };
 
 // What a caller chooses once for many calls.
@@ -46,7 +48,6 @@ struct Options {
   double alpha;  // weight of the divergence
   double label_smoothing, z_loss;
   Divergence divergence;
-  Tail tail;  // of a sparse teacher
   int64_t ignore_index;
   bool reduce;
 };
@@ -59,7 +60,7 @@ struct Rows {
   const void* grad_output;   // float32, or float64 when the math is double; null = 1
   int64_t grad_output_stride;
   double denominator;  // 0 = the number of rows that count
-  Entries entries;
+  SparseTeacher sparse;
 };
 
 struct Results {

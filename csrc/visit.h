@@ -20,8 +20,8 @@ constexpr ParameterRule kShare{1, true};
 constexpr ParameterRule kInnerShare{1, true, false};
 constexpr ParameterRule kExponents{2};
 
-// Name in Python, parameters, the sources in cuda/ that compile its kernels (resident_*.cu and
-// stream_*.cu), and which functor serves its parameters.
+// Name in Python, parameters, the sources in cuda/ that compile its kernels (resident_*.cu,
+// stream_*.cu and entries_*.cu), and which functor serves its parameters.
 #define KD_DIVERGENCES(X)                                         \
   X(forward_kl, kNone, kl, only<ForwardKl>)                       \
   X(reverse_kl, kNone, kl, only<ReverseKl>)                       \

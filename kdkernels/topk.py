@@ -78,6 +78,8 @@ def checked_entries(
             f"teacher_ids: shape {tuple(ids.shape)} differs from teacher_log_probs' "
             f"{tuple(log_probs.shape)}"
         )
+    if ids.shape[-1] == 0:  # as one empty slot
+        ids, log_probs = (x.new_full((*x.shape[:-1], 1), -1) for x in (ids, log_probs))
     ids = contiguous(ids, torch.int64)
     if given.vocab_policy == "truncate":
         ids = ids.masked_fill(ids >= student.shape[-1], -1)

@@ -216,7 +216,7 @@ int64_t run_on_cpu(const Problem& given, const InstructionSet& instructions) {
   // A teacher without weight is not read: the student stands in for it, and cancels.
   if (problem.alpha == 0.0 && !problem.extras) {
     problem.teacher = problem.student;
-    problem.entries.ids = nullptr;
+    problem.sparse.ids = nullptr;
   }
   double denominator = problem.denominator;
   if (denominator == 0.0) denominator = counted > 0 ? static_cast<double>(counted) : 1.0;

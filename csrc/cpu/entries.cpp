@@ -4,7 +4,7 @@ namespace kd {
 
 // False: an id is none of the vocabulary's, or comes twice where weights do not add up.
 bool SparseRow::gather(const Problem& problem, int64_t row) {
-  const Entries& given = problem.entries;
+  const SparseTeacher& given = problem.sparse;
   const int64_t first = row * given.count;
   const size_t words = static_cast<size_t>(problem.vocab + 63) / 64;
   if (seen_.size() < words) seen_.resize(words);
@@ -24,7 +24,7 @@ bool SparseRow::gather(const Problem& problem, int64_t row) {
       categories_.push_back({id, given.log_probs[k], 0.0});
       continue;
     }
-    good = problem.tail == Tail::none;
+    good = problem.sparse.tail == Tail::none;
     for (Category& known : categories_) {
       if (good && known.column == id) {
         known.log_p = log(exp(known.log_p) + exp(given.log_probs[k]));
@@ -76,8 +76,8 @@ void SparseRow::read(const Problem& problem, int64_t row) {
   weight = 1.0;
   sound = gather(problem, row);
   others = problem.vocab - static_cast<int64_t>(categories_.size());
-  if (sound && !is_empty()) sound = normalize(problem.tail);
-  if (problem.tail == Tail::none) norm = 0.0;  // that is the weight
+  if (sound && !is_empty()) sound = normalize(problem.sparse.tail);
+  if (problem.sparse.tail == Tail::none) norm = 0.0;  // that is the weight
 }
 
 double SparseRow::log_share() const {
@@ -110,11 +110,12 @@ int64_t SparseRow::likeliest() const {
   return best;
 }
 
-bool has_even_form(const Options& options) {
-  return options.tail == Tail::uniform && options.divergence.kind == DivergenceKind::forward_kl;
+bool has_even_form(const Problem& problem) {
+  return problem.sparse.tail == Tail::uniform &&
+         problem.divergence.kind == DivergenceKind::forward_kl;
 }
 
-bool needs_spread(const Options& options) {
+bool needs_spread(const Problem& problem) {
   if (options.tail == Tail::uniform) return !has_even_form(options);
   return options.tail == Tail::renormalize && options.divergence.kind == DivergenceKind::alpha_beta;
 }

@@ -70,9 +70,9 @@ class SparseRow {
 
 // Whether a sparse teacher has to be spread over a row of the vocabulary to be compared: its others
 // are no single category. A divergence with value(0, q) proportional to q does not tell them apart.
-bool needs_spread(const Options& options);
+bool needs_spread(const Problem& problem);
 // Whether the others' evenly spread mass has a closed form.
-bool has_even_form(const Options& options);
+bool has_even_form(const Problem& problem);
 
 // The divergence of categories whose p, q and logarithms are set, and their gradients. With the
 // slopes s the gradient of a category is s - q sum(s); where one has most of q, the digits that

@@ -102,7 +102,7 @@ void evaluate(const Problem& problem, const Columns& at, Sums& sums, RowStatisti
 // has nothing left to be summed.
 void evaluate_entries(const Problem& problem, const Columns& at, SparseRow& sparse, Sums& sums) {
   const double t = problem.temperature, weight = sparse.weight;
-  const bool is_subset = problem.tail == Tail::subset;
+  const bool is_subset = problem.sparse.tail == Tail::subset;
   sums.value = sums.slope = 0.0;
   for (int64_t v = 0; v < problem.vocab; ++v) at.slope[v] = 0.0;
   if (sparse.is_empty()) return;
@@ -123,7 +123,7 @@ void evaluate_entries(const Problem& problem, const Columns& at, SparseRow& spar
   if (with_rest) categories.push_back(sparse.rest(log_rest, exp(log_rest)));
   sums.value = maximum(0.0, compare(problem.divergence, categories));  // keeps a NaN
   // Weights that do not add up to 1 were compared as if they did.
-  if (problem.tail == Tail::none) sums.value = weight * (sums.value + log(weight));
+  if (problem.sparse.tail == Tail::none) sums.value = weight * (sums.value + log(weight));
   const double of_others = with_rest && log_rest != -INFINITY ? categories.back().gradient : 0.0;
   for (int64_t v = 0; v < problem.vocab && of_others != 0.0; ++v) {
     at.slope[v] = weight * of_others * exp(at.student[v] / t - others.value());
@@ -181,14 +181,14 @@ void run_row_float64(const Problem& problem, const Row& row, Workspace& workspac
   const Columns at{memory, memory + vocab, memory + 2 * vocab, memory + 3 * vocab};
   Sums sums;
   static thread_local SparseRow of_thread;
-  SparseRow* sparse = problem.entries.ids ? &of_thread : nullptr;
+  SparseRow* sparse = problem.sparse.ids ? &of_thread : nullptr;
   bool is_taught = true;
   if (sparse) {
     sparse->read(problem, row.index);
     is_taught = sparse->sound;
     statistics.has_bad_entries = !is_taught;
   }
-  const bool is_spread = problem.tail == Tail::uniform || needs_spread(problem);
+  const bool is_spread = problem.sparse.tail == Tail::uniform || needs_spread(problem);
   const bool is_row = !sparse || (is_taught && is_spread && !sparse->is_empty());
   if (is_row) {
     load_teacher(problem, row, sparse, at.teacher);
@@ -206,7 +206,7 @@ void run_row_float64(const Problem& problem, const Row& row, Workspace& workspac
   statistics.student_lse = sums.student.value();
   statistics.teacher_lse = sparse ? sparse->norm : sums.teacher.value();
   if (sparse && is_taught) {
-    statistics.teacher_entropy = sparse->entropy(problem.tail);
+    statistics.teacher_entropy = sparse->entropy(problem.sparse.tail);
     sums.teacher_top = sparse->likeliest();
   }
   statistics.top_agrees = sums.student_top == sums.teacher_top;

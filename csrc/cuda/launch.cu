@@ -10,6 +10,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "entries.h"
 #include "finish.cuh"
 #include "kernel.h"
 #include "policy.h"
@@ -389,6 +390,42 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
   return false;
 }
 
+// Whether D at a column outside of the entries is its own, and not a share of the category's: where
+// each has a probability, or where D at p = 0 is not linear in q.
+bool has_columns_of_their_own(const Problem& problem) {
+  const Tail tail = problem.sparse.tail;
+  return tail == Tail::uniform ||
+         (tail == Tail::renormalize && problem.divergence.kind == DivergenceKind::alpha_beta);
+}
+
+// A block owns a row: its entries are known to no other.
+void entries_rows(const Problem& problem, Task& task, const Launch& launch) {
+  const DeviceLimits& limits = limits_of(launch.device);
+  const int64_t bytes = entries_bytes(task.vocab, problem.sparse.count);
+  if (bytes > kEntriesBytes) {
+    throw std::invalid_argument("a row's columns and entries take " + std::to_string(bytes) +
+                                " bytes of shared memory, of " + std::to_string(kEntriesBytes));
+  }
+  const int width = size_of(task.student.dtype) == 2 ? 8 : 4;
+  const Kernel kernel = with_group(problem.divergence, [&](auto group) {
+    return entries_kernel_of<group()>(problem.divergence, width);
+  });
+  allow_shared_memory(kernel, limits, kEntriesScratchBytes, launch);
+  int blocks_per_processor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel.address,
+                                                      kEntriesThreads, bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", launch.device);
+  const RowShape shape{task.rows(), task.vocab, static_cast<int>(size_of(task.student.dtype)),
+                       is_aligned(task, task.student), true};
+  EntriesJob job{problem.sparse, static_cast<int>(slice_columns(shape, 1) / 8),
+                 static_cast<int>(mask_words(task.vocab)), has_columns_of_their_own(problem)};
+  const dim3 grid(static_cast<unsigned>(stream_policy(shape, limits, blocks_per_processor).blocks));
+  void* arguments[] = {&task, const_cast<unsigned char*>(kernel.functor), &job};
+  check(cudaLaunchKernel(kernel.address, grid, kEntriesThreads, arguments, bytes,
+                         static_cast<cudaStream_t>(launch.stream)),
+        "cudaLaunchKernel", launch.device);
+}
+
 // KDKERNELS_CUDA_KERNEL and KDKERNELS_CUDA_CLUSTER name what the tests and measurements want.
 struct Forced {
   std::string kernel;
@@ -424,6 +461,10 @@ struct Forced {
 
 void run_rows(const Problem& problem, Task& task, const Launch& launch) {
   const Forced forced;
+  if (problem.sparse.ids) {
+    forced.refuse("the teacher is sparse");
+    return entries_rows(problem, task, launch);
+  }
   if (forced.kernel == "stream") {
     if (forced.cluster) forced.refuse("that kernel has no clusters");
     return stream_rows(problem, task, launch);

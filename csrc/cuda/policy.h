@@ -32,6 +32,18 @@ constexpr int64_t kLeastColumns = 2048;
 
 constexpr int kStreamThreads = 256;
 
+// Of a sparse teacher's rows: a warp has one vector on its way while it works on another.
+constexpr int kEntriesThreads = 512;
+// What such a block has of shared memory for a bit of every column and for its row's slots: less
+// than the 99 KB that every architecture gives a block.
+constexpr int64_t kEntriesBytes = 80 * 1024;
+constexpr int64_t kSlotBytes = 32;  // checked in entries.cuh
+// A row that does not start aligned starts up to 7 columns into its first unit.
+constexpr int64_t mask_words(int64_t vocab) { return (vocab + 14) / 32 + 1; }
+constexpr int64_t entries_bytes(int64_t vocab, int64_t count) {
+  return kSlotBytes * count + 4 * mask_words(vocab);
+}
+
 constexpr int kResidentThreads = 512;
 constexpr int kMostStages = 3;
 constexpr int kMostClusterBlocks = 16;

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..entries import TAILS
 from ..environment import setting
 from ..problem import LOGIT_DTYPES, STATISTICS, Options, Problem, contiguous, row_layout
 from .base import Backend, Result, empty_gradient, row_stride
@@ -24,11 +25,15 @@ DIVERGENCES: frozenset[str] = frozenset()
 CLOSED_FORMS: frozenset[str] = frozenset()
 #: What the largest cluster of the CUDA register kernel holds, by the wider logits' bytes.
 MOST_REGISTER_COLUMNS: dict[int, int] = {}
+#: What the CUDA kernel of sparse teachers has for a bit of every column and for the slots of a row,
+#: and the bytes of a slot.
+ENTRIES_LIMITS = (0, 0)
 try:
     MODULE = importlib.import_module("kdkernels._native")
     DIVERGENCES = frozenset(MODULE.divergence_names())
     CLOSED_FORMS = frozenset(MODULE.closed_form_names())
     MOST_REGISTER_COLUMNS = {size: MODULE.cuda_most_columns(size) for size in (2, 4, 8)}
+    ENTRIES_LIMITS = MODULE.cuda_entries_limits()
 except ImportError as error:  # a pure Python install, or a build for another Python
     WHY_NOT = f"the native module was not built ({error})"
     if setting("KDKERNELS_CPU_ISA") is not None:
@@ -60,12 +65,13 @@ class NativeBackend(Backend):
         extras: bool,
     ) -> None:
         """Compute the whole problem into the outputs that are given."""
-        module, student, ids = self.module, problem.student, problem.teacher_ids
-        # Beside entries no teacher's logits are read.
-        teacher = problem.teacher if ids is None else student
-        if torch.float64 in (student.dtype, teacher.dtype):
+        module, student, teacher = self.module, problem.student, problem.teacher
+        if problem.teacher_ids is None and torch.float64 in (student.dtype, teacher.dtype):
             teacher = teacher.to(problem.math_dtype)  # no kernel has float64 beside another dtype
-        layout = row_layout(student, teacher)  # kept: its tensors may be copies
+        # Kept: its tensors may be copies. A sparse teacher has no logits, and goes with the rows.
+        layout = (
+            row_layout(student, teacher) if problem.teacher_ids is None else row_layout(student)
+        )
         if grad_output is not None:
             grad_output = contiguous(grad_output, problem.math_dtype)
         rows = module.Rows(
@@ -77,9 +83,7 @@ class NativeBackend(Backend):
             pointer(grad_output),
             0 if grad_output is None or grad_output.ndim == 0 else 1,
             self.denominator(problem),
-            pointer(ids),
-            0 if ids is None else problem.teacher.data_ptr(),
-            0 if ids is None else ids.shape[-1],
+            *sparse_teacher(module, problem),
         )
         results = module.Results(
             pointer(loss),
@@ -89,11 +93,11 @@ class NativeBackend(Backend):
             problem.student.shape[-1],
             0 if gradient is None else row_stride(gradient),
         )
-        student, teacher = layout.tensors
+        student, teacher = layout.tensors[0], layout.tensors[-1]
         self.execute(
             problem,
             module.Logits(student.data_ptr(), LOGIT_DTYPES[student.dtype], *layout.strides[0]),
-            module.Logits(teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[1]),
+            module.Logits(teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[-1]),
             rows,
             native_options(module, problem.options),
             results,
@@ -116,6 +120,17 @@ class NativeBackend(Backend):
             gradient = empty_gradient(problem.student)
         self.run(problem, loss, statistics, gradient, grad_output, extras)
         return Result(loss, statistics, gradient)
+
+
+def sparse_teacher(module: Any, problem: Problem) -> tuple[Any, ...]:
+    """The module's ``SparseTeacher``; nothing for a dense one."""
+    ids = problem.teacher_ids
+    if ids is None:
+        return ()
+    # Without slots there is no memory, but the address says that the teacher is sparse.
+    address = pointer(ids) or pointer(problem.student) or 1
+    count, tail = ids.shape[-1], TAILS.index(problem.options.tail)
+    return (module.SparseTeacher(address, pointer(problem.teacher), count, tail),)
 
 
 def pointer(tensor: Tensor | None) -> int:

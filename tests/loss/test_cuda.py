@@ -48,6 +48,23 @@ def test_float64_foreign_divergences_and_devices_are_refused_by_name(
     assert reasons[2] == "it has no kernel for the divergence 'mine'"
 
 
+def test_entries_that_do_not_fit_beside_a_bit_of_every_column_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda.CudaBackend, "device_type", "cpu")
+    monkeypatch.setattr(cuda, "_device_refusal", lambda index: "")
+    if cuda._native is None:
+        pytest.skip("the native module was not built")
+    for vocab, count, fits in ((262144, 256, True), (262144, 2048, False), (1 << 20, 1, False)):
+        student = torch.zeros(1).expand(1, vocab)
+        ids = torch.zeros(1, count, dtype=torch.int64)
+        problem = Problem(
+            student, ids.double(), None, None, None, Options(tail="bucket"), teacher_ids=ids
+        )
+        reasons = BACKENDS["cuda"].why_not(problem)
+        assert reasons == [] if fits else f"{count} entries of a row do not fit" in reasons[0]
+
+
 def test_without_a_device_the_reason_is_listed() -> None:
     reasons = BACKENDS["cuda"].unavailable()
     if torch.cuda.is_available() and cuda._UNAVAILABLE is None:

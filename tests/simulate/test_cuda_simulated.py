@@ -19,10 +19,13 @@ import simulator
 import test_matrix
 import torch
 
-from kdkernels.problem import Problem, row_scale
+from kdkernels import fused_topk_kd_loss
+from kdkernels.entries import TAILS
+from kdkernels.problem import Options, Problem, row_scale
 
 pytestmark = simulator.needs_simulator
 
+each_tail = pytest.mark.parametrize("tail", TAILS)
 each_case = pytest.mark.parametrize(
     "number", range(len(test_matrix.CASES)), ids=lambda n: str(test_matrix.CASES[n])
 )
@@ -516,3 +519,169 @@ def test_a_forced_kernel_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPa
     student, teacher = cases.pair((2, 64))
     with simulator.simulated(), pytest.raises(ValueError, match="the divergence is not a KL"):
         cases.evaluate(student, teacher, None, backend="cuda", divergence="jsd")
+
+
+def entries(
+    teacher: torch.Tensor, count: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's ``count`` largest probabilities a row, in disorder: ids and logarithms. Of five
+    rows and more the second has holes, and the third nothing."""
+    found = (teacher.double() / temperature).log_softmax(-1).topk(count)
+    order = torch.rand(found.indices.shape, generator=cases.generator(count)).argsort(-1)
+    log_probs, ids = (x.gather(-1, order) for x in found)
+    if len(ids) >= 5:
+        ids[1, ::3], log_probs[1, ::3] = -1, math.nan
+        ids[2] = -5
+    return ids, log_probs
+
+
+def with_entries(
+    student: torch.Tensor, given: tuple[torch.Tensor, torch.Tensor], *labels: Any, **options: Any
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Every output, and the gradient of the losses' sum."""
+    leaf = student.detach().requires_grad_()
+    out = fused_topk_kd_loss(leaf, *given, *labels, return_outputs=True, **options)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), leaf)
+    return [x.detach().double() for x in out if x is not None], gradient.double()
+
+
+def assert_entries_right(
+    student: torch.Tensor, given: tuple[torch.Tensor, torch.Tensor], *labels: Any, **options: Any
+) -> simulator.Recorder:
+    """Outputs as accurate as eager's but for a few ulp; of a row's gradient the worst column."""
+    options = {"reduction": "none", **options}
+    want, exact = with_entries(student.double(), given, *labels, backend="reference", **options)
+    eager, rounded = with_entries(student.float(), given, *labels, backend="torch", **options)
+    with simulator.simulated(seed=student.shape[-1]) as recorder:
+        got, gradient = with_entries(student, given, *labels, backend="cuda", **options)
+    for one, by, other in zip(got, want, eager, strict=True):
+        finite = by.isfinite()  # reverse KL is not where the tail leaves nothing outside
+        assert torch.equal(one.isfinite(), finite)
+        one, by, other = one[finite], by[finite], other[finite]
+        assert ((one - by).abs() <= (other - by).abs() + 1e-6 * by.abs().clamp(min=1.0)).all()
+    finite = exact.isfinite().all(-1)
+    gradient, exact, rounded = gradient[finite], exact[finite], rounded[finite]
+    largest = exact.abs().amax(-1, keepdim=True)
+    allowed = (rounded - exact).abs().amax(-1, keepdim=True) + 2e-6 * largest
+    allowed = allowed + torch.finfo(student.dtype).eps / 2 * exact.abs() + 2.0**-25
+    assert ((gradient - exact).abs() <= allowed).all()
+    return recorder
+
+
+@each_tail
+@pytest.mark.parametrize("spec", cases.FEW, ids=str)
+def test_a_teacher_of_entries(tail: str, spec: cases.Spec) -> None:
+    if tail == "none" and spec.name != "forward_kl":
+        return
+    turn = TAILS.index(tail) + cases.FEW.index(spec)
+    dtype, vocab, count = (
+        (torch.float32, 9, 9),
+        (torch.bfloat16, 264, 1),
+        (torch.float16, 1031, 16),
+        (torch.bfloat16, 1, 2),
+    )[turn % 4]
+    student, teacher = cases.pair((5, vocab), dtype, torch.float32, seed=turn)
+    ids, log_probs = entries(teacher, min(count, vocab), 2.0)
+    padding = (0, count - min(count, vocab))
+    given = (
+        torch.nn.functional.pad(ids, padding, value=-1),
+        torch.nn.functional.pad(log_probs, padding, value=math.nan),
+    )
+    labels = cases.labels_for((5,), vocab, ignored=0.0)
+    labels[0], labels[4] = ids[0, 0], -100
+    called = {"tail": tail, "temperature": 2.0, "alpha": 0.6, **spec.arguments}
+    assert_entries_right(student, given, labels, **called)
+    called |= {"temperature": 1.7, "label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0}
+    assert_entries_right(student, given, labels, **called)
+
+
+@each_tail
+def test_a_student_that_is_sure_beside_entries(tail: str) -> None:
+    """Of an entry, or of a column outside: one minus either has no digits left."""
+    student, teacher = cases.pair((4, 515), scale=1.0)
+    given = entries(teacher, 8)
+    for row, above in enumerate((20.0, 60.0)):
+        student[row, given[0][row, 0]] += above
+        student[2 + row, teacher[2 + row].argmin()] += above
+    for spec in cases.FEW if tail != "none" else cases.FEW[:1]:
+        assert_entries_right(student, given, tail=tail, **spec.arguments)
+
+
+@each_tail
+def test_hostile_entries(tail: str) -> None:
+    inf, nan = math.inf, math.nan
+    student, teacher = cases.pair((9, 131))
+    ids, log_probs = entries(teacher, 8)
+    ids[1:3] = teacher[1:3].topk(8).indices
+    log_probs[1] = log_probs[0]
+    ids[0, 3], ids[1, 3], ids[8, 3] = 131, 2**40, 2**32
+    ids[2, 3] = ids[2, 4]
+    log_probs[3, 2], log_probs[4, 2] = nan, inf
+    log_probs[5] += 3.0
+    student[6, 9], student[7, 9] = nan, inf
+    labels = torch.arange(9) + 3
+    for alpha in (0.5, 0.0):
+        called = {"tail": tail, "alpha": alpha, "reduction": "none"}
+        want, exact = with_entries(
+            student.double(), (ids, log_probs), labels, backend="reference", **called
+        )
+        with simulator.simulated():
+            got, gradient = with_entries(
+                student, (ids, log_probs), labels, backend="cuda", **called
+            )
+        for one, by in zip([*got, gradient], [*want, exact], strict=True):
+            torch.testing.assert_close(one, by, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_weights_of_one_column_add_up() -> None:
+    ids = torch.randint(-1, 40, (6, 100), generator=cases.generator(3))
+    ids[4], ids[5, 1:] = 7, -1
+    weights = torch.rand(6, 100, generator=cases.generator(4)) / 50
+    student = cases.logits((6, 333), torch.bfloat16)
+    assert_entries_right(student, (ids, weights.log()), tail="none")
+
+
+def test_entries_of_many_rows_and_layouts() -> None:
+    """More rows than blocks, so that the bits of one row are gone before the next."""
+    wide, teacher = cases.pair((140, 51), torch.bfloat16)
+    given, labels = entries(teacher[:, :24], 9), cases.labels_for((140,), 24)
+    assert_entries_right(wide[:, :24], given, labels, alpha=0.5)
+    few = tuple(x[:6] for x in given)
+    for student in (wide[:6, 3:27], wide[:6, 1:49:2]):
+        assert_entries_right(student, few, labels[:6], alpha=0.5)
+    student = wide[:6, :24].view(2, 3, 24).transpose(0, 1)
+    assert_entries_right(student, tuple(x.view(3, 2, 9) for x in few))
+
+
+def test_the_gradient_beside_entries_may_take_the_students_memory() -> None:
+    from kdkernels.backends import BACKENDS
+
+    for tail in TAILS:
+        student, teacher = cases.pair((9, 4099), torch.bfloat16)
+        ids, log_probs = entries(teacher, 32)
+        options = Options(alpha=0.5, tail=tail)
+        labels = cases.labels_for((9,), 4099)
+        problem = Problem(student, log_probs, labels, None, None, options, ids)
+        want = BACKENDS["reference"].forward(problem, want_gradient=True, extras=False).gradient
+        with simulator.simulated():
+            result = BACKENDS["cuda"].forward(
+                problem, want_gradient=True, extras=False, gradient_out=student
+            )
+        assert result.gradient is student and want is not None
+        torch.testing.assert_close(student.double(), want.double(), rtol=5e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab", (50257, 128256))
+def test_traffic_of_entries(vocab: int) -> None:
+    """The student is read twice, the second time from the cache, and 64 entries once: 40 bytes of
+    the row's numbers and plan, 4 of the label's logit and 18 of an entry are all that is beside."""
+    rows, count = 2, 64
+    student, teacher = cases.pair((rows, vocab), torch.bfloat16, torch.float32)
+    labels = cases.labels_for((rows,), vocab, ignored=0.0)
+    with simulator.simulated() as recorder:
+        with_entries(student, entries(teacher, count), labels, backend="cuda", gradient="forward")
+    (main,) = (s for s in recorder.launches if "entries_kernel" in s.kernel)
+    (read,) = (b for k, b in main.buffers.items() if k.startswith("student"))
+    assert read["load_bytes"] <= 2 * rows * (2 * vocab + count + 16)
+    written = sum(b["store_bytes"] for b in main.buffers.values())
+    assert written <= rows * (2 * (vocab + count) + 40)

@@ -1,0 +1,7 @@
+#include "entries.cuh"
+
+namespace kd::cuda {
+
+template Kernel entries_kernel_of<KernelGroup::mixtures>(const Divergence&, int);
+
+}  // namespace kd::cuda
