@@ -111,6 +111,34 @@ struct Teacher {
   KD_DEVICE double log_share() const { return log_rest - log(static_cast<double>(max(others, 1))); }
 };
 
+template <int kWidth>
+KD_DEVICE Vector<kWidth> exponentials(const Task& task, const Vector<kWidth>& z, float reference) {
+  Vector<kWidth> e;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    e.at[i] = power_of_two(fmaf(z.at[i], task.student.factor, -reference));
+  }
+  return e;
+}
+
+// Those at T = 1: what is asked of the task is asked once a vector.
+template <int kWidth>
+KD_DEVICE Vector<kWidth> label_exponentials(const Task& task, const Vector<kWidth>& z,
+                                            const Vector<kWidth>& e, float reference) {
+  if (task.label_sum == LabelSum::student) return e;
+  Vector<kWidth> label;
+  if (task.label_sum == LabelSum::square) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) label.at[i] = e.at[i] * e.at[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      label.at[i] = label_exponential(task, z.at[i], e.at[i], reference);
+    }
+  }
+  return label;
+}
+
 // The student's logits in sums, which have no teacher. `present`: a bit for each that is neither
 // beyond the row nor elsewhere; the others are -inf.
 template <int kWidth>
@@ -132,16 +160,24 @@ KD_DEVICE void observe_student(const Task& task, int first, const Vector<kWidth>
     to.label = fmaxf(label_reference_of(task, top, to.student), sums.label_reference);
     rebase<Nothing, true>(sums, to);
   }
+  const Vector<kWidth> e = exponentials(task, s, sums.student_reference);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const float u = fmaf(s.at[i], task.student.factor, -sums.student_reference);
-    const float e = power_of_two(u);
-    sums.student += e;
-    if (needs_label_exponential(task)) {
-      sums.label += label_exponential(task, s.at[i], e, sums.label_reference);
+  for (int i = 0; i < kWidth; ++i) sums.student += e.at[i];
+  if (needs_label_exponential(task)) {
+    const Vector<kWidth> label = label_exponentials(task, s, e, sums.label_reference);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums.label += label.at[i];
+  }
+  if (task.label_smoothing != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums.logits += present >> i & 1 ? s.at[i] : 0.0f;
+  }
+  if (task.extras) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const float u = fmaf(s.at[i], task.student.factor, -sums.student_reference);
+      add_weighed(sums.student_moment, e.at[i], u);
     }
-    if (task.extras) add_weighed(sums.student_moment, e, u);
-    if (task.label_smoothing != 0.0f && (present >> i & 1)) sums.logits += s.at[i];
   }
 }
 
@@ -206,8 +242,17 @@ KD_DEVICE float pull_of(const Totals& totals, float slope, float q) {
   return q > kSure ? totals.sure_pull : slope - q * totals.slope;
 }
 
-template <class Functor, int kWidth>
+// The student's side, of a format that the compiler knows.
+template <DType kDType>
+KD_DEVICE Side side_of(const Task& task) {
+  Side side = task.student;
+  side.dtype = kDType;
+  return side;
+}
+
+template <class Functor, DType kDType>
 struct EntriesRow {
+  static constexpr int kWidth = kDType == DType::float32 ? 4 : 8;
   using Row = GlobalRow<kWidth>;
 
   const Task& task;
@@ -371,32 +416,38 @@ struct EntriesRow {
   // Every column's gradient as of one outside.
   KD_DEVICE void differentiate_outside(const Outside& outside, const Totals& totals,
                                        const Factors& factors, const Row& student) const {
-    const GradientRow<kWidth> gradient(task, plan.row, span, task.student.dtype);
+    const GradientRow<kWidth> gradient(task, plan.row, span, kDType);
     each_vector(student, [&](int first, Vector<kWidth>& raw) {
-      Vector<kWidth> g;
+      Vector<kWidth> z = raw, g;
+      if (!is_plain(task.student) || task.is_single()) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float z = transformed(raw.at[i]);
-        const float e = power_of_two(fmaf(z, task.student.factor, -outside.reference));
-        g.at[i] = outside.factor * e;
-        if (outside.is_compared) {
-          const Entry<float> entry = entry_outside(outside, z);
+        for (int i = 0; i < kWidth; ++i) z.at[i] = transformed(raw.at[i]);
+      }
+      const Vector<kWidth> e = exponentials(task, z, outside.reference);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) g.at[i] = outside.factor * e.at[i];
+      if (outside.is_compared) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          const Entry<float> entry = entry_outside(outside, z.at[i]);
           g.at[i] = factors.slope * pull_of(totals, functor(entry).slope, entry.q);
         }
-        if (outside.label_factor != 0.0f) {
-          const float e_label = task.label_sum == LabelSum::student
-                                    ? e
-                                    : label_exponential(task, z, e, outside.label_reference);
-          g.at[i] = fmaf(outside.label_factor, e_label, g.at[i]);
-        }
-        g.at[i] += factors.constant;
       }
+      if (outside.label_factor != 0.0f) {
+        const Vector<kWidth> label = label_exponentials(task, z, e, outside.label_reference);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          g.at[i] = fmaf(outside.label_factor, label.at[i], g.at[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) g.at[i] += factors.constant;
       if (plan.label >= 0) pull_label(plan.label, first, factors.label_pull, g);
       if (!is_plain(task.student)) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) g.at[i] *= derivative(task.student, raw.at[i]);
       }
-      gradient.store(task, first, g);
+      gradient.template store_as<kDType>(task, first, g);
     });
   }
 
@@ -417,7 +468,7 @@ struct EntriesRow {
       g += factors.constant;
       if (kept.column == plan.label) g -= factors.label_pull;
       if (!is_plain(task.student)) g *= derivative(task.student, kept.raw);
-      store_one(gradient + kept.column * size_of(task.student.dtype), task.student.dtype, g);
+      store_one(gradient + kept.column * size_of(kDType), kDType, g);
     });
   }
 
@@ -562,7 +613,8 @@ struct EntriesRow {
   }
 
   KD_DEVICE void run() const {
-    const Row student(task, task.student, plan.row, span,
+    const Side side = side_of<kDType>(task);
+    const Row student(task, side, plan.row, span,
                       task.gradient || job.by_column ? Keep::yes : Keep::no);
     Sums inside, outside;
     const Teacher teacher = observe(student, inside, outside);
@@ -577,7 +629,7 @@ struct EntriesRow {
       if (spoiled) {
         fill_gradient<kWidth>(task, plan.row, span, NAN);
       } else {
-        const Row last(task, task.student, plan.row, span, Keep::no);
+        const Row last(task, side, plan.row, span, Keep::no);
         differentiate(teacher, outside, totals, columns, last);
       }
       clear_beyond_vocabulary(task, plan.row);
@@ -590,7 +642,7 @@ struct EntriesRow {
   }
 };
 
-template <class Functor, int kWidth>
+template <class Functor, DType kDType>
 __global__ void __launch_bounds__(kEntriesThreads, 1)
     entries_kernel(const __grid_constant__ Task task, const __grid_constant__ Functor functor,
                    const __grid_constant__ EntriesJob job) {
@@ -604,22 +656,24 @@ __global__ void __launch_bounds__(kEntriesThreads, 1)
   for (int64_t i = blockIdx.x; i < task.rows(); i += gridDim.x) {
     const RowPlan plan = load_plan(task.rows_planned + i);
     const char* start = task.row_of(task.student, plan.row);
-    const Span span = span_of(start, task.student.dtype, task.vocab, 0, job.units);
+    const Span span = span_of(start, kDType, task.vocab, 0, job.units);
     if (i >= counted) {
-      dismiss_row<kWidth>(task, plan, span, true);
+      dismiss_row<EntriesRow<Functor, kDType>::kWidth>(task, plan, span, true);
       continue;
     }
-    EntriesRow<Functor, kWidth>{task, functor, job, plan, span, kept, mask, scratch}.run();
+    EntriesRow<Functor, kDType>{task, functor, job, plan, span, kept, mask, scratch}.run();
   }
 }
 
 template <KernelGroup kGroup>
-Kernel entries_kernel_of(const Divergence& divergence, int width) {
+Kernel entries_kernel_of(const Divergence& divergence, DType student) {
   return visit_group<kGroup>(divergence, [&](const auto& given) {
     const auto functor = general(given);
     using Functor = std::remove_const_t<decltype(functor)>;
-    if (width == 8) return make_kernel((const void*)entries_kernel<Functor, 8>, functor);
-    return make_kernel((const void*)entries_kernel<Functor, 4>, functor);
+    const void* kernels[] = {(const void*)entries_kernel<Functor, DType::float32>,
+                             (const void*)entries_kernel<Functor, DType::bfloat16>,
+                             (const void*)entries_kernel<Functor, DType::float16>};
+    return make_kernel(kernels[static_cast<int>(student)], functor);
   });
 }
 

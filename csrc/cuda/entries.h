@@ -16,8 +16,8 @@ struct EntriesJob {
   bool by_column;  // whether the columns outside are compared one by one, not as one category
 };
 
-// Defined in entries.cuh and instantiated by group; `width` as of stream_kernel_of.
+// Defined in entries.cuh and instantiated by group.
 template <KernelGroup kGroup>
-Kernel entries_kernel_of(const Divergence& divergence, int width);
+Kernel entries_kernel_of(const Divergence& divergence, DType student);
 
 }  // namespace kd::cuda

@@ -2,6 +2,6 @@
 
 namespace kd::cuda {
 
-template Kernel entries_kernel_of<KernelGroup::alpha_beta>(const Divergence&, int);
+template Kernel entries_kernel_of<KernelGroup::alpha_beta>(const Divergence&, DType);
 
 }  // namespace kd::cuda

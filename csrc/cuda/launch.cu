@@ -406,9 +406,8 @@ void entries_rows(const Problem& problem, Task& task, const Launch& launch) {
     throw std::invalid_argument("a row's columns and entries take " + std::to_string(bytes) +
                                 " bytes of shared memory, of " + std::to_string(kEntriesBytes));
   }
-  const int width = size_of(task.student.dtype) == 2 ? 8 : 4;
   const Kernel kernel = with_group(problem.divergence, [&](auto group) {
-    return entries_kernel_of<group()>(problem.divergence, width);
+    return entries_kernel_of<group()>(problem.divergence, task.student.dtype);
   });
   allow_shared_memory(kernel, limits, kEntriesScratchBytes, launch);
   int blocks_per_processor = 0;
