@@ -111,10 +111,10 @@ def print_code(architecture: str) -> None:
 def _short(name: str) -> str:
     words = re.findall(
         r"(\w+?_kernel|ForwardKl|ReverseKl|EvenJsd|Jsd|Tvd|Skew\w+?Kl|LogRatio|"
-        r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Nothing|Float32|bfloat162|half2|Li\d+)",
+        r"AlphaBeta|AlphaOnly|BetaOnly|AlphaOpposite|Nothing|Float32|bfloat162|half2|Li\d+|DTypeE\d)",
         name.replace("_ZN2kd4cuda", "").lstrip("0123456789"),
     )
-    return " ".join(words).replace("Li", "")
+    return " ".join(words).replace("Li", "").replace("DTypeE", "dtype ")
 
 
 def _widths(kernel: sass.Kernel, arch: str) -> str:

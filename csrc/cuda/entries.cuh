@@ -64,6 +64,39 @@ KD_DEVICE Likeliest warp_likeliest(Likeliest x) {
   return x;
 }
 
+// What a tail makes of the entries: see kdkernels/entries.py.
+struct Teacher {
+  double log_norm;          // what is subtracted of log-probabilities
+  double log_rest;          // of all columns outside
+  double log_share, share;  // of each of them, where the rest is spread evenly
+  int known, others;
+  bool is_sound;
+  bool is_whole;  // its probabilities add up to 1, as centred divergences expect
+};
+
+// From the sum of probabilities less `shift`, of `known` entries.
+KD_DEVICE Teacher make_teacher(int vocab, Tail tail, double shift, double sum, int known,
+                               bool is_sound) {
+  Teacher teacher{0.0, -INFINITY, -INFINITY, 0.0, known, vocab - known, is_sound, true};
+  const double mass = exp(shift) * sum;
+  // Comparisons that NaN fails.
+  teacher.is_sound &= mass < INFINITY;
+  if (tail == Tail::renormalize || tail == Tail::subset) {
+    if (known > 0) teacher.log_norm = shift + log(sum);
+    teacher.is_sound &= fabs(teacher.log_norm) < INFINITY;
+  } else if (tail != Tail::none) {
+    teacher.is_sound &= mass <= kMostMass;
+    if (mass > 1.0) teacher.log_norm = log(mass);
+    if (teacher.others > 0 && mass < 1.0) {
+      teacher.log_rest = log(1.0 - mass);
+      teacher.log_share = teacher.log_rest - log(static_cast<double>(teacher.others));
+      teacher.share = exp(teacher.log_share);
+    }
+    teacher.is_whole = teacher.others > 0 || mass >= 1.0;
+  }
+  return teacher;
+}
+
 // What warps tell each other about a row.
 struct EntriesScratch {
   Sums outside[kEntriesWarps], inside[kEntriesWarps];
@@ -71,6 +104,7 @@ struct EntriesScratch {
   double top[kEntriesWarps], mass[kEntriesWarps], entropy[kEntriesWarps];
   Likeliest likeliest[kEntriesWarps];
   int known[kEntriesWarps];
+  Teacher teacher;
   float rest_slope, rest_q;  // of the columns outside, as a category
 };
 static_assert(sizeof(EntriesScratch) <= kEntriesScratchBytes);
@@ -81,35 +115,6 @@ KD_DEVICE Number slot_of_lane(const Number (&slots)[kEntriesWarps], const Number
   const int lane = threadIdx.x % 32;
   return lane < kEntriesWarps ? slots[lane] : nothing;
 }
-
-// What a tail makes of the entries: see kdkernels/entries.py.
-struct Teacher {
-  double log_norm;  // what is subtracted of log-probabilities
-  double log_rest;  // of all columns outside
-  int known, others;
-  bool is_sound;
-  bool is_whole;  // its probabilities add up to 1, as centred divergences expect
-
-  KD_DEVICE Teacher(const Task& task, Tail tail, double shift, double sum, int count, bool sound)
-      : log_norm(0.0), log_rest(-INFINITY), known(count), others(task.vocab - count) {
-    const double mass = exp(shift) * sum;
-    // Comparisons that NaN fails.
-    is_sound = sound && mass < INFINITY;
-    is_whole = true;
-    if (tail == Tail::renormalize || tail == Tail::subset) {
-      if (known > 0) log_norm = shift + log(sum);
-      is_sound = is_sound && fabs(log_norm) < INFINITY;
-    } else if (tail != Tail::none) {
-      is_sound = is_sound && mass <= kMostMass;
-      log_norm = mass > 1.0 ? log(mass) : 0.0;
-      log_rest = others > 0 && mass < 1.0 ? log(1.0 - mass) : -INFINITY;
-      is_whole = others > 0 || mass >= 1.0;
-    }
-  }
-
-  // Of each column outside, where the rest is spread evenly.
-  KD_DEVICE double log_share() const { return log_rest - log(static_cast<double>(max(others, 1))); }
-};
 
 template <int kWidth>
 KD_DEVICE Vector<kWidth> exponentials(const Task& task, const Vector<kWidth>& z, float reference) {
@@ -232,8 +237,8 @@ struct Outside {
         label_factor(0.0f),
         log(totals.student_log + (totals.sums.student_reference - s.student_reference)),
         is_compared(compared) {
-    log_p = static_cast<float>(kLog2E * teacher.log_share());
-    p = static_cast<float>(exp(teacher.log_share()));
+    log_p = static_cast<float>(kLog2E * teacher.log_share);
+    p = static_cast<float>(teacher.share);
   }
 };
 
@@ -484,7 +489,7 @@ struct EntriesRow {
     if (threadIdx.x != 0) return;
     const double rest = exp(teacher.log_rest);
     const bool is_spread = job.teacher.tail == Tail::uniform;
-    if (rest > 0.0) entropy -= rest * (is_spread ? teacher.log_share() : teacher.log_rest);
+    if (rest > 0.0) entropy -= rest * (is_spread ? teacher.log_share : teacher.log_rest);
   }
 
   KD_DEVICE void clear_mask() const {
@@ -530,10 +535,17 @@ struct EntriesRow {
     __syncthreads();
     inside = with_label_sum(task, sum_of_slots<Nothing>(task, scratch.inside, kEntriesWarps));
     outside = with_label_sum(task, sum_of_slots<Nothing>(task, scratch.outside, kEntriesWarps));
-    mass = warp_sum(slot_of_lane(scratch.mass, 0.0));
-    known = __reduce_add_sync(kWholeWarp, slot_of_lane(scratch.known, 0));
-    const bool is_sound = !is_outside && (!comes_twice || job.teacher.tail == Tail::none);
-    return Teacher(task, job.teacher.tail, shift, mass, known, is_sound);
+    // By one warp: where few units compute in double, all of them would take longer than a sweep.
+    if (warp == 0) {
+      mass = warp_sum(slot_of_lane(scratch.mass, 0.0));
+      known = __reduce_add_sync(kWholeWarp, slot_of_lane(scratch.known, 0));
+      const Tail tail = job.teacher.tail;
+      const bool is_sound = !is_outside && (!comes_twice || tail == Tail::none);
+      const Teacher teacher = make_teacher(task.vocab, tail, shift, mass, known, is_sound);
+      if (lane == 0) scratch.teacher = teacher;
+    }
+    __syncthreads();
+    return scratch.teacher;
   }
 
   KD_DEVICE bool has_rest(const Teacher& teacher) const {
@@ -545,12 +557,14 @@ struct EntriesRow {
   KD_DEVICE void evaluate(const Teacher& teacher, const Sums& inside, const Sums& outside,
                           const Outside& columns, const Row& student, Totals& totals) const {
     Evaluated sum{};
-    const double whole = log_of(job.teacher.tail == Tail::subset ? inside : totals.sums);
-    evaluate_entries(teacher, whole, sum);
-    if (job.by_column) evaluate_outside(columns, student, sum);
-    if (threadIdx.x == 0 && has_rest(teacher)) {
-      evaluate_rest(teacher, kLn2 * (log_of(outside) - whole), sum);
+    if (threadIdx.x < count()) {
+      const double whole = log_of(job.teacher.tail == Tail::subset ? inside : totals.sums);
+      evaluate_entries(teacher, whole, sum);
+      if (threadIdx.x == 0 && has_rest(teacher)) {
+        evaluate_rest(teacher, kLn2 * (log_of(outside) - whole), sum);
+      }
     }
+    if (job.by_column) evaluate_outside(columns, student, sum);
     warp_reduce(sum, Lanes<32>{});
     if (threadIdx.x % 32 == 0) scratch.evaluated[threadIdx.x / 32] = sum;
     __syncthreads();
