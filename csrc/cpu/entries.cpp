@@ -116,8 +116,9 @@ bool has_even_form(const Problem& problem) {
 }
 
 bool needs_spread(const Problem& problem) {
-  if (options.tail == Tail::uniform) return !has_even_form(options);
-  return options.tail == Tail::renormalize && options.divergence.kind == DivergenceKind::alpha_beta;
+  if (problem.sparse.tail == Tail::uniform) return !has_even_form(problem);
+  return problem.sparse.tail == Tail::renormalize &&
+         problem.divergence.kind == DivergenceKind::alpha_beta;
 }
 
 namespace {

@@ -127,8 +127,8 @@ def sparse_teacher(module: Any, problem: Problem) -> tuple[Any, ...]:
     ids = problem.teacher_ids
     if ids is None:
         return ()
-    # Without slots there is no memory, but the address says that the teacher is sparse.
-    address = pointer(ids) or pointer(problem.student) or 1
+    # Without rows there is no memory, but the address says that the teacher is sparse.
+    address = pointer(ids) or 1
     count, tail = ids.shape[-1], TAILS.index(problem.options.tail)
     return (module.SparseTeacher(address, pointer(problem.teacher), count, tail),)
 
