@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -249,8 +250,6 @@ def test_functors_equal_the_formulas_entry_by_entry(launch: Any, spec: cases.Spe
     from kdkernels.backends.triton import functors
 
     divergence = spec.object
-    if divergence.name == "forward_kl":
-        pytest.skip("forward KL is in closed form in the kernels")
     log_p = -4 * torch.rand(256, dtype=torch.float64) ** 2 * 5
     log_q = torch.where(torch.rand(256) < 0.2, log_p, -4 * torch.rand(256, dtype=torch.float64) * 3)
     log_q[200:230] = log_p[200:230] + 1e-3
@@ -261,8 +260,7 @@ def test_functors_equal_the_formulas_entry_by_entry(launch: Any, spec: cases.Spe
     if divergence.name == "alpha_beta":
         case = functors.alpha_beta_case(*divergence.parameters)
     constants = SimpleNamespace(
-        divergence=divergence.name, case=case, nvidia=False,
-        with_value=divergence.name != "reverse_kl",
+        divergence=divergence.name, case=case, nvidia=False
     )  # fmt: skip
     value, slope = torch.zeros(256), torch.zeros(256)
     ln2 = torch.log(torch.tensor(2.0, dtype=torch.float64))
@@ -273,8 +271,6 @@ def test_functors_equal_the_formulas_entry_by_entry(launch: Any, spec: cases.Spe
     for ours, exact in (
         (value, divergence.value(*rounded)), (slope, divergence.slope(*rounded))
     ):  # fmt: skip
-        if ours is value and not constants.with_value:
-            continue
         finite = exact.isfinite()
         torch.testing.assert_close(ours.double()[finite], exact[finite], rtol=2e-5, atol=5e-7)
         assert (ours[~finite] == exact[~finite].float()).all() or exact[~finite].isnan().all()
@@ -436,6 +432,207 @@ def test_scaling(launch: Any, dtype: torch.dtype, overwrite: bool) -> None:
         torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
         assert (out is given) == overwrite
         assert overwrite or torch.equal(given, gradient)
+
+
+# ----------------------------------------------------------------- interpreted: sparse teachers
+
+TAILS = ("bucket", "uniform", "renormalize", "subset", "none")
+
+
+def sparse_problem(
+    rows: int, vocab: int, count: int, tail: str, *, dtype: torch.dtype = torch.float32,
+    scale: float = 3.0, empty: float = 0.2, **options: Any,
+) -> Problem:  # fmt: skip
+    """Rows of which one does not count; with ``empty`` slots the last has no entry at all."""
+    chance = cases.generator(rows + vocab + count)
+    student = cases.logits((rows, vocab), seed=vocab, scale=scale).to(dtype)
+    ids = torch.stack([torch.randperm(vocab + count, generator=chance) for _ in range(rows)])
+    ids = torch.stack([row[row < vocab] for row in ids])[:, :count]
+    ids = torch.nn.functional.pad(ids, (0, count - ids.shape[1]), value=-1)
+    weights = torch.rand(ids.shape, generator=chance, dtype=torch.float64) ** 3 + 1e-4
+    if empty:
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=chance) < empty, -1)
+        ids[-1] = -1
+    weights = weights * (ids >= 0)
+    # Less than 1 where there are others to have the rest.
+    mass = 0.9 if count < vocab else 1.0
+    log_probs = (mass * weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)).log()
+    labels = torch.randint(vocab, (rows,), generator=chance)
+    labels[0] = torch.where(ids[0] < 0, labels[0], ids[0])[0]  # one of the entries
+    if rows > 2:
+        labels[1] = -100
+        student[1] = float("nan")
+    given = {"alpha": 0.5, "reduction": "sum", "tail": tail} | options
+    return Problem(student, log_probs, labels, None, None, Options(**given), ids)
+
+
+def assert_sparse_equals_the_oracle(
+    launch: Any, problem: Problem, extras: bool = True, once: bool = False
+) -> None:
+    """Also of a gradient that is computed anew, and in the student's memory, unless ``once``."""
+    exact_loss, exact_seen, exact = reference.forward(problem, want_gradient=True, extras=extras)
+    assert exact is not None
+    result = launch.forward(problem, want_gradient=True, extras=extras)
+    torch.testing.assert_close(result.loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    seen = result.statistics[: len(exact_seen)].double()
+    if not extras:
+        exact_seen, seen = exact_seen[:1], seen[:1]
+    torch.testing.assert_close(seen, exact_seen, rtol=2e-6, atol=2e-6)
+    # Of every row relative to its own largest, before the gradient's dtype rounds it.
+    top = exact.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+    ulp = torch.finfo(problem.student.dtype).eps
+    torch.testing.assert_close(
+        result.gradient.double() / top, exact / top, rtol=max(ulp, 1e-5), atol=2e-6
+    )
+    if once:
+        return
+    again = launch.backward(problem, result.statistics, torch.ones(()))
+    assert torch.equal(again, result.gradient)
+    own = dataclasses.replace(problem, student=problem.student.clone())
+    there = launch.forward(own, want_gradient=True, extras=False, gradient_out=own.student)
+    assert torch.equal(there.gradient, result.gradient) and torch.equal(there.loss, result.loss)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    ("vocab", "count", "dtype"),
+    ((1, 1, torch.float32), (2, 1, torch.float32), (10, 17, torch.float16),
+     (333, 20, torch.bfloat16)),
+    ids=str,
+)  # fmt: skip
+def test_a_sparse_teacher_of_every_tail(
+    launch: Any, vocab: int, count: int, dtype: torch.dtype, tail: str
+) -> None:
+    """One column, one entry, more slots than columns, rows without entries; every option."""
+    empty = 0.2 if count > 1 else 0.0
+    problem = sparse_problem(
+        4, vocab, count, tail, dtype=dtype, empty=empty, label_smoothing=0.1, z_loss=1e-2,
+        student_softcap=8.0, student_scale=-0.7, temperature=1.7 if count == 20 else 2.0,
+    )  # fmt: skip
+    assert_sparse_equals_the_oracle(launch, problem)
+
+
+@cases.each_spec
+def test_a_sparse_teacher_and_every_divergence(launch: Any, spec: cases.Spec) -> None:
+    divergence = spec.object
+    for tail in ("bucket", "subset"):
+        problem = sparse_problem(
+            3, 131, 7, tail, divergence=divergence.name, parameters=divergence.parameters
+        )
+        assert_sparse_equals_the_oracle(launch, problem, extras=False, once=True)
+
+
+@pytest.mark.parametrize(
+    ("tail", "divergence", "parameters"),
+    (*((tail, "forward_kl", ()) for tail in TAILS), ("bucket", "reverse_kl", ()),
+     ("bucket", "jsd", (0.3,)), ("bucket", "alpha_beta", (0.2, 0.7)),
+     ("renormalize", "jsd", (0.3,)), ("renormalize", "tvd", ())),
+)  # fmt: skip
+def test_a_student_that_is_sure_keeps_its_digits_beside_a_sparse_teacher(
+    launch: Any, tail: str, divergence: str, parameters: tuple[float, ...]
+) -> None:
+    """Of an entry, of several, or of a column that is none: the others have nothing, or all."""
+    problem = sparse_problem(
+        8, 501, 9, tail, scale=1.0, empty=0.0, alpha=1.0, divergence=divergence,
+        parameters=parameters,
+    )  # fmt: skip
+    student, ids = problem.student, problem.teacher_ids
+    assert ids is not None
+    for row, sure in ((0, 20.0), (2, 100.0)):
+        student[row, ids[row, row]] += sure
+    for row, sure in ((3, 20.0), (4, 100.0)):
+        # What the entries have spans as many orders of magnitude as the others are below them.
+        student[row, ids[row]] += torch.linspace(sure, 1.0, 9)
+    student[5, ids[5]] += 100
+    for row, sure in ((6, 20.0), (7, 100.0)):
+        student[row, next(v for v in range(501) if v not in ids[row])] += sure
+    assert_sparse_equals_the_oracle(launch, problem, extras=False, once=True)
+
+
+def test_a_divergence_that_is_only_reported_leaves_the_gradient_alone(launch: Any) -> None:
+    """Where a student is sure of an entry, whose column is then a column like any other."""
+    problem = sparse_problem(3, 201, 5, "bucket", empty=0.0, alpha=0.0, z_loss=1e-3)
+    assert problem.teacher_ids is not None
+    problem.student[0, problem.teacher_ids[0, 2]] += 100
+    assert_sparse_equals_the_oracle(launch, problem)
+
+
+def test_what_the_entries_leave_to_the_others_is_summed_by_itself(launch: Any) -> None:
+    """Five digits of it at least; 1 minus the entries' probabilities would have lost them all."""
+    problem = sparse_problem(5, 3001, 33, "bucket", scale=1.0, empty=0.0, alpha=1.0)
+    index = problem.teacher_ids
+    assert index is not None
+    is_other = torch.ones(5, 3001, dtype=torch.bool).scatter_(1, index, False)
+    shares = {0: 1e-4, 2: 1e-6, 3: 1e-8, 4: 1e-10}
+    for row, share in shares.items():
+        student = problem.student[row].double()
+        falling = torch.linspace(0, -20, 33, dtype=torch.float64)
+        level = student[is_other[row]].logsumexp(0) - falling.logsumexp(0) - math.log(share)
+        problem.student[row, index[row]] = (falling + level).float()
+    exact = reference.forward(problem, want_gradient=True, extras=False)[2]
+    assert exact is not None
+    gradient = launch.forward(problem, want_gradient=True, extras=False).gradient.double()
+    for row in shares:
+        at = is_other[row]
+        torch.testing.assert_close(gradient[row, at], exact[row, at], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("tail", ("bucket", "none"))
+def test_the_others_may_be_excluded_or_out_of_reach(launch: Any, tail: str) -> None:
+    """Their logits -inf or -1e9, and entries that the student excludes: no loop without an end."""
+    problem = sparse_problem(4, 200, 6, tail, empty=0.0, divergence="forward_kl", alpha=1.0)
+    assert problem.teacher_ids is not None
+    for row, value in ((0, -1e9), (2, -torch.inf)):
+        kept = problem.student[row, problem.teacher_ids[row]]
+        problem.student[row] = value
+        problem.student[row, problem.teacher_ids[row]] = kept
+    problem.student[3, problem.teacher_ids[3, :2]] = -torch.inf
+    exact = reference.forward(problem, want_gradient=False, extras=False)[1]
+    result = launch.forward(problem, want_gradient=True, extras=False)
+    torch.testing.assert_close(result.statistics[0].double(), exact[0], rtol=1e-6, atol=1e-6)
+
+
+def test_ids_that_a_tail_does_not_allow_make_their_row_nan(launch: Any) -> None:
+    """What a GPU does, where looking at the ids would synchronise; nothing is read or written
+    there."""
+    problem = sparse_problem(7, 130, 5, "bucket", empty=0.0, reduction="none")
+    ids = problem.teacher_ids
+    assert ids is not None
+    ids[0, 1], ids[2, 3], ids[3, 4], ids[4, 0] = 130, ids[2, 0], 2**40, -(2**40)
+    problem.teacher[5, 0], problem.teacher[6, 2] = 1.0, float("nan")
+    result = launch.forward(problem, want_gradient=True, extras=True)
+    bad = torch.tensor([True, False, True, True, False, True, True])
+    assert torch.equal(result.loss.isnan(), bad)
+    assert torch.equal(result.gradient.isnan().all(-1), bad)
+    assert torch.equal(result.gradient.isnan().any(-1), bad)
+    assert torch.equal(result.statistics[5].isnan(), bad)
+    assert (result.gradient[1] == 0).all()
+    with pytest.raises(IndexError, match="130 at row 0"):
+        BACKEND.forward(problem, want_gradient=False, extras=False)
+
+
+def test_weights_of_one_id_add_up(launch: Any) -> None:
+    problem = sparse_problem(3, 130, 20, "none", alpha=1.0)
+    assert problem.teacher_ids is not None
+    problem.teacher_ids[:, 5:9] = problem.teacher_ids[:, 1:2]
+    problem.teacher[:, 5:9] = -1.0
+    assert_sparse_equals_the_oracle(launch, problem)
+
+
+def test_what_it_refuses_of_a_sparse_teacher_is_named(launch: Any) -> None:
+    for tail, divergence, parameters, reason in (
+        ("uniform", "jsd", (0.5,), "tail='uniform'"),
+        ("renormalize", "alpha_beta", (0.2, 0.7), "alpha_beta"),
+    ):
+        problem = sparse_problem(
+            3, 30, 4, tail, divergence=divergence, parameters=parameters, alpha=1.0
+        )
+        assert [why for why in BACKEND.why_not(problem) if reason in why]
+    assert BACKEND.why_not(sparse_problem(3, 1100, 1025, "bucket"))
+    assert not BACKEND.why_not(sparse_problem(3, 1100, 1024, "bucket"))
+    exact = sparse_problem(3, 30, 4, "renormalize", divergence="alpha_beta", parameters=(0.3, 0.7))
+    assert not BACKEND.why_not(exact)
+    assert_sparse_equals_the_oracle(launch, exact)
 
 
 # ------------------------------------------------------------------------------------- on a GPU

@@ -117,6 +117,68 @@ def test_the_instruction_budget_on_sm_90(report: Any, name: str, instructions: f
     assert sys.modules["sass"].resident(kernel.registers, 32 * one.num_warps) >= 4
 
 
+#: (target, tail, entries a row, options): every tail, and what holds most registers beside it.
+SPARSE = (
+    ("sm_80", "bucket", 64, {}),
+    ("sm_90", "bucket", 64, {}),
+    ("sm_90", "bucket", 256, {"divergence": "jsd", "parameters": (0.3,), "temperature": 2.0}),
+    ("sm_90", "bucket", 64, {"temperature": 1.7, "student_softcap": 20.0, "z_loss": 1e-3}),
+    ("sm_90", "uniform", 64, {"label_smoothing": 0.1}),
+    ("sm_90", "subset", 1024, {"divergence": "alpha_beta", "parameters": (0.2, 0.7)}),
+    ("sm_90", "none", 64, {}),
+    ("sm_100", "uniform", 64, {}),
+    ("sm_120", "bucket", 64, {}),
+)
+
+
+@pytest.mark.parametrize("vocab", (8192, 128256))
+@pytest.mark.parametrize(("target", "tail", "count", "options"), SPARSE)
+def test_a_sparse_teacher_spills_nothing(
+    report: Any, target: str, tail: str, count: int, options: dict[str, Any], vocab: int
+) -> None:
+    """Three loops of the bucket: observe, the others once more where they have nearly nothing, and
+    the gradient. None loads anything but the student, 16 bytes at once."""
+    launches = sparse_launches(report, target, tail, count, options, vocab)
+    assert [one.name for one in launches] == ["count_rows", "kd_entries", "kd_rows", "sum_rows"]
+    for one in launches:
+        (kernel,) = sys.modules["sass"].read(one.kernel.asm["cubin"])
+        assert kernel.whole.spills == 0 and kernel.stack == 0, one.name
+        if one.name == "kd_rows":
+            assert len(kernel.loops) == (3 if tail == "bucket" else 2)
+            for loop in kernel.loops:
+                assert set(loop.loads) == {128} and set(loop.stores) <= {128}
+                assert loop.barriers == loop.shuffles == loop.shared == 0
+
+
+def sparse_launches(
+    report: Any, target: str, tail: str, count: int, options: dict[str, Any], vocab: int
+) -> list[Any]:
+    from kdkernels.backends.triton import launch
+    from kdkernels.problem import Options, Problem
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = 8192
+    problem = Problem(
+        empty(rows, vocab, dtype=torch.bfloat16), empty(rows, count, dtype=torch.float64),
+        empty(rows, dtype=torch.int64), None, None, Options(alpha=0.5, tail=tail, **options),
+        empty(rows, count, dtype=torch.int64),
+    )  # fmt: skip
+    device = report.policy.H100._replace(kind="hip", architecture=0, warp=64)
+    if target != "gfx942":
+        device = report.policy.H100._replace(architecture=int(target.removeprefix("sm_")))
+    launches: list[Any]
+    with report.offline.compiling(report.offline.TARGETS[target]) as launches:
+        launch.forward(problem, want_gradient=True, extras=True, device=device)
+    return launches
+
+
+def test_a_sparse_teacher_compiles_for_gfx942(report: Any) -> None:
+    launches = sparse_launches(report, "gfx942", "bucket", 64, {}, 32000)
+    assert "kd_rows" in [one.name for one in launches]
+
+
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_gfx942_has_wide_loads_and_no_scratch(report: Any, name: str) -> None:
     numbers = report.amd_numbers(compiled(report, name, "gfx942").kernel.asm["amdgcn"])

@@ -40,12 +40,15 @@ def run(ptxsim: Any) -> Any:
         programs: int = 2, warps: int = 4, vectors: int = 1, mode: str = "forward",
         extras: bool = False, target: int = 90, in_place: bool = False, **options: Any,
     ) -> Outcome:  # fmt: skip
-        rows, vocab = student.shape[0], min(student.shape[-1], teacher.shape[-1])
+        ids = options.pop("ids", None)  # of a sparse teacher, whose entries ``teacher`` is
+        rows, vocab = student.shape[0], student.shape[-1]
+        if ids is None:
+            vocab = min(vocab, teacher.shape[-1])
         labels = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(3))
         labels[0], labels[1] = vocab - 1, -100
         student[1] = teacher[1] = float("nan")
         given = {"alpha": 0.5, "reduction": "sum", **options}
-        problem = Problem(student, teacher, labels, None, None, Options(**given))
+        problem = Problem(student, teacher, labels, None, None, Options(**given), ids)
         exact = reference.forward(problem, want_gradient=True, extras=extras)
         launches: list[tuple[str, Any]] = []
         chosen = policy.LaunchPolicy(warps, vectors, 128, 4, split, exchange, programs)
@@ -170,6 +173,41 @@ def test_the_entry_that_a_student_is_sure_of(
     alive = torch.tensor([0, 2, 3, 4])
     error = (outcome.gradient.double() - exact)[alive].abs().amax(-1)
     assert (error < 1e-5 * exact[alive].abs().amax(-1)).all(), error
+
+
+@pytest.mark.parametrize(
+    ("tail", "divergence", "parameters", "count", "dtype"),
+    (
+        ("bucket", "forward_kl", (), 9, BF16),
+        ("bucket", "jsd", (0.3,), 70, F32),
+        ("uniform", "forward_kl", (), 300, F16),
+        ("renormalize", "skew_reverse_kl", (0.9,), 9, F32),
+        ("subset", "alpha_beta", (0.2, 0.7), 70, BF16),
+        ("none", "forward_kl", (), 70, F32),
+    ),
+)
+@pytest.mark.parametrize("mode", ("forward", "recompute", "in place"))
+def test_a_sparse_teacher(
+    run: Any, tail: str, divergence: str, parameters: tuple[float, ...], count: int,
+    dtype: torch.dtype, mode: str,
+) -> None:  # fmt: skip
+    """The student is read once by each sweep; the entries are stored behind the other columns.
+
+    One student is sure of an entry, so that what the others share is summed by themselves.
+    """
+    rows, vocab = 4, 1031
+    student, weights = logits(rows, vocab, dtype), logits(rows, count, F32, seed=1)
+    ids = torch.stack([torch.randperm(vocab)[:count] for _ in range(rows)])
+    ids[:, 1] = ids[3] = -1
+    student[2, ids[2, 0]] += 40
+    log_probs = weights.log_softmax(-1).double() - 0.1
+    outcome = run(
+        student, log_probs, ids=ids, tail=tail, divergence=divergence, parameters=parameters,
+        mode="recompute" if mode == "recompute" else "forward", in_place=mode == "in place",
+        label_smoothing=0.1, z_loss=1e-3, temperature=2.0 if count > 9 else 1.7, extras=True,
+    )  # fmt: skip
+    names = [name for name, _ in outcome.launches]
+    assert names.count("kd_entries") == names.count("kd_rows") == 1 + (mode == "recompute")
 
 
 @pytest.mark.parametrize("seed", (1, 2, 3))

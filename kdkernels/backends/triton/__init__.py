@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...entries import check as check_entries
 from ...problem import Problem, check_labels
 from .. import gpu
 from ..base import Backend, Result, has_rows
 from .arguments import Kept
 from .policy import CLOSED
+
+#: Entries of a row: a sparse teacher has hundreds.
+MOST_SLOTS = 1024
 
 _IMPORT_ERROR: str | None = None
 _launch: ModuleType | None = None
@@ -56,9 +60,12 @@ class TritonBackend(Backend):
         if kind != "cuda" and not (launch.INTERPRETED and kind == "cpu"):
             where = "cpu tensors" if launch.INTERPRETED else "cuda (or ROCm) tensors"
             reasons.append(f"it runs on {where}, not on {kind}")
-        if problem.teacher_ids is not None:
-            return [*reasons, "it has no kernel for a sparse teacher"]
-        for name, tensor in (("student", problem.student), ("teacher", problem.teacher)):
+        logits = {"student": problem.student}
+        if problem.teacher_ids is None:
+            logits["teacher"] = problem.teacher
+        else:
+            reasons += _why_not_sparse(problem)
+        for name, tensor in logits.items():
             if tensor.dtype == torch.float64:
                 reasons.append(f"it computes in float32, the {name}'s logits are float64")
         divergence = problem.options.divergence
@@ -83,6 +90,8 @@ class TritonBackend(Backend):
         grad_output: Tensor | None = None,
     ) -> Result:
         check_labels(problem)
+        if problem.teacher_ids is not None and (problem.options.alpha != 0 or extras):
+            check_entries(problem)
         launch = _load()
         assert launch is not None
         with _saying_what_a_capture_needs():
@@ -119,6 +128,27 @@ class TritonBackend(Backend):
         with _saying_what_a_capture_needs():
             scaled: Tensor = launch.scale_gradient(gradient, grad_output, overwrite=overwrite)
         return scaled
+
+
+def _why_not_sparse(problem: Problem) -> list[str]:
+    """What is refused of a sparse teacher."""
+    options, reasons = problem.options, []
+    slots = problem.teacher.shape[-1]
+    if slots > MOST_SLOTS:
+        reasons.append(f"it compares a row's entries with each other: {slots} > {MOST_SLOTS}")
+    if options.tail == "uniform" and options.divergence != "forward_kl":
+        reasons.append(
+            f"it has no kernel for tail='uniform' with the divergence {options.divergence!r}, "
+            "which is a sum over the vocabulary"
+        )
+    if options.tail == "renormalize" and options.divergence == "alpha_beta":
+        alpha, beta = options.parameters
+        if alpha + beta != 1:
+            reasons.append(
+                f"it has no kernel for tail='renormalize' with alpha_beta of alpha + beta = "
+                f"{alpha + beta}, which is a sum over the vocabulary unless that is 1"
+            )
+    return reasons
 
 
 class _saying_what_a_capture_needs:

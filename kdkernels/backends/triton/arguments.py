@@ -23,6 +23,9 @@ class Tensors(NamedTuple):
     partials: Any  # float32 [slots, exchange.PARTIALS, members]
     arrivals: Any  # int32 [groups], zero
     errors: Any  # int64 []: 1 + the highest row with a label outside the vocabulary
+    # Of a sparse teacher, whose log-probabilities in base 2 are ``teacher``, float32:
+    columns: Any  # int32 [rows, entries]; -1: none
+    facts: Any  # float32 [rows, Facts]
 
 
 class Sizes(NamedTuple):
@@ -41,6 +44,7 @@ class Sizes(NamedTuple):
     teacher_column: Any
     upstream_stride: Any
     ignore_index: Any
+    entries: Any  # K of a sparse teacher
 
 
 class Numbers(NamedTuple):
@@ -61,6 +65,16 @@ class Numbers(NamedTuple):
     second: Any
 
 
+class Facts(NamedTuple):
+    """What is known of a sparse teacher's row beside its entries."""
+
+    lse: Any  # of what they were divided by; NaN: they are no distribution
+    entropy: Any
+    at: Any  # the column of the likeliest
+    log_rest: Any  # of the mass that the others share, in base 2
+    others: Any  # how many columns they are
+
+
 _named: Any = namedtuple  # mypy knows no fields that are not written out
 #: A row's statistics, in their order: what the caller sees of one column of the tensor.
 Statistics = _named("Statistics", STATISTICS)
@@ -68,7 +82,8 @@ Statistics = _named("Statistics", STATISTICS)
 
 class Kept(NamedTuple):
     """Behind the statistics, what a backward starts from: its gradient then has the same bits as
-    one that the forward computes."""
+    one that the forward computes. With a sparse teacher the second sum is that of the student's
+    logits which are none of the entries."""
 
     top_s: Any
     sum_s: Any

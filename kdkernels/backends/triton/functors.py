@@ -1,16 +1,16 @@
 """The divergences on the device: ``value`` and ``slope`` of one vocabulary entry.
 
 The twin of ``kdkernels/divergences.py`` and ``csrc/divergences.h``. Log-probabilities come in base
-2 (``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Forward
-KL is not here: ``row.py`` has it, and the sums of reverse KL, in closed form.
+2 (``log_p``, ``log_q``), since the hardware's exponential is ``exp2``; results are in nats. Of the
+two KLs between logits ``row.py`` has the sums in closed form.
 
 ``P`` is a :class:`~kdkernels.backends.triton.policy.Functor`.
 
 Where a probability is 0 its term is 0, whatever its logarithm; where both are 0 the entry is dead.
 
 Softmax's Jacobian gives the same gradient of all slopes less ``centre * q``: ``row.py`` chooses the
-centre, for the digits of the sum of slopes. All slopes but the alpha-beta divergence's are q times
-a ratio of moderate size, so the centre is taken from the ratio.
+centre, for the digits of the sum of slopes. All slopes but the alpha-beta divergence's and forward
+KL's are q times a ratio of moderate size, so the centre is taken from the ratio.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -181,7 +181,11 @@ def _alpha_beta_slope(log_p, log_q, alpha, beta, CASE: tl.constexpr):
 @triton.jit
 def value(p, q, log_p, log_q, first, second, P: tl.constexpr):
     """The entry's contribution to the divergence. ``first``, ``second``: its parameters."""
-    if P.divergence == "jsd":
+    if P.divergence == "forward_kl":
+        return times(p, (log_p - log_q) * LN2)
+    elif P.divergence == "reverse_kl":
+        return times(q, (log_q - log_p) * LN2)
+    elif P.divergence == "jsd":
         p_above, q_above = above_mixture(log_p, log_q, first, P)
         return (first * (p * p_above) + (1 - first) * (q * q_above)) * LN2
     elif P.divergence == "tvd":
@@ -221,6 +225,8 @@ def slope(p, q, log_p, log_q, centre, first, second, P: tl.constexpr):
     """d value / d log q (natural logarithm), less centre * q."""
     if P.divergence == "alpha_beta":
         return _alpha_beta_slope(log_p, log_q, first, second, P.case) - centre * q
+    elif P.divergence == "forward_kl":
+        return -p - centre * q
     elif P.divergence == "reverse_kl":
         return times(q, _ratio(p, q, log_p, log_q, centre, first, P))
     else:
@@ -232,5 +238,7 @@ def slope_over_q(p, q, log_p, log_q, first, second, P: tl.constexpr):
     """The centre that makes 0 of this entry's slope. 0 < q."""
     if P.divergence == "alpha_beta":
         return tl.div_rn(_alpha_beta_slope(log_p, log_q, first, second, P.case), q)
+    elif P.divergence == "forward_kl":
+        return -tl.div_rn(p, q)
     else:
         return _ratio(p, q, log_p, log_q, 0.0, first, P)

@@ -16,10 +16,11 @@ from torch import Tensor
 from ...problem import STATISTICS, Options, Problem, RowLayout, row_layout
 from ..base import Result, empty_gradient, row_stride
 from ..gpu import label_errors
-from . import exchange, functors, policy, row, small
-from .arguments import Kept, Numbers, Sizes, Tensors
+from . import entries, exchange, functors, policy, row, small
+from .arguments import Facts, Kept, Numbers, Sizes, Tensors
 from .policy import (
     Device,
+    Entries,
     Functor,
     Given,
     LaunchPolicy,
@@ -101,7 +102,7 @@ class Constants:
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(variant: Variant) -> Constants:
+def _constants(variant: Variant | Entries) -> Constants:
     return Constants(variant, variant.constants())
 
 
@@ -133,6 +134,10 @@ def _guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return _interpreter if INTERPRETED else contextlib.nullcontext()
 
 
+#: Programs of a processor that read a sparse teacher's entries; each waits most of its time.
+ENTRIES_PROGRAMS = 8
+
+
 class Launch:
     """The launches of one problem: its arguments, and the variants of the row kernel they need."""
 
@@ -144,7 +149,9 @@ class Launch:
         self.device = device
         self.layout = row_layout(problem.student, problem.teacher)
         self.student, self.teacher = self.layout.tensors
-        sizes = (self.student.element_size(), self.teacher.element_size())
+        self.sparse = problem.teacher_ids is not None
+        models = (self.student,) if self.sparse else (self.student, self.teacher)
+        sizes = [model.element_size() for model in models]
         self.width = 16 // min(sizes)
         self.facts = {
             "rows": problem.rows,
@@ -154,7 +161,9 @@ class Launch:
             "sweeps": sweeps,
             "heaviness": _heaviness(problem),
         }
-        self.policy = launch_policy or self._measured() or policy.choose(device, **self.facts)
+        self.policy = launch_policy or self._policy()
+        self.columns: Tensor | None = None
+        self.facts_of_teacher: Tensor | None = None
         self.items: Tensor | None = None
         self.row_factor = 1.0
         self._denominator()
@@ -163,6 +172,12 @@ class Launch:
     def key(self) -> str:
         """What a measured launch is kept under."""
         return policy.key(self.device, **self.facts)
+
+    def _policy(self) -> LaunchPolicy:
+        if not self.sparse:
+            return self._measured() or policy.choose(self.device, **self.facts)
+        facts = {name: fact for name, fact in self.facts.items() if name != "sweeps"}
+        return policy.choose_whole(self.device, **facts)
 
     def _measured(self) -> LaunchPolicy | None:
         """From the user's file; a text to look it up is made only where there is one."""
@@ -185,6 +200,23 @@ class Launch:
             self.items = torch.empty((), dtype=torch.float32, device=self.student.device)
             integers = (self.facts["rows"], options.ignore_index)
             _start(small.count_rows, (1,), (problem.labels, self.items), integers, (), (1024,))
+
+    def read_entries(self, extras: bool) -> None:
+        """One launch that makes of a sparse teacher what the row kernel takes."""
+        ids = self.problem.teacher_ids
+        if ids is None:
+            return
+        rows, count = self.facts["rows"], ids.shape[-1]
+        self.columns = torch.empty_like(ids, dtype=torch.int32)
+        self.facts_of_teacher = self.student.new_empty(
+            (rows, len(Facts._fields)), dtype=torch.float32
+        )
+        self.teacher = torch.empty_like(ids, dtype=torch.float32)
+        tensors = (ids, self.problem.teacher, self.columns, self.teacher, self.facts_of_teacher)
+        programs = min(rows, ENTRIES_PROGRAMS * self.device.processors)
+        constants = _constants(Entries(self.options.tail, _slots(self.problem), extras))
+        integers = (rows, count, self.facts["vocab"])
+        _start(entries.kd_entries, (programs,), tensors, integers, (), (constants,), num_warps=4)
 
     def case(self, gradient: Tensor | None, extras: bool, upstream: bool) -> Case:
         """What decides the variants of the row kernel."""
@@ -214,6 +246,7 @@ class Launch:
             gradient_phase=gradient_phase,
             base_aligned=not (own | self.teacher.data_ptr() | written) % 16,
             truncated=gradient is not None and problem.student.shape[-1] > self.facts["vocab"],
+            slots=_slots(problem),
         )
 
     def run(
@@ -242,6 +275,8 @@ class Launch:
             partials=partials,
             arrivals=arrivals,
             errors=None if labels is None else label_errors(self.student.device),
+            columns=self.columns,
+            facts=self.facts_of_teacher,
         )
         _start(
             row.kd_rows, (stage.programs,), tensors, self._sizes(gradient, upstream),
@@ -265,6 +300,7 @@ class Launch:
             teacher_column=teacher[2],
             upstream_stride=0 if upstream is None or upstream.ndim == 0 else upstream.stride(0),
             ignore_index=self.problem.options.ignore_index,
+            entries=self.teacher.shape[-1] if self.sparse else 0,
         )
 
     def forward(
@@ -273,6 +309,7 @@ class Launch:
     ) -> None:  # fmt: skip
         """All launches of the row kernel that the policy's exchange needs."""
         launch = self.policy
+        self.read_entries(extras)
         partials = None
         if launch.exchange != "none":
             many = launch.exchange == "launch"
@@ -285,6 +322,7 @@ class Launch:
 
     def backward(self, statistics: Tensor, gradient: Tensor, upstream: Tensor) -> None:
         """The one launch that starts where the forward ended."""
+        self.read_entries(extras=False)
         stage = _backward_stage(self.case(gradient, False, upstream=True))
         self.run(stage, None, statistics, gradient, None, upstream)
 
@@ -334,6 +372,7 @@ class Case(NamedTuple):
     gradient_phase: bool
     base_aligned: bool
     truncated: bool
+    slots: int  # of a sparse teacher's entries, a power of two; 0: it is logits
 
 
 class Stage(NamedTuple):
@@ -355,7 +394,7 @@ def _variant(case: Case) -> Variant:
     options, launch, device = case.options, case.policy, case.device
     labels = case.with_labels
     kd_in_loss = options.alpha != 0
-    swept = (kd_in_loss or case.extras) and options.divergence in functors.SWEPT
+    swept = (kd_in_loss or case.extras) and options.divergence in functors.SWEPT and not case.slots
     return Variant(
         interpreted=INTERPRETED,
         tile=Tile(launch.vectors, launch.num_warps * device.warp, case.width, case.itemsize),
@@ -387,6 +426,8 @@ def _variant(case: Case) -> Variant:
         given=Given(labels, case.with_items, case.with_weights, case.with_upstream),
         stages=Stages(observe=True, evaluate=swept, finish=True, differentiate=case.with_gradient),
         sharing=Sharing(launch.exchange, split=launch.split, members=launch.split),
+        tail=options.tail,
+        slots=case.slots,
     )
 
 
@@ -429,12 +470,18 @@ def _backward_stage(case: Case) -> Stage:
     )
 
 
+def _slots(problem: Problem) -> int:
+    if problem.teacher_ids is None:
+        return 0
+    return int(triton.next_power_of_2(max(1, problem.teacher_ids.shape[-1])))
+
+
 def _heaviness(problem: Problem) -> int:
     """The index of ``policy.TILES``: how much a thread has to hold per element."""
     options = problem.options
-    swept = options.divergence in functors.SWEPT
+    swept = options.divergence in functors.SWEPT and problem.teacher_ids is None
     capped = options.student_softcap != 0 or options.teacher_softcap != 0
-    reasons = swept + capped + (options.divergence == "alpha_beta")
+    reasons = swept + capped + (swept and options.divergence == "alpha_beta")
     return 1 + reasons if reasons else int(_power(options) == 0)
 
 

@@ -138,6 +138,34 @@ def programs_for(device: Device, rows: int, residents: int, split: int, exchange
     return max(1, min(rows, device.processors * residents // split)) * split
 
 
+def choose_whole(
+    device: Device, rows: int, vocab: int, row_bytes: int, width: int, heaviness: int
+) -> LaunchPolicy:
+    """The launch where a row is one program's: of a sparse teacher, ``row_bytes`` the student's.
+
+    Where the rows in flight would not stay in the cache until the second sweep, or do not fill the
+    device, a processor has one wide program instead of two. (Whether that pays is not measured.)
+    """
+    # Extra statistics of a tail spill with two vectors on sm_100 (Triton 3.7.1).
+    least = 2 if device.architecture // 10 == 10 else 1
+    alone = choose(device, 1 << 20, vocab, row_bytes, width, 1, max(heaviness, least))
+    warps, registers, residents = alone.num_warps, alone.registers, 1
+    if device.kind != "interpreter":
+        # 80 registers, of three programs, spill what a row keeps beside extra statistics.
+        registers = None if registers is None else 128
+        in_flight = min(rows, 2 * device.processors) * row_bytes
+        wide = 2 * warps * device.warp * alone.vectors * width <= vocab
+        fits = in_flight <= CACHE_SHARE * device.cache_bytes and rows > device.processors
+        warps, residents = (2 * warps, 1) if wide and not fits else (warps, 2)
+    return dataclasses.replace(
+        alone,
+        num_warps=warps,
+        registers=registers,
+        residents=residents,
+        programs=programs_for(device, rows, residents, 1, "none"),
+    )
+
+
 def key(
     device: Device, rows: int, vocab: int, row_bytes: int, width: int, sweeps: int, heaviness: int
 ) -> str:
@@ -192,6 +220,18 @@ def tuned(device: Device, rows: int, name: str) -> LaunchPolicy | None:
 
 #: Divergences whose sums follow from the statistics of the first sweep.
 CLOSED = ("forward_kl", "reverse_kl")
+
+
+class Entries(NamedTuple):
+    """What the kernel of a sparse teacher's entries is compiled for; ``P`` there."""
+
+    tail: str
+    slots: int
+    extras: bool
+
+    def constants(self) -> dict[str, Any]:
+        # Ids are compared by pairs, of which a thread has up to 32 at once.
+        return self._asdict() | {"compared_slots": min(16, max(2, 4096 // self.slots))}
 
 
 class Tile(NamedTuple):
@@ -277,6 +317,8 @@ class Variant(NamedTuple):
     given: Given
     stages: Stages
     sharing: Sharing
+    tail: str  # of a sparse teacher; "": it is logits
+    slots: int  # of its entries, a power of two
 
     def constants(self) -> dict[str, Any]:
         """The fields and what follows from them."""
@@ -287,7 +329,10 @@ class Variant(NamedTuple):
         keep = "evict_last"  # the next sweep wants it
         done = "evict_first"
         return self._asdict() | {
+            "sparse": self.tail != "",
             "with_kd": with_kd,
+            # Below 0 is rounding only, but of weights that are no distribution.
+            "nonnegative": self.tail != "none",
             "with_ce": terms.ce_in_loss or (self.given.labels and terms.extras),
             "label_term": terms.ce_in_loss or terms.z_loss,
             "closed": with_kd and closed,

@@ -17,44 +17,36 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import Numbers, Sizes, Statistics, Tensors
-from .arithmetic import exponent, finite, pair_sum, power, product, rounded, scaled
+from .arguments import Numbers, Sizes, Tensors
+from .arithmetic import finite, pair_sum, power, rounded
 from .bodies import (
     Coefficients,
     Softmaxes,
     Sums,
     cap_slope,
-    clear,
     differentiate,
     evaluate,
     gradient,
     log_probability,
     observe,
 )
-from .exchange import (
-    ROWS,
-    collect_state,
-    collect_sums,
-    keep,
-    meet,
-    publish_state,
-    publish_sums,
-    resume,
-    store_numbers,
-)
+from .exchange import collect_state, collect_sums, meet, publish_state, publish_sums, resume
 from .functors import LN2, LOG2E, slope_over_q
+from .outcome import (
+    Teacher,
+    checked,
+    entropy_of,
+    finish,
+    label_logit,
+    lse_of,
+    residue,
+    row_of,
+    student_logs,
+    uncounted,
+)
+from .sparse import counted_sparse
 from .state import SURE, merged, neutral
 from .sweep import Each, Logits, Place, column, owns, slice_of, sweep, transformed
-
-
-class Row(NamedTuple):
-    """What the caller says of a row."""
-
-    label: Any
-    column: Any  # the label, or a column that may be read where it is none
-    weight: Any
-    scale: Any  # weight / denominator; 0: the row does not count
-    upstream: Any  # scale * grad_output
 
 
 class Shared(NamedTuple):
@@ -101,49 +93,6 @@ def _place(row, member, tensors, sizes, numbers, P: tl.constexpr):
 
 
 @triton.jit
-def _row(row, tensors, sizes, numbers, P: tl.constexpr):
-    weight, scale, label = 1.0, numbers.row_factor, 0
-    if P.given.items:
-        items = tl.load(tensors.items)
-        scale = tl.div_rn(1.0, tl.where(items == 0, 1.0, items))
-    if P.given.weights:
-        weight = tl.load(tensors.weights + row)
-        scale = scale * weight
-    if P.given.labels:
-        label = tl.load(tensors.labels + row)
-        scale = tl.where(label == sizes.ignore_index, 0.0, scale)
-    upstream = scale
-    if P.given.upstream:
-        given = tl.load(tensors.upstream + row * sizes.upstream_stride)
-        upstream = scale * given.to(tl.float32)
-    return Row(label=label, column=label, weight=weight, scale=scale, upstream=upstream)
-
-
-@triton.jit
-def _checked(row, at, member, errors, vocab, P: tl.constexpr):
-    """The row with a column that may be read; NaN is what a label outside the vocabulary gives."""
-    safe, upstream = row.label, row.upstream
-    if P.given.labels:
-        valid = (row.label >= 0) & (row.label < vocab)
-        safe = tl.where(valid, row.label, 0)
-        upstream = tl.where(valid, upstream, float("nan"))
-        if P.stages.finish:
-            if member == 0:
-                if not valid:
-                    tl.atomic_max(errors, at + 1)
-    return Row(label=row.label, column=safe, weight=row.weight, scale=row.scale, upstream=upstream)
-
-
-@triton.jit
-def _label_logit(place, label, P: tl.constexpr):
-    """Before anything of the row is written: the gradient may overwrite the student."""
-    # By those who need it only: another member's slice may be overwritten by now.
-    needed = owns(place.part, label, P) | ((place.part.member == 0) & P.stages.finish)
-    at = column(place.rows.student, label, place.student.stride, P.student.unit)
-    return transformed(tl.load(at, mask=needed, other=0.0), place.student, P.student, P)
-
-
-@triton.jit
 def _observed(place, shared, tensors, sizes, numbers, P: tl.constexpr):
     """The row's state: observed, collected from other launches, or as the forward kept it.
 
@@ -167,12 +116,6 @@ def _observed(place, shared, tensors, sizes, numbers, P: tl.constexpr):
 
 
 @triton.jit
-def _residue(top, factor, P: tl.constexpr):
-    """What the rounded product, which the sums are relative to, misses."""
-    return exponent(top, factor, top, P)
-
-
-@triton.jit
 def _at_peak(state, log_s, log_t, numbers, P: tl.constexpr):
     """The logarithms of p and q there, with the bits that the sweeps give that entry."""
     top = state.student.top
@@ -182,16 +125,10 @@ def _at_peak(state, log_s, log_t, numbers, P: tl.constexpr):
 
 @triton.jit
 def _softmaxes(state, centre, numbers, P: tl.constexpr):
-    top_s, top_t, factor = state.student.top, state.teacher.top, numbers.factor
-    log_s = tl.log2(state.student.sum) - _residue(top_s, factor, P)
-    log_t = tl.log2(state.teacher.sum) - _residue(top_t, factor, P)
-    log_1 = log_s
-    if P.terms.power != 1:
-        at_one = product(top_s, factor) * numbers.temperature
-        log_1 = tl.log2(state.at_one) - scaled(top_s, LOG2E, at_one, P)
+    log_s, log_1 = student_logs(state, numbers, P)
+    log_t = tl.log2(state.teacher.sum) - residue(state.teacher.top, numbers.factor, P)
     if P.single:
-        # One column: all log-probabilities are 0, which log2(exp2(x)) misses by an ulp.
-        log_s, log_t, log_1 = log_s * 0.0, log_t * 0.0, log_1 * 0.0
+        log_t = log_t * 0.0
     if P.centred and not P.resumes:
         log_p, log_q = _at_peak(state, log_s, log_t, numbers, P)
         # That of equal probabilities where the student is not sure.
@@ -210,8 +147,8 @@ def _closed_form(softmaxes, P: tl.constexpr):
     factor = softmaxes.numbers.factor
     slopes = 0.0
     if P.functor.divergence == "forward_kl":
-        log_s += _residue(state.student.top, factor, P)
-        log_t += _residue(state.teacher.top, factor, P)
+        log_s += residue(state.student.top, factor, P)
+        log_t += residue(state.teacher.top, factor, P)
         divergence = LN2 * (state.gap / state.teacher.sum - log_t + log_s)
     else:
         log_p, log_q = _at_peak(state, log_s, log_t, softmaxes.numbers, P)
@@ -221,16 +158,6 @@ def _closed_form(softmaxes, P: tl.constexpr):
     if P.single:
         divergence = divergence * 0.0
     return divergence, slopes
-
-
-@triton.jit
-def _lse(top, factor, log_sum, P: tl.constexpr):
-    return scaled(top, factor, -log_sum, P) * LN2
-
-
-@triton.jit
-def _entropy(own, extras, factor, log_sum, P: tl.constexpr):
-    return LN2 * (log_sum + _residue(own.top, factor, P) - extras.entropy / own.sum)
 
 
 @triton.jit
@@ -254,65 +181,13 @@ def _evaluated(softmaxes, slopes, place, shared, tensors, P: tl.constexpr):
 
 
 @triton.jit
-def _finish(row, at, softmaxes, sums, z_label, tensors, sizes, P: tl.constexpr):
-    """Row ``at``'s loss and statistics."""
-    state, numbers = softmaxes.state, softmaxes.numbers
-    log_s, log_t, log_1 = softmaxes.log_s, softmaxes.log_t, softmaxes.log_1
-    top = state.student.top
-    student_lse = _lse(top, numbers.factor, log_s, P)
-    teacher_lse = _lse(state.teacher.top, numbers.factor, log_t, P)
-    label_lse = _lse(top, LOG2E, log_1, P)
-    kd, ce, z = 0.0, 0.0, 0.0
-    loss = 0.0
-    if P.with_kd:
-        kd = numbers.kd_scale * tl.where(sums.value < 0, 0.0, sums.value)
-        kd = tl.where(finite(student_lse) & finite(teacher_lse), kd, float("nan"))
-        if P.terms.kd_in_loss:
-            loss += numbers.alpha * kd
-    if P.with_ce:
-        ce = -log_probability(z_label, LOG2E, top, log_1, P) * LN2
-        if P.terms.smoothing:
-            smoothing = numbers.smoothing
-            hard = tl.where(smoothing == 1, 0.0, (1 - smoothing) * ce)  # 0 * inf is not 0
-            ce = hard + smoothing * (label_lse - state.total / sizes.vocab)
-        if P.terms.ce_in_loss:
-            loss += (1 - numbers.alpha) * ce
-    if P.terms.z_loss:
-        z = numbers.z_loss * label_lse * label_lse
-        loss += z
-    if P.given.labels:
-        loss = tl.where((row.label >= 0) & (row.label < sizes.vocab), loss, float("nan"))
-    tl.store(tensors.loss + at, loss * row.scale)
-    # NaN where a model's logits are no distribution; 0 otherwise.
-    no_teacher = tl.where(finite(teacher_lse), 0.0, float("nan"))
-    spoiled = tl.where(finite(student_lse), 0.0, float("nan"))
-    if P.terms.kd_in_loss:
-        spoiled += no_teacher
-    no_teacher += spoiled
-    hits, student_entropy, teacher_entropy = 0.0, 0.0, 0.0
+def _teacher(softmaxes, P: tl.constexpr):
+    state, factor, log_t = softmaxes.state, softmaxes.numbers.factor, softmaxes.log_t
+    entropy, at = 0.0, 0.0
     if P.terms.extras:
-        student_entropy = _entropy(state.student, state.student_extras, numbers.factor, log_s, P)
-        teacher_entropy = _entropy(state.teacher, state.teacher_extras, numbers.factor, log_t, P)
-        at_s = state.student_extras.at
-        hits = tl.where(at_s == state.teacher_extras.at, 1.0, 0.0)
-        hits = tl.where(no_teacher == 0, hits, 0.0)
-        if P.given.labels:
-            hits += tl.where(at_s == row.label.to(tl.float32), 2.0, 0.0)
-        hits = tl.where(spoiled == 0, hits, 0.0)
-    seen = Statistics(
-        loss=loss * row.weight,
-        kd=kd + no_teacher,
-        ce=ce + spoiled,
-        z=z + spoiled,
-        student_lse=student_lse + spoiled,
-        teacher_lse=teacher_lse + no_teacher,
-        label_lse=label_lse + spoiled,
-        student_entropy=student_entropy + spoiled,
-        teacher_entropy=teacher_entropy + no_teacher,
-        hits=hits,
-    )
-    rows = sizes.rows.to(tl.int64)
-    keep(tensors.statistics + at, rows, seen, state, softmaxes.centre, sums.slope)
+        entropy = entropy_of(state.teacher, state.teacher_extras, factor, log_t, P)
+        at = state.teacher_extras.at
+    return Teacher(lse=lse_of(state.teacher.top, factor, log_t, P), entropy=entropy, at=at)
 
 
 @triton.jit
@@ -325,7 +200,7 @@ def _coefficients(softmaxes, slopes, upstream, vocab, P: tl.constexpr):
         ce = 1 - numbers.alpha
         label += ce
     if P.terms.z_loss:
-        label_lse = _lse(state.student.top, LOG2E, softmaxes.log_1, P)
+        label_lse = lse_of(state.student.top, LOG2E, softmaxes.log_1, P)
         label += (2 * numbers.z_loss) * label_lse
     label = label / state.at_one
     if P.terms.kd_in_loss:
@@ -407,30 +282,20 @@ def _shared(row, group, turn, P: tl.constexpr):
 @triton.jit
 def _counted(row, place, group, turn, tensors, sizes, numbers, P: tl.constexpr):
     """A row that counts: this program's part of all that the variant does."""
-    row = _checked(row, place.row, place.part.member, tensors.errors, sizes.vocab, P)
+    row = checked(row, place.row, place.part.member, tensors.errors, sizes.vocab, P)
     z_label = 0.0
     if P.with_ce:
-        z_label = _label_logit(place, row.column, P)
+        z_label = label_logit(place, row.column, P)
     shared = _shared(place.row, group, turn, P)
     state, centre, slopes = _observed(place, shared, tensors, sizes, numbers, P)
     softmaxes = _softmaxes(state, centre, numbers, P)
     sums = _evaluated(softmaxes, slopes, place, shared, tensors, P)
     if P.stages.finish:
         if place.part.member == 0:
-            _finish(row, place.row, softmaxes, sums, z_label, tensors, sizes, P)
+            teacher = _teacher(softmaxes, P)
+            finish(row, place.row, teacher, softmaxes, sums, z_label, tensors, sizes, P)
     if P.stages.differentiate:
         _differentiated(row, place, softmaxes, sums.slope, z_label, sizes.vocab, P)
-
-
-@triton.jit
-def _uncounted(place, tensors, sizes, P: tl.constexpr):
-    """Zeros for a row that does not count. It is not read: it may hold anything."""
-    if P.stages.finish:
-        if place.part.member == 0:
-            tl.store(tensors.loss + place.row, 0.0)
-            store_numbers(tensors.statistics + place.row, sizes.rows.to(tl.int64), (0.0,), ROWS)
-    if P.stages.differentiate:
-        sweep(clear, 0, "", place.row, place, 0, P)
 
 
 @triton.jit
@@ -444,16 +309,19 @@ def _rows(tensors, sizes, numbers, P: tl.constexpr):
     for index in range(group, sizes.rows, groups):
         at = index + sizes.rows.to(tl.int64) * 0
         place = _place(at, member, tensors, sizes, numbers, P)
-        row = _row(at, tensors, sizes, numbers, P)
+        row = row_of(at, tensors, sizes, numbers, P)
         counts = row.scale != 0
         if not P.stages.finish:
             counts = counts & (row.upstream != 0)
         if counts:
-            _counted(row, place, group, turn, tensors, sizes, numbers, P)
+            if P.sparse:
+                counted_sparse(row, place, tensors, sizes, numbers, P)
+            else:
+                _counted(row, place, group, turn, tensors, sizes, numbers, P)
             if P.sharing.exchange == "spin":
                 turn += 1
         else:
-            _uncounted(place, tensors, sizes, P)
+            uncounted(place, tensors, sizes, P)
         if P.stages.differentiate:
             if P.truncated:
                 if member == 0:
@@ -463,11 +331,11 @@ def _rows(tensors, sizes, numbers, P: tl.constexpr):
 @triton.jit(do_not_specialize=Sizes._fields)
 def kd_rows(  # noqa: PLR0913
     student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
-    statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, rows, inner, vocab, width,
-    gradient_row, student_outer, student_inner, student_column, teacher_outer, teacher_inner,
-    teacher_column, upstream_stride, ignore_index, row_factor, factor, temperature, kd_scale, alpha,
-    smoothing, z_loss, student_scale, teacher_scale, student_softcap, teacher_softcap, first,
-    second, P: tl.constexpr,
+    statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, columns_ptr, facts_ptr,
+    rows, inner, vocab, width, gradient_row, student_outer, student_inner, student_column,
+    teacher_outer, teacher_inner, teacher_column, upstream_stride, ignore_index, entries,
+    row_factor, factor, temperature, kd_scale, alpha, smoothing, z_loss, student_scale,
+    teacher_scale, student_softcap, teacher_softcap, first, second, P: tl.constexpr,
 ):  # fmt: skip
     """The row kernel's entry: names for the fields of Tensors, Sizes and Numbers, in order.
 
@@ -476,11 +344,13 @@ def kd_rows(  # noqa: PLR0913
     """
     tensors = Tensors(
         student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
-        statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr,
+        statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, columns_ptr,
+        facts_ptr,
     )  # fmt: skip
     sizes = Sizes(
         rows, inner, vocab, width, gradient_row, student_outer, student_inner, student_column,
         teacher_outer, teacher_inner, teacher_column, upstream_stride, ignore_index,
+        entries,
     )  # fmt: skip
     numbers = Numbers(
         row_factor, factor, temperature, kd_scale, alpha, smoothing, z_loss, student_scale,

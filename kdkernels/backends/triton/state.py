@@ -101,12 +101,22 @@ def _repeaked(state, top, peak, P: tl.constexpr):
 
 
 @triton.jit
-def _extras_moved(extras, own, shrink, step, P: tl.constexpr):
+def extras_moved(extras, own, shrink, step, P: tl.constexpr):
     """own: the :class:`Sum` that the moment belongs to, as it was."""
     entropy = extras.entropy
     if P.terms.extras:
         entropy = _shrunk(shrink, entropy + own.sum * step)
     return Extras(entropy=entropy, best=extras.best, at=extras.at)
+
+
+@triton.jit
+def at_one_moved(sum_1, step, r, numbers, P: tl.constexpr):
+    """The sum at temperature 1 where the other one is moved by ``step``, that is times ``r``."""
+    if P.terms.power == 0:
+        sum_1 = sum_1 * tl.exp2(step * numbers.temperature)
+    elif P.terms.power != 1:
+        sum_1 = sum_1 * power(r, P)
+    return sum_1
 
 
 @triton.jit
@@ -122,18 +132,13 @@ def moved(state, new_s, new_t, peak, numbers, P: tl.constexpr):
         gap = _shrunk(r_t, gap + teacher.sum * (step_t - step_s))
     elif P.functor.divergence == "reverse_kl":
         gap = _shrunk(r_s, _repeaked(state, new_s, peak, P))
-    sum_1 = state.at_one
-    if P.terms.power == 0:
-        sum_1 = sum_1 * tl.exp2(step_s * numbers.temperature)
-    elif P.terms.power != 1:
-        sum_1 = sum_1 * power(r_s, P)
     return State(
         student=Sum(top=new_s, sum=student.sum * r_s),
-        at_one=sum_1,
+        at_one=at_one_moved(state.at_one, step_s, r_s, numbers, P),
         teacher=Sum(top=new_t, sum=teacher.sum * r_t),
         total=state.total,
-        student_extras=_extras_moved(state.student_extras, student, r_s, step_s, P),
-        teacher_extras=_extras_moved(state.teacher_extras, teacher, r_t, step_t, P),
+        student_extras=extras_moved(state.student_extras, student, r_s, step_s, P),
+        teacher_extras=extras_moved(state.teacher_extras, teacher, r_t, step_t, P),
         peak=peak,
         gap=gap,
     )
@@ -197,7 +202,7 @@ def merged(state, numbers, P: tl.constexpr):
 
 
 @triton.jit
-def _extras_with_tile(extras, z, x, e, columns, P: tl.constexpr):
+def extras_with_tile(extras, z, x, e, columns, P: tl.constexpr):
     entropy, best, at = extras.entropy, extras.best, extras.at
     if P.terms.extras:
         entropy += tile_sum(tl.where(e > 0, e * x, 0.0))
@@ -258,8 +263,8 @@ def with_tile(state, z, t, columns, inside, numbers, P: tl.constexpr):
         at_one=sum_1,
         teacher=Sum(top=new_t, sum=sum_t),
         total=total,
-        student_extras=_extras_with_tile(state.student_extras, z, x_s, e_s, columns, P),
-        teacher_extras=_extras_with_tile(state.teacher_extras, t, x_t, e_t, columns, P),
+        student_extras=extras_with_tile(state.student_extras, z, x_s, e_s, columns, P),
+        teacher_extras=extras_with_tile(state.teacher_extras, t, x_t, e_t, columns, P),
         peak=peak,
         gap=gap,
     )
