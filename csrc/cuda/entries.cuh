@@ -71,29 +71,28 @@ struct Teacher {
   double log_share, share;  // of each of them, where the rest is spread evenly
   int known, others;
   bool is_sound;
-  bool is_whole;  // its probabilities add up to 1, as centred divergences expect
 };
 
 // From the sum of probabilities less `shift`, of `known` entries.
 KD_DEVICE Teacher make_teacher(int vocab, Tail tail, double shift, double sum, int known,
                                bool is_sound) {
-  Teacher teacher{0.0, -INFINITY, -INFINITY, 0.0, known, vocab - known, is_sound, true};
+  Teacher teacher{0.0, -INFINITY, -INFINITY, 0.0, known, vocab - known, is_sound};
   const double mass = exp(shift) * sum;
   // Comparisons that NaN fails.
   teacher.is_sound &= mass < INFINITY;
-  if (tail == Tail::renormalize || tail == Tail::subset) {
-    if (known > 0) teacher.log_norm = shift + log(sum);
-    teacher.is_sound &= fabs(teacher.log_norm) < INFINITY;
-  } else if (tail != Tail::none) {
+  if (tail == Tail::none || known == 0) return teacher;
+  teacher.log_norm = shift + log(sum);
+  if (tail == Tail::bucket || tail == Tail::uniform) {
     teacher.is_sound &= mass <= kMostMass;
-    if (mass > 1.0) teacher.log_norm = log(mass);
+    // Of a part of the vocabulary only what rounding has added to 1 is taken off again.
+    if (teacher.others > 0 && mass <= 1.0) teacher.log_norm = 0.0;
     if (teacher.others > 0 && mass < 1.0) {
       teacher.log_rest = log(1.0 - mass);
       teacher.log_share = teacher.log_rest - log(static_cast<double>(teacher.others));
       teacher.share = exp(teacher.log_share);
     }
-    teacher.is_whole = teacher.others > 0 || mass >= 1.0;
   }
+  teacher.is_sound &= fabs(teacher.log_norm) < INFINITY;
   return teacher;
 }
 
@@ -386,7 +385,6 @@ struct EntriesRow {
         term = {kd::weigh(entry.p, -static_cast<float>(kLn2) * entry.delta), -entry.p};
       } else {
         term = functor(entry);
-        if (!teacher.is_whole) term.value -= functor.offset(entry).value;
       }
       take_term(sum, term, entry.q);
       kept.slope = term.slope, kept.q = entry.q;

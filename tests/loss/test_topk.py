@@ -248,6 +248,27 @@ def test_a_sum_of_rounded_probabilities_above_one(backend: str, device: str) -> 
         assert_near(cases.Evaluation(loss, gradient), *want)
 
 
+@each_tail
+def test_all_entries_and_not_all_of_the_mass(tail: str, backend: str, device: str) -> None:
+    """There is nothing else that could have the rest of it."""
+    student = cases.logits((2, 5), device=device)
+    given = teacher_of((2,), 5, 5)
+    given = Teacher(given.ids, given.log_probs - 0.5)
+    got = evaluate(student, given, tail=tail, backend=backend)
+    assert_near(got, *plain(student, given, tail, FORWARD_KL, 1.0))
+
+
+def test_no_slots_at_all(backend: str, device: str) -> None:
+    student = cases.logits((3, 7), device=device)
+    labels = torch.tensor([1, 2, 3], device=device)
+    none = Teacher(torch.zeros(3, 0).long(), torch.zeros(3, 0))
+    loss, gradient = evaluate(student, none, labels, alpha=0.5, backend=backend)
+    leaf = student.detach().cpu().requires_grad_()
+    want = F.cross_entropy(leaf, labels.cpu()) / 2
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, leaf)[0])
+
+
 @pytest.mark.parametrize("spec", [s for s in cases.FEW if s.name != "alpha_beta"], ids=str)
 @pytest.mark.parametrize("sure_of", ["an entry", "another", "none of them"])
 @pytest.mark.parametrize("gap", [15.0, 30.0, 85.0])

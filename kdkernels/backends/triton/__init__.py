@@ -90,8 +90,7 @@ class TritonBackend(Backend):
         grad_output: Tensor | None = None,
     ) -> Result:
         check_labels(problem)
-        if problem.teacher_ids is not None and (problem.options.alpha != 0 or extras):
-            check_entries(problem)
+        check_entries(problem, extras)
         launch = _load()
         assert launch is not None
         with _saying_what_a_capture_needs():

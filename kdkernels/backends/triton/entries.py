@@ -48,15 +48,15 @@ def _normalised(log, known, mass, others, P: tl.constexpr):
     """What a tail divides by, what it leaves to the others, both as logarithms; whether it may."""
     log_norm, log_rest = mass * 0.0, mass * 0.0 - float("inf")
     sound = mass < float("inf")  # which NaN fails
-    if P.tail == "renormalize" or P.tail == "subset":
+    if P.tail != "none":
         top = tl.max(log, 0)
         log_norm = top + tl.log(tl.sum(tl.where(known, tl.exp(log - top), 0.0), 0))
+        if P.tail == "bucket" or P.tail == "uniform":
+            sound = sound & (mass <= MOST_MASS)
+            # Of a part of the vocabulary only what rounding has added to 1 is taken off again.
+            log_norm = tl.where((others > 0) & (mass <= 1), 0.0, log_norm)
+            log_rest = _logarithm(tl.where(others > 0, tl.maximum(1 - mass, 0.0), 0.0))
         sound = sound & finite(log_norm)
-    elif P.tail != "none":
-        sound = sound & (mass <= MOST_MASS)
-        # What rounding has added to 1 is taken off again: a divergence is of distributions.
-        log_norm = tl.log(tl.maximum(mass, 1.0))
-        log_rest = _logarithm(tl.where(others > 0, tl.maximum(1 - mass, 0.0), 0.0))
     return log_norm, log_rest, sound
 
 
