@@ -155,6 +155,24 @@ def test_shapes_formats_and_slots(dtype: torch.dtype, tail: str, backend: str, d
 
 
 @each_tail
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_streamed(dtype: torch.dtype, tail: str) -> None:
+    """Of more than 4 MiB, with rows that begin anywhere; the blocks' last entries and the label."""
+    rows, vocab = (36, 30001) if dtype == torch.float32 else (72, 30001)
+    student = cases.logits((rows, vocab), dtype)
+    teacher = teacher_of((rows,), vocab, 24)
+    teacher.ids[:, 0], teacher.ids[:, 1:3] = vocab - 1, torch.tensor([-1, -1])
+    teacher.ids[:, 3] = torch.where((teacher.ids[:, 4:] == 1023).any(-1), -1, 1023)
+    teacher.ids[:, 5:][teacher.ids[:, 5:] == vocab - 1] = -1
+    labels = cases.labels_for((rows,), vocab, ignored=0.1)
+    labels[:3] = teacher.ids[:3, 6].clamp(min=0)
+    options: dict[str, Any] = {"tail": tail, "temperature": 2.0}
+    got = evaluate(student, teacher, labels, backend="cpu", **options)
+    exact = evaluate(student.double(), teacher, labels, backend="reference", **options)
+    assert_near(got, exact.loss, exact.gradient)
+
+
+@each_tail
 def test_all_entries_are_the_teacher_itself(tail: str, backend: str, device: str) -> None:
     student, logits = cases.pair((4, 33), device=device)
     log_probs, ids = logits.double().log_softmax(-1).sort(-1)
