@@ -89,6 +89,11 @@ def plain(
     return loss.detach(), gradient
 
 
+def is_interpreted(backend: str, device: str) -> bool:
+    """Triton's interpreter takes up to a second a call: it gets fewer cases."""
+    return backend == "triton" and device == "cpu"
+
+
 def call(student: Tensor, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Any:
     """``fused_topk_kd_loss``; a backend's declared refusal skips the test."""
     ids, log_probs = (t.to(student.device) for t in teacher)
@@ -129,6 +134,8 @@ def test_every_tail_is_what_is_written_by_hand(
     infinite = spec.name == "reverse_kl" or spec.parameters in ((1.0,), (0.0, 0.6))
     if tail == "renormalize" and infinite:
         pytest.skip("infinite: the student has mass where the teacher has none")
+    if is_interpreted(backend, device) and spec not in cases.FEW:
+        pytest.skip("triton: interpreted, so one of each name")
     student = cases.logits((6, 67), device=device)
     teacher = teacher_of((6,), 67, 9, empty=0.2)
     loss, gradient = plain(student, teacher, tail, spec, 2.0)
@@ -140,7 +147,8 @@ def test_every_tail_is_what_is_written_by_hand(
 @cases.each_dtype
 def test_shapes_formats_and_slots(dtype: torch.dtype, tail: str, backend: str, device: str) -> None:
     """One entry, more slots than columns, one column, rows with no entry at all; a row of 3000."""
-    for shape, vocab, count in (((3,), 5, 1), ((2, 2), 5, 5), ((2,), 1, 1), ((2, 3), 3000, 40)):
+    shapes = (((3,), 5, 1), ((2, 2), 5, 5), ((2,), 1, 1), ((2, 3), 3000, 40))
+    for shape, vocab, count in shapes[: 2 if is_interpreted(backend, device) else None]:
         student = cases.logits((*shape, vocab), dtype, device=device, seed=count)
         teacher = teacher_of(shape, vocab, count, empty=0.3, seed=vocab)
         teacher.ids[0] = -1  # the first row, or all of the first rows
