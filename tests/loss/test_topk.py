@@ -404,6 +404,20 @@ def test_another_temperature_of_the_teacher(tail: str, backend: str, device: str
     torch.testing.assert_close(got.gradient, want.gradient)
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-4, 1e4])
+def test_extreme_temperatures(temperature: float, backend: str, device: str) -> None:
+    if backend in ("triton", "cuda") and temperature < 1e-6:
+        pytest.skip("differences of the logits over T have no square in float32")
+    student = cases.logits((3, 67), device=device)
+    teacher = teacher_of((3,), 67, 9)
+    options: dict[str, Any] = {"temperature": temperature, "temperature_squared": False}
+    got = evaluate(student, teacher, backend=backend, **options)
+    exact = evaluate(student.cpu().double(), teacher, backend="reference", **options)
+    torch.testing.assert_close(got.loss.double(), exact.loss, rtol=2e-6, atol=1e-6)
+    error = (got.gradient.double() - exact.gradient).abs().max() / exact.gradient.abs().max()
+    assert error <= 4e-6
+
+
 def test_ids_beyond_a_shorter_vocabulary(backend: str, device: str) -> None:
     student = cases.logits((2, 7), device=device)
     ids = torch.tensor([[1, 9, 3], [8, 7, -1]])
