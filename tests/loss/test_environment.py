@@ -38,6 +38,16 @@ def run_python(code: str, rows: int = 2, **variables: str) -> subprocess.Complet
 
 @needs_native
 @pytest.mark.parametrize("value", ("sse9", "AVX2", " avx2", "avx2 ", "yes", "avx1024"))
+def test_an_instruction_set_that_there_is_not_is_named(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDKERNELS_CPU_ISA", value)
+    with pytest.raises(ValueError, match=f"KDKERNELS_CPU_ISA='{value}'.*baseline"):
+        native.MODULE.cpu_isa()
+
+
+@needs_native
+@pytest.mark.parametrize("value", ("sse9", " avx2"))
 def test_an_instruction_set_that_cannot_run_is_no_reason_for_another_backend(value: str) -> None:
     done = run_python(CALL, KDKERNELS_CPU_ISA=value)
     assert done.stdout.count(f"KDKERNELS_CPU_ISA='{value}'") == 2, done.stdout + done.stderr
