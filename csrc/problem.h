@@ -33,6 +33,10 @@ struct Logits : Transform {
 // kdkernels/entries.py, which says what each means.
 enum class Tail : int { bucket = 0, uniform = 1, renormalize = 2, subset = 3, none = 4 };
 
+// Probabilities of a row that rounding to bfloat16 has let add up to more than this are none: what
+// kdkernels/entries.py calls MOST_MASS.
+constexpr double kMostMass = 1.1;
+
 // A teacher of which a row has a few entries [rows, count].
 struct SparseTeacher {
   const int64_t* ids;       // negative: an empty slot; null: the teacher is dense

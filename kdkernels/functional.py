@@ -234,12 +234,18 @@ def fused_topk_kd_loss(
         IndexError: an id from V on, or one that comes twice, or a bad label. On other devices than
             a CPU such a row's loss and gradient are NaN, as is one whose mass is above 1.1.
     """
+    given = with_defaults("fused_topk_kd_loss", options)
+    teacher = TopK(teacher_ids, teacher_log_probs, tail, teacher_temperature)
+    call = prepare(student_logits, teacher, labels, **given)
+    return compute(call, given["return_outputs"])
+
+
+def with_defaults(function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of :func:`fused_kd_loss`: these, and its defaults; TypeError for another one."""
     known = fused_kd_loss.__kwdefaults__ or {}
     if unknown := set(options) - set(known):
-        raise TypeError(f"fused_topk_kd_loss has no option {', '.join(sorted(unknown))}")
-    teacher = TopK(teacher_ids, teacher_log_probs, tail, teacher_temperature)
-    call = prepare(student_logits, teacher, labels, **{**known, **options})
-    return compute(call, options.get("return_outputs", False))
+        raise TypeError(f"{function} has no option {', '.join(sorted(unknown))}")
+    return {**known, **options}
 
 
 def compute(call: Call, return_outputs: bool) -> Tensor | KDLossOutput:

@@ -14,6 +14,7 @@ from .functional import (
     finish,
     fused_kd_loss,
     prepare,
+    with_defaults,
 )
 from .kinds import check_kind, is_dtensor
 from .linear_op import linear_kd_forward
@@ -123,9 +124,7 @@ def fused_linear_kd_loss(  # noqa: PLR0913
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_kd_loss``.
     """
-    unknown = set(options) - set(fused_kd_loss.__kwdefaults__ or ())
-    if unknown:
-        raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
+    options = with_defaults("fused_linear_kd_loss", options)
     check_chunk_bytes(max_chunk_bytes)
     student = (student_hidden, _gathered(student_weight), _gathered(student_bias), student_logits)
     teacher = (teacher_hidden, _gathered(teacher_weight), _gathered(teacher_bias), teacher_logits)
@@ -262,7 +261,6 @@ def _prepare(
     options: dict[str, Any],
 ) -> Call:
     """Checks and backend of the equivalent call on logits, which are stand-ins."""
-    options = {**(fused_kd_loss.__kwdefaults__ or {}), **options}
     logits = student[3]
     if options["gradient"] == "auto" and options["reduction"] != "none":
         # Of float16 hidden states, too, since it is stored in float32. But a given float16 tensor's

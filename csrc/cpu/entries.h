@@ -17,9 +17,6 @@ struct Category {
   int64_t next = -1;      // the next one of the same block, as they are linked
 };
 
-// Probabilities of a row that rounding to bfloat16 has let add up to more than this are none.
-constexpr double kMostMass = 1.1;
-
 class SparseRow {
  public:
   // Reads a row. Afterwards `sound` tells whether it is a teacher's.

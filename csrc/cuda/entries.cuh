@@ -25,9 +25,6 @@ struct KeptEntry {
 };
 static_assert(sizeof(KeptEntry) == kSlotBytes);
 
-// A distribution's probabilities, rounded to bfloat16, may add up to 1.02.
-constexpr double kMostMass = 1.1;
-
 // Over a warp, in a fixed order.
 KD_DEVICE double warp_sum(double x) {
 #pragma unroll

@@ -1079,8 +1079,8 @@ def test_checkpointed(reentrant: bool, mode: str) -> None:
     assert_close([tensor.grad for tensor in student], expected(given)[1:], 5e-6)
 
 
-def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their memory, and what is copied of given logits; they are of one size."""
+def recorded_tiles(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Of every sweep from now on: how many tiles of which shape are alive at once."""
     shapes: list[torch.Size] = []
 
     class Recorded(linear_tiles._Sweep):
@@ -1089,6 +1089,12 @@ def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
             shapes.append(self.memory.shape)
 
     monkeypatch.setattr(linear_tiles, "_Sweep", Recorded)
+    return shapes
+
+
+def test_the_tiles_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory, and what is copied of given logits; they are of one size."""
+    shapes = recorded_tiles(monkeypatch)
     monkeypatch.setattr(products, "_NATIVE_BFLOAT16", False)
 
     def sweep(
@@ -1337,14 +1343,7 @@ def test_entries_made_in_inference_mode_may_be_overwritten(who: str) -> None:
 
 def test_the_tiles_beside_entries_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """One model's logits, and what is copied of the rows that count: entries of 16 bytes."""
-    shapes: list[torch.Size] = []
-
-    class Recorded(linear_tiles._Sweep):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            shapes.append(self.memory.shape)
-
-    monkeypatch.setattr(linear_tiles, "_Sweep", Recorded)
+    shapes = recorded_tiles(monkeypatch)
     row_bytes = ROW_BYTES // 2 + 2 * 4 * H_STUDENT + 16 * K
     for budget in (16 * row_bytes, 16 * row_bytes - 1):
         fused_linear_kd_loss(**sparse_inputs(lead=(480 + 5,)), max_chunk_bytes=budget).backward()

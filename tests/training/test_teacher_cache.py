@@ -41,6 +41,13 @@ def write(folder: Path, teacher: Any, datasets: list[Any], **options: Any) -> Te
     return TeacherCache(folder, tiny_models.tokenizer())
 
 
+def cached_trainer(cache: TeacherCache, output: Path, vocab: int, **options: Any) -> Any:
+    """Of a student of this vocabulary, which need not be the teacher's."""
+    student = tiny_models.llama(1, seed=1, vocab=vocab)
+    options |= {"teacher": None, "teacher_cache": cache, "vocab_policy": "truncate"}
+    return tiny_models.trainer(output, student=student, **options)
+
+
 def logs(trained: Any) -> list[dict[str, float]]:
     names = ("loss", "kd_loss", "ce_loss", "agreement")
     return [{n: e[n] for n in names} for e in trained.state.log_history if "loss" in e]
@@ -149,15 +156,7 @@ def test_every_tail_trains_as_the_oracle(
     teacher, data = tiny_models.llama(2, seed=2, vocab=theirs), tiny_models.dataset(8)
     data.blocks.clamp_(max=min(ours, theirs) - 1)
     cache = write(tmp_path / "cache", teacher, [data], top_k=5, temperature=2.0)
-    trained = tiny_models.trainer(
-        tmp_path,
-        teacher=None,
-        teacher_cache=cache,
-        student=tiny_models.llama(1, seed=1, vocab=ours),
-        fused_linear=fused_linear,
-        cache_tail=tail,
-        vocab_policy="truncate",
-    )
+    trained = cached_trainer(cache, tmp_path, ours, fused_linear=fused_linear, cache_tail=tail)
     batch = default_data_collator([data[i] for i in range(4)])
     loss = trained.compute_loss(trained.model, batch)
     loss.backward()
@@ -255,15 +254,7 @@ def test_a_run_from_samples(ours: int, tail: str | None, fused_linear: str, tmp_
     teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(8)
     data.blocks.clamp_(max=ours - 1)
     cache = write(tmp_path / "cache", teacher, [data], samples=7, temperature=2.0)
-    trained = tiny_models.trainer(
-        tmp_path,
-        teacher=None,
-        teacher_cache=cache,
-        student=tiny_models.llama(1, seed=1, vocab=ours),
-        fused_linear=fused_linear,
-        cache_tail=tail,
-        vocab_policy="truncate",
-    )
+    trained = cached_trainer(cache, tmp_path, ours, fused_linear=fused_linear, cache_tail=tail)
     batch = default_data_collator([data[i] for i in range(4)])
     entries = cache.entries(batch, torch.device("cpu"))
     ids = entries.ids.masked_fill(entries.ids >= ours, -1)
