@@ -399,22 +399,26 @@ def _eager(compiled: bool = False, **form: bool) -> Callable[..., Step]:
     return prepare
 
 
-def _prepare_topk(workload: Workload, inputs: Inputs) -> Step:
-    def loss(leaves: Inputs) -> Tensor:
-        assert leaves.ids is not None and leaves.log_probs is not None
-        value = fused_topk_kd_loss(
-            leaves.student,
-            leaves.ids,
-            leaves.log_probs,
-            leaves.labels,
-            temperature=workload.temperature,
-            alpha=workload.alpha,
-            divergence=workload.divergence,
-        )
-        assert isinstance(value, Tensor)
-        return value
+def _topk(backend: str | None = None) -> Callable[..., Step]:
+    def prepare(workload: Workload, inputs: Inputs) -> Step:
+        def loss(leaves: Inputs) -> Tensor:
+            assert leaves.ids is not None and leaves.log_probs is not None
+            value = fused_topk_kd_loss(
+                leaves.student,
+                leaves.ids,
+                leaves.log_probs,
+                leaves.labels,
+                temperature=workload.temperature,
+                alpha=workload.alpha,
+                divergence=workload.divergence,
+                backend=backend,
+            )
+            assert isinstance(value, Tensor)
+            return value
 
-    return step_from(loss, workload, inputs)
+        return step_from(loss, workload, inputs)
+
+    return prepare
 
 
 def _prepare_eager_topk(workload: Workload, inputs: Inputs) -> Step:
@@ -668,7 +672,7 @@ def _registry() -> dict[str, Provider]:
         Provider("compile_log_target", "compile", _eager(True)),
         Provider("compile_fp32", "compile", _eager(True, upcast=True), _only_half),
         Provider("chunked", "chunked", _prepare_chunked),
-        Provider("fused_topk", "topk", _prepare_topk),
+        Provider("fused_topk", "topk", _topk()),
         Provider("eager_topk", "topk", _prepare_eager_topk, _only_forward_kl),
         Provider("fused_dense", "topk", _fused(), computes=_all_entries),
         Provider("fused_linear", "linear", _prepare_linear()),
@@ -721,6 +725,10 @@ def _gpu_entries() -> list[Provider]:
                 variant_provider(*variant), "variant", _variant(*variant), _not_available("cuda")
             )
             for variant in VARIANTS
+        ),
+        *(
+            Provider(f"fused_topk_{name}", "topk", _topk(name), _not_available(name))
+            for name in ("cuda", "triton")
         ),
         *(
             Provider(f"graph_{kind}_{name}", "graph", _graph(prepare(name)), _no_graph)

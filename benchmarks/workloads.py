@@ -74,6 +74,7 @@ _KERNELS_ALONE = ("smoke", "variant", "mixed")
 GPU_PEER_SHAPES = (GPU_SHAPES[0], GPU_SHAPES[3], (4096, 151936, "bf16", 1.0))
 GPU_SMALL_ROWS = {128256: (1, 8, 16, 64, 256, 1024), 151936: (64, 256, 1024), 32000: (64, 1024)}
 GPU_SMOKE_VOCABULARIES = (9, 1000, 32000, 50257, 128256, 151936, 262144)
+GPU_TOPK_SHAPES = (GPU_SHAPES[3], (4096, 128256, "bf16", 2.0), (4096, 32000, "fp32", 2.0))
 GPU_DIVERGENCES = ("reverse_kl", "jsd", "tvd", "skew_forward_kl", "alpha_beta")
 #: Tokens, hidden size and vocabulary of the loss from hidden states.
 GPU_LINEAR = (4096, 4096, 128256)
@@ -110,6 +111,10 @@ class Inputs(NamedTuple):
             return self.student, self.teacher
         student = F.linear(self.student, self.student_weight)
         return student, F.linear(self.teacher, self.teacher_weight)
+
+    def of_rows(self, rows: slice | Tensor) -> Inputs:
+        """Some rows of given logits, and what belongs to them."""
+        return Inputs(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     @property
     def learnt(self) -> tuple[Tensor, ...]:
@@ -295,7 +300,7 @@ class Workload:
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for rows in torch.arange(self.rows).split(max(1, _SLICE_LOGITS // self.vocab)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            problem = self.problem(Inputs(*(t[part] for t in inputs[:3])), self.rows)
+            problem = self.problem(inputs.of_rows(part), self.rows)
             loss += reference.forward(problem, want_gradient=False, extras=False)[0]
         if not self.backward:
             return Truth(loss, ())
@@ -305,7 +310,7 @@ class Workload:
         sample = torch.cat([torch.tensor([0, self.rows - 1]), between]).unique().to(device)
         gradients = []
         for rows in sample.split(max(1, _SLICE_LOGITS // self.vocab)):
-            problem = self.problem(Inputs(*(t[rows] for t in inputs[:3])), self.rows)
+            problem = self.problem(inputs.of_rows(rows), self.rows)
             gradients.append(reference.forward(problem, want_gradient=True, extras=False)[2])
         return Truth(loss, (torch.cat(gradients),), sample)
 
@@ -432,6 +437,7 @@ def gpu_suite() -> list[Workload]:
             _of_shape(kind, tokens, vocab, "bf16", 2.0, hidden=hidden)
             for kind in ("linear", "linear_chunk")
         ),
+        *(_of_shape("topk", *shape, entries=ENTRIES) for shape in GPU_TOPK_SHAPES),
         *(
             replace(_of_shape("divergence", *middle), name=f"divergence/bf16/{n}", divergence=n)
             for n in GPU_DIVERGENCES

@@ -115,6 +115,14 @@ HALVES: dict[str, tuple[Step, ...]] = {
             rehearsed=("-m", "gpu", "--collect-only", "tests"),
             tail=10,
         ),
+        Step(
+            "sparse",
+            45,
+            tests=(*_PYTEST, "tests/loss/test_topk.py", "-k", "cuda or triton"),
+            rehearsed=("tests/loss/test_topk.py", "-k", "written_by_hand and cpu and bucket"),
+            tail=4,
+        ),
+        Step("topk", 30, alone=True),
         Step("peers", 90, alone=True),
         Step("linear", 65, alone=True),
         Step(

@@ -38,7 +38,7 @@ _STAND_INS = {
         "def maybe_gather_lm_head_ctx(*parameters):\n    return contextlib.nullcontext()\n"
     ),
 }
-_MOST_BYTES = 16 << 20
+_MOST_BYTES = 40 << 20
 #: CPython of the machine.
 _PYTHON = "python3.12"
 

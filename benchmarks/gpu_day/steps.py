@@ -325,6 +325,11 @@ def linear(place: Place) -> None:
     _contests(place, _workloads(place, "linear", "linear_chunk"), names, rounds=3)
 
 
+def topk(place: Place) -> None:
+    """A sparse teacher, beside the dense loss and the eager form."""
+    _contests(place, _workloads(place, "topk"), families=("topk",))
+
+
 def divergences(place: Place) -> None:
     _contests(place, _workloads(place, "divergence"), families=("fused", "kernel"))
 
@@ -375,6 +380,7 @@ STEPS: dict[str, Callable[..., None]] = {
     "counted": counted,
     "peers": peers,
     "linear": linear,
+    "topk": topk,
     "divergences": divergences,
     "sanitized": sanitized,
 }

@@ -22,6 +22,16 @@ KD_DEVICE void cluster_barrier() {
                    : "memory");
 }
 
+// A barrier of the block beside that of __syncthreads(): the warps that arrive do not wait for the
+// others, of which some wait.
+constexpr int kPartialBarrier = 1;
+KD_DEVICE void arrive_at_block() {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kPartialBarrier), "r"(blockDim.x) : "memory");
+}
+KD_DEVICE void wait_for_block() {
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kPartialBarrier), "r"(blockDim.x) : "memory");
+}
+
 struct Barrier {
   uint64_t state;
 
@@ -122,7 +132,7 @@ struct Mailbox {
   }
 
   // To the same slot of another block, whose barrier counts the bytes and this arrival; `extra`
-  // takes the last word. The arrival is relaxed: fence_cluster() before it makes it release.
+  // takes the last word. The arrival releases within the block alone: see Exchange.
   template <class Record>
   KD_DEVICE void send(int slot, const Record& record, int extra, Barrier& barrier, int rank) const {
     auto m = Message<kWords>::of(record);
@@ -137,17 +147,12 @@ struct Mailbox {
           "r"(m.at[i]), "r"(m.at[i + 1]), "r"(m.at[i + 2]), "r"(m.at[i + 3]), "r"(on)
           : "memory");
     }
-    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(on)
+    asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(on)
                  : "memory");
   }
 
   KD_DEVICE int extra(int slot) const { return static_cast<int>(pieces[kWords / 4 - 1][slot].w); }
 };
-
-// What this block did before it, and shared by barriers with the calling thread, comes before what
-// a block does that later sees an arrival of this thread. A MEMBAR of the device in the machine
-// code, so it waits for the thread's stores to global memory: to be called where there is time.
-KD_DEVICE void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 // After the initialisation of barriers, before the first copy names them.
 KD_DEVICE void publish_barriers() {

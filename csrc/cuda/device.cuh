@@ -239,20 +239,47 @@ KD_DEVICE void store_words(char* to, const Words<2>& w) {
   __stcs(reinterpret_cast<uint2*>(to), make_uint2(w.at[0], w.at[1]));
 }
 
-template <int kWidth>
-KD_DEVICE void store_vector(char* to, DType dtype, const Vector<kWidth>& x) {
+// The same where `there`, without a branch.
+KD_DEVICE void store_words_if(bool there, char* to, const Words<4>& w) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.cs.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(
+          static_cast<int>(there)),
+      "l"(to), "r"(w.at[0]), "r"(w.at[1]), "r"(w.at[2]), "r"(w.at[3])
+      : "memory");
+}
+
+KD_DEVICE void store_words_if(bool there, char* to, const Words<2>& w) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.cs.v2.u32 [%1], {%2, %3};}" ::"r"(
+                   static_cast<int>(there)),
+               "l"(to), "r"(w.at[0]), "r"(w.at[1])
+               : "memory");
+}
+
+// Hands a vector's words in this format to a function.
+template <int kWidth, class Store>
+KD_DEVICE void narrow(DType dtype, const Vector<kWidth>& x, const Store& store) {
   if constexpr (kWidth == 4) {
     if (dtype == DType::float32) {
       Words<4> w;
 #pragma unroll
       for (int i = 0; i < 4; ++i) w.at[i] = __float_as_uint(x.at[i]);
-      return store_words(to, w);
+      return store(w);
     }
   }
   Words<kWidth / 2> w;
 #pragma unroll
   for (int i = 0; i < kWidth / 2; ++i) w.at[i] = pack(dtype, x.at[2 * i], x.at[2 * i + 1]);
-  store_words(to, w);
+  store(w);
+}
+
+template <int kWidth>
+KD_DEVICE void store_vector(char* to, DType dtype, const Vector<kWidth>& x) {
+  narrow(dtype, x, [&](const auto& words) { store_words(to, words); });
+}
+
+template <int kWidth>
+KD_DEVICE void store_vector_if(bool there, char* to, DType dtype, const Vector<kWidth>& x) {
+  narrow(dtype, x, [&](const auto& words) { store_words_if(there, to, words); });
 }
 
 KD_DEVICE bool is_aligned(const char* p, int bytes) {

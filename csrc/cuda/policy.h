@@ -108,7 +108,8 @@ inline int64_t slice_columns(const RowShape& shape, int cluster) {
   return (units + cluster - 1) / cluster * 8;
 }
 
-// A teacher's slice that does not start at 16 bytes reaches into 16 more.
+// For the columns that a block's threads can have, of which the last ones may be none of the
+// slice's. A teacher's slice that does not start at 16 bytes reaches into 16 more.
 inline int64_t stage_bytes(const RowShape& shape, int64_t columns) {
   return columns * shape.bytes + (shape.congruent ? 0 : 16);
 }
@@ -129,7 +130,7 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
   const int64_t threads = (columns + warp_columns - 1) / warp_columns * 32;
   if (threads > most_threads) return policy;
   const int64_t available = limits.shared_bytes - reserved;
-  const int64_t stage = stage_bytes(shape, columns);
+  const int64_t stage = stage_bytes(shape, threads * columns_per_thread);
   if (stage > available) return policy;
   const int64_t share = available * threads / most_threads;
   int64_t stages = share / stage;

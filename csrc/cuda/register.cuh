@@ -73,7 +73,9 @@ struct FormatOf<DType::float16> {
   using Type = Float16;
 };
 
-// A vector of -inf in shared memory, which is read instead of columns that are not there.
+// A vector of -inf in shared memory, which is read instead of columns that are not there, where
+// rows are not aligned. Of aligned ones a slice has the same place in every stage, and what its
+// threads read behind it is -inf from the start.
 template <class Format>
 struct Beyond {
   static KD_DEVICE uint4* vector() {
@@ -99,6 +101,27 @@ struct Formats {
     Beyond<Student>::make();
     Beyond<Teacher>::make();
   }
+  // By the block, before the first copies: behind the slices of aligned rows.
+  static KD_DEVICE void fill(const Task& task, const Stages& stages, char* memory) {
+    const int first = min(8 * stages.each * cluster_rank(), task.vocab);
+    const int columns = min(8 * stages.each, task.vocab - first);
+    for (int i = 0; i < stages.count; ++i, memory += stages.bytes) {
+      fill_with(Student::kMinusInfinity, memory + columns * size_of(Student::kDType),
+                memory + stages.teacher_offset);
+      fill_with(Teacher::kMinusInfinity,
+                memory + stages.teacher_offset + columns * size_of(Teacher::kDType),
+                memory + stages.bytes);
+    }
+    fence_bulk_copies();
+    __syncthreads();
+  }
+
+ private:
+  static KD_DEVICE void fill_with(unsigned word, char* from, char* to) {
+    for (from += 4 * threadIdx.x; from < to; from += 4 * blockDim.x) {
+      *reinterpret_cast<unsigned*>(from) = word;
+    }
+  }
 };
 
 // e_s, and for forward KL e_t, for reverse KL e_s (u_t - u_s): relative to the thread's references.
@@ -123,7 +146,8 @@ constexpr int kSeparate = 0;
 
 // This block's slice of a row. A warp owns a run of columns, so that a thread's vectors are
 // constant distances apart, and that most warps know at once that nothing about their columns is
-// special.
+// special. All warps of a launch run the same instructions, also those with the end of a slice: one
+// that ran others, which no warp beside it had fetched, was late by a tenth of a row on an H200.
 template <class Formats, int kColumns>
 struct KeptSlice {
   using Student = typename Formats::Student;
@@ -142,7 +166,6 @@ struct KeptSlice {
   KD_DEVICE int first() const {
     return first_of_warp() + static_cast<int>(threadIdx.x % 32) * kWidth;
   }
-  KD_DEVICE bool is_full_warp() const { return first_of_warp() + kColumnsPerWarp <= span.past; }
   // Whether all columns that the warp has are columns of the row.
   KD_DEVICE bool is_inner_warp() const {
     return first_of_warp() >= 0 && past_of_warp() <= task.vocab;
@@ -160,35 +183,39 @@ struct KeptSlice {
 
   // A vector's words; behind the slice, which only the last warps of a block reach, -inf, which
   // adds nothing, without a branch.
-  template <class Format, bool kFull>
+  template <class Format, bool kFilled>
   KD_DEVICE auto words_at(const char* slice, int column) const {
     const char* from = slice + (column - span.first) * static_cast<int>(size_of(Format::kDType));
-    if (!kFull && column >= span.past) from = reinterpret_cast<char*>(Beyond<Format>::vector());
+    if (!kFilled && column >= span.past) from = reinterpret_cast<char*>(Beyond<Format>::vector());
     return load_words<Formats::template kWords<Format>>(from);
   }
 
-  template <bool kFull, class Step>
+  template <bool kFilled, class Step>
   KD_DEVICE void each_vector(const Step& step) const {
     const int begin = first();
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int column = begin + k * 32 * kWidth;
-      step(k, words_at<Student, kFull>(student, column), words_at<Teacher, kFull>(teacher, column));
+      step(k, words_at<Student, kFilled>(student, column),
+           words_at<Teacher, kFilled>(teacher, column));
     }
   }
 
-  // The largest logits first, so that a thread has one reference for all its columns.
-  KD_DEVICE References references() const {
+  // The largest logits first, so that a thread has one reference for all its columns, and, if
+  // kOfWarp, a warp.
+  template <bool kOfWarp>
+  KD_DEVICE References references(bool filled) const {
     Student of_student;
     Teacher of_teacher;
-    if (is_full_warp()) {
+    if (filled) {
       see<true>(of_student, of_teacher);
     } else {
       see<false>(of_student, of_teacher);
     }
-    const float top = of_student.largest();
+    float top = of_student.largest(), teacher_top = of_teacher.largest();
+    if constexpr (kOfWarp) top = warp_max(top), teacher_top = warp_max(teacher_top);
     return {whole_exponent(top, task.student.factor),
-            whole_exponent(of_teacher.largest(), task.teacher.factor),
+            whole_exponent(teacher_top, task.teacher.factor),
             whole_exponent(top, task.label_factor)};
   }
 
@@ -197,9 +224,9 @@ struct KeptSlice {
   }
 
  private:
-  template <bool kFull>
+  template <bool kFilled>
   KD_DEVICE void see(Student& of_student, Teacher& of_teacher) const {
-    each_vector<kFull>([&](int, const auto& s, const auto& t) {
+    each_vector<kFilled>([&](int, const auto& s, const auto& t) {
       of_student.see(s);
       of_teacher.see(t);
     });
@@ -222,7 +249,7 @@ KD_DEVICE float add_label_power(float e, float sum) {
   return fmaf(root, root, sum);
 }
 
-template <class Functor, int kPower, bool kFull, class Formats, int kColumns>
+template <class Functor, int kPower, bool kFilled, class Formats, int kColumns>
 KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>& slice,
                             const References& r, Kept<Formats, kColumns>& kept) {
   constexpr int kWidth = Formats::kWidth;
@@ -230,7 +257,7 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
   sums.student_reference = r.student;
   sums.teacher_reference = r.teacher;
   sums.label_reference = kPower == kSeparate ? r.label : kPower * r.student;
-  slice.template each_vector<kFull>([&](int k, const auto& of_student, const auto& of_teacher) {
+  slice.template each_vector<kFilled>([&](int k, const auto& of_student, const auto& of_teacher) {
     Vector<kWidth>&es = kept.student[k], &second = kept.second[k];
     const Vector<kWidth> s = Formats::Student::widen(of_student);
     const Vector<kWidth> t = Formats::Teacher::widen(of_teacher);
@@ -261,9 +288,9 @@ KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>
 
 template <class Functor, int kPower, class Formats, int kColumns>
 KD_DEVICE Sums observe_kept(const Task& task, const KeptSlice<Formats, kColumns>& slice,
-                            const References& r, Kept<Formats, kColumns>& kept) {
-  return slice.is_full_warp() ? observe_kept<Functor, kPower, true>(task, slice, r, kept)
-                              : observe_kept<Functor, kPower, false>(task, slice, r, kept);
+                            bool filled, const References& r, Kept<Formats, kColumns>& kept) {
+  return filled ? observe_kept<Functor, kPower, true>(task, slice, r, kept)
+                : observe_kept<Functor, kPower, false>(task, slice, r, kept);
 }
 
 // The student's sums without the thread that has the largest reference: where the student is sure
@@ -272,7 +299,8 @@ struct Others {
   float student, gap;
 };
 
-// Sums of which only these are used, as they travel.
+// Sums of which only these are used, as they travel. Where no leader's are kept apart, the threads
+// of a warp have the same references.
 template <class Functor, int kPower>
 struct Brief {
   static constexpr bool kLed = student_weighs<Functor>;
@@ -311,11 +339,15 @@ struct Brief {
 
   template <int kCount>
   KD_DEVICE void reduce(Lanes<kCount> lanes) {
+    constexpr bool kAlike = !kLed && kCount == 32;
     Sums s = sums();
-    References top{warp_max(student_reference), warp_max(teacher_reference), 0.0f};
-    top.label = kPower * top.student;
-    if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
-    const References from{student_reference, teacher_reference, 0.0f};
+    const References from{student_reference, teacher_reference, s.label_reference};
+    References top = from;
+    if constexpr (!kAlike) {
+      top = {warp_max(student_reference), warp_max(teacher_reference), 0.0f};
+      top.label = kPower * top.student;
+      if constexpr (kPower == kSeparate) top.label = warp_max(s.label_reference);
+    }
     Others rest;
     if constexpr (kLed) {
       // All of each, but of the leading one what is not its leader's.
@@ -323,7 +355,7 @@ struct Brief {
       rest = {student, gap};
       if (static_cast<int>(threadIdx.x % kCount) == __ffs(leaders) - 1) rest = others[0];
     }
-    rebase<Functor, false>(s, top);
+    if constexpr (!kAlike) rebase<Functor, false>(s, top);
     float four[4] = {s.student, s.teacher, s.gap, s.label};
     warp_sums(four, lanes);
     s.student = four[0], s.teacher = four[1], s.gap = four[2], s.label = four[3];
@@ -423,9 +455,10 @@ KD_DEVICE Vector<Formats::kWidth> gradient_of(const Task& task, const KeptFactor
     const float e = kept.student[k].at[i];
     float second = kept.second[k].at[i];
     if (sure) second = sure->from_here(e, second);
+    float student = f.student;  // and nothing more of a row without a label
+    if constexpr (kPower > 1) student = fmaf(f.label, label_power<kPower - 1>(e), student);
     // Two rounded products: equal operands must cancel to exactly 0.
-    g.at[i] = f.student * e - f.second * second;
-    if constexpr (kPower > 1) g.at[i] = fmaf(f.label, label_power<kPower>(e), g.at[i]);
+    g.at[i] = student * e - f.second * second;
     if constexpr (kPower == kSeparate) {
       const float e_label = power_of_two(fmaf(z.at[i], task.label_factor, -f.label_reference));
       g.at[i] = fmaf(f.label, e_label, g.at[i]);
@@ -448,18 +481,21 @@ KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
   const auto vector_of = [&](int k, int column, const SureEntry* of_row) {
     Vector<kWidth> z{};
     if constexpr (kPower == kSeparate) {
-      z = Format::widen(slice.template words_at<Format, true>(slice.student, column));
+      if (column < past) {
+        z = Format::widen(slice.template words_at<Format, true>(slice.student, column));
+      }
     }
     return gradient_of<kPower>(task, f, kept, k, z, of_row);
   };
   const int64_t size = size_of(Format::kDType);
   char* to = gradient.row + slice.first() * size;
   const bool is_plain = begin < past && gradient.is_whole(begin, past) && !slice.has(plan.label);
-  if (is_plain && slice.is_full_warp() && !sure) {
+  if (is_plain && !sure) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      store_vector(to + k * 32 * kWidth * size, Format::kDType,
-                   vector_of(k, slice.first() + k * 32 * kWidth, nullptr));
+      const int column = slice.first() + k * 32 * kWidth;
+      const Vector<kWidth> g = vector_of(k, column, nullptr);
+      store_vector_if(column < past, to + k * 32 * kWidth * size, Format::kDType, g);
     }
     return;
   }
@@ -512,6 +548,8 @@ struct RegisterRows {
   static constexpr bool kReadsTwice = kPower == kSeparate;  // the stage, for the gradient, too
   // The others would spill.
   static constexpr bool kLooksAhead = kColumns == kColumnsPerThread || teacher_weighs<Functor>;
+  // A sure entry is its thread's.
+  static constexpr bool kOfWarp = !Message::kLed;
   using Slice = KeptSlice<Formats, kColumns>;
   const Task& task;
   const Functor& functor;
@@ -541,7 +579,7 @@ struct RegisterRows {
   KD_DEVICE References references(const Slice& slice) const {
     if (kLooksAhead && pipeline.looked) return ahead[threadIdx.x];
     if (stages.congruent) slice.mend();
-    return slice.references();
+    return slice.template references<kOfWarp>(stages.aligned);
   }
 
   // Where no row's are looked for ahead, this row's take their place, and no registers.
@@ -552,11 +590,12 @@ struct RegisterRows {
     return kLooksAhead ? r : ahead[threadIdx.x];
   }
 
-  // The next row's largest logits are looked for in the window, if it has arrived by then, and if
-  // nothing has to be mended.
-  KD_DEVICE void look_ahead() const {
+  // The next row's largest logits are looked for in the window, if it has arrived by then, if
+  // nothing has to be mended, and by warps that have nothing else to do there.
+  KD_DEVICE void look_ahead(bool sends) const {
     pipeline.looked = 0;
     if (!kLooksAhead || stages.count <= 1 || !stages.congruent) return;
+    if (sends || is_last_warp()) return;
     Pipeline<kWords> next = pipeline;
     next.advance();
     if (!next.has_arrived()) return;
@@ -565,7 +604,9 @@ struct RegisterRows {
     const Span columns = next.span();
     const Slice following = slice_of(next, row.row, columns);
     pipeline.looked = following.is_inner_warp();
-    if (pipeline.looked) ahead[threadIdx.x] = following.references();
+    if (pipeline.looked) {
+      ahead[threadIdx.x] = following.template references<kOfWarp>(stages.aligned);
+    }
   }
 
   // A cancelled closed form. The rare sweep has the registers to itself, and the kept ones are
@@ -578,7 +619,7 @@ struct RegisterRows {
                                                   of_teacher};
     const Evaluated anew = exchange.sum(sweep.evaluate(Totals(task, sums)));
     if (writes_outcome(pipeline.taken)) outcome.anew = anew;
-    observe_kept<Functor, kPower>(task, slice, r, kept);
+    observe_kept<Functor, kPower>(task, slice, stages.aligned, r, kept);
     __syncthreads();
   }
 
@@ -619,6 +660,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
   Exchange<Rows::kWords> exchange{scratch, stages.cluster};
   const Rows rows{task, functor, stages, pipeline, exchange, outcome, ahead};
   if (threadIdx.x == 0) Formats::make_beyond();
+  if (stages.aligned) Formats::fill(task, stages, memory);
   pipeline.start(exchange);
   dismiss_rows<Rows::kWidth>(task, scratch.counted);
   pipeline.keep_claim(0, pipeline.claim());
@@ -632,7 +674,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const auto slice = rows.slice_of(pipeline, before.row, span);
     const References r = rows.references(slice);
     Kept<Formats, kColumns> kept;
-    Sums mine = observe_kept<Functor, kPower>(task, slice, r, kept);
+    Sums mine = observe_kept<Functor, kPower>(task, slice, stages.aligned, r, kept);
     rows.keep(r);
     mine.label_logit = slice.label_logit(before.label);
     const int parity = pipeline.taken % 2;
@@ -640,8 +682,7 @@ __global__ void __launch_bounds__(kRegisterThreads<kColumns>, 1)
     const int answer = pipeline.claim();
     if (pipeline.is_producer()) pipeline.prepare();
     rows.write_last_outcome();
-    rows.look_ahead();
-    exchange.fence();
+    rows.look_ahead(exchange.is_sender(exchange.turn));
     const Message brief = exchange.end(Message::of(nothing()), reduce);
     const References same_r = rows.kept(r);
     bool is_sure = false;
