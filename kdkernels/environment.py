@@ -18,6 +18,7 @@ VARIABLES: dict[str, tuple[str, ...] | None] = {
     "KDKERNELS_KEEP_GRADIENT_MEMORY": ("0", "1"),
     "KDKERNELS_TUNE": None,
     "KDKERNELS_CACHE": None,
+    "KDKERNELS_TEACHER_KEY": None,
     # of setup.py
     "KDKERNELS_CUDA": ("auto", "0", "1"),
     "KDKERNELS_CUDA_ARCHS": None,

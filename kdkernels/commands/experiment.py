@@ -6,6 +6,8 @@ line) before anything is written or trained.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +27,12 @@ from ..dtypes import WEIGHT_DTYPES
 from ..training import models, sentences
 from ..training.arguments import DistillationArguments
 from ..training.folders import plain
-from ..training.layer_configs import layer_count
+from ..training.layer_configs import layer_count, text_config
 from ..training.models import ModelSource
 from ..training.redaction import without_secrets
 from ..training.saving import not_finite, repair_generation
+from ..training.served import DEFAULT_TOP_K, FORMS, ServedCache, text_fingerprint, unique
+from ..training.server import KEY_VARIABLE, Address, Server, check_numbers
 from ..training.tasks import (
     CAUSAL_LM,
     ENCODER,
@@ -41,7 +45,12 @@ from ..training.tasks import (
     check_config,
     label_names,
 )
-from ..training.teacher_cache import TeacherCache, check_kept, fingerprint_of
+from ..training.teacher_cache import (
+    TeacherCache,
+    check_kept,
+    fingerprint_of,
+    tokenizer_fingerprint,
+)
 from ..training.teachers import CachedTeacher, ModelTeacher, Student, Teacher, check_labels
 from .data import (
     Corpus,
@@ -55,6 +64,7 @@ from .data import (
     split_tail,
     token_blocks,
 )
+from .fetch import cache_folder
 from .geometry import FEWEST_VECTORS
 from .output import check_output
 
@@ -68,8 +78,44 @@ class ModelArguments:
 
     _argument_group_name = "models"
 
-    teacher: str = field(
-        metadata={"help": "The model to learn from: a folder, a hub name, or a .gguf file."}
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model to learn from: a folder, a hub name, or a .gguf file. May be left "
+            "out where a teacher_url, or a teacher_cache and a student, are given."
+        },
+    )
+    teacher_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from a served model instead: the address of an OpenAI-compatible "
+            "server that gives log-probabilities of prompts (vLLM), e.g. http://localhost:8000/v1. "
+            f"A key is read from the environment variable {KEY_VARIABLE}."
+        },
+    )
+    teacher_name: str | None = field(
+        default=None,
+        metadata={"help": "The model's name at teacher_url; default: the only one it serves."},
+    )
+    teacher_logprobs: str = field(
+        default="auto",
+        metadata={
+            "help": "How teacher_url is asked: prompt_logprobs (vLLM), echo (OpenAI), or auto (the "
+            "first of them that it answers)."
+        },
+    )
+    teacher_requests: int = field(
+        default=8, metadata={"help": "Requests to teacher_url at a time."}
+    )
+    teacher_timeout: float = field(
+        default=300.0, metadata={"help": "Seconds that one request to teacher_url may take."}
+    )
+    teacher_tries: int = field(
+        default=6,
+        metadata={
+            "help": "How often a request to teacher_url is made that gets no connection, no answer "
+            "in time, or status 408, 429 or 5xx."
+        },
     )
     task: str = field(
         default=CAUSAL_LM.name,
@@ -94,6 +140,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        self._check_server()
         ways = ("student", "student_config", "student_layers")
         given = [name for name in ways if getattr(self, name) is not None]
         if len(given) != 1:
@@ -107,6 +154,24 @@ class ModelArguments:
             raise ValueError(f"student_dtype: {self.student_dtype!r} is not one of {WEIGHT_DTYPES}")
         if self.student_dropout is not None and not 0 <= self.student_dropout < 1:
             raise ValueError(f"student_dropout: {self.student_dropout} is not in [0, 1)")
+
+    def _check_server(self) -> None:
+        """ValueError for options of a server that are bad, or that nothing would read."""
+        if self.teacher_url is None:
+            for name in ("name", "logprobs", "requests", "timeout", "tries"):
+                name = f"teacher_{name}"
+                value = getattr(self, name)
+                if value != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}: {value!r} has no effect; it needs teacher_url")
+            return
+        if self.teacher is not None:
+            raise ValueError("teacher_url: give a teacher or the address of its server, not both")
+        if self.teacher_logprobs not in FORMS:
+            raise ValueError(
+                f"teacher_logprobs: {self.teacher_logprobs!r} is not one of {', '.join(FORMS)}"
+            )
+        check_numbers(self.teacher_timeout, self.teacher_tries, self.teacher_requests)
+        Address.of(self.teacher_url)
 
 
 @dataclass
@@ -183,14 +248,17 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Folder of the teacher's outputs: `kdkernels cache-teacher` writes it, "
-            "`kdkernels distill` then needs no teacher (only its tokenizer and configuration)."
+            "`kdkernels distill` then needs no teacher (only its tokenizer and configuration, or "
+            "those of the student). What teacher_url answers is kept there; default: a folder of "
+            "its own in .cache/kdkernels."
         },
     )
     cache_top_k: int | None = field(
         default=None,
         metadata={
             "help": "What cache-teacher keeps of a prediction: this many log-probabilities at the "
-            "run's temperature and the mass of the others; default: all logits."
+            "run's temperature and the mass of the others; default: all logits. Of a teacher_url, "
+            f"whose are at temperature 1: {DEFAULT_TOP_K} by default."
         },
     )
     cache_samples: int | None = field(
@@ -237,6 +305,22 @@ class Experiment:
         return self.task is not ENCODER and "labels" not in self.corpus.train[0]
 
     @property
+    def teacher_name(self) -> str:
+        """What the teacher is called: as it is loaded, or as it is served."""
+        cache = self.teacher.cache
+        return self.model_args.teacher or (cache.info.name if cache is not None else "a teacher")
+
+    def reach_teacher(self) -> None:
+        """Ask a served teacher's first question; ValueError or RuntimeError if that is in vain."""
+        self.teacher.reach(items_of(self.corpus))
+        if isinstance(self.teacher.cache, ServedCache):
+            self.notes.append(self.teacher.cache.outlook)
+
+    def fill_teacher(self) -> None:
+        """All its other ones; RuntimeError if one of them fails."""
+        self.teacher.fill(items_of(self.corpus))
+
+    @property
     def has_baseline(self) -> bool:
         """Whether there is a baseline to train; without labels it would learn nothing."""
         return self.run_args.baseline and not self.lacks_labels
@@ -263,7 +347,7 @@ class Inputs:
     """What is read before any model is loaded."""
 
     task: Task
-    teacher: ModelSource
+    teacher: ModelSource | None  #: None: it is served, or its cache is all there is
     student: ModelSource | None  #: None: layers of the teacher
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
@@ -282,24 +366,24 @@ def prepare_inputs(
     check_source("train_text", data_args.train_text)
     if data_args.validation_text is not None:
         check_source("validation_text", data_args.validation_text)
-    teacher = ModelSource("teacher", model_args.teacher)
+    teacher = ModelSource("teacher", model_args.teacher) if model_args.teacher else None
     named = model_args.student or model_args.student_config
     option = "student" if model_args.student else "student_config"
     student = ModelSource(option, named) if named else None
-    sources = [teacher] if student is None else [teacher, student]
+    sources = [source for source in (teacher, student) if source is not None]
     for source in sources:
         source.check()
     task = TASKS[model_args.task]
     for source in sources:
         check_config(task, source.config(), source.option)
     args.resolved_terms(task is not ENCODER)
-    if task is ENCODER:
+    if task is ENCODER and teacher is not None:
         sentences.settle(teacher, student, args)
-    tokenizer = teacher.tokenizer()
+    tokenizer = sources[0].tokenizer()
     _check_tokens(task, tokenizer)
-    if student is not None and model_args.student is not None:
+    if student is not None and model_args.student is not None and teacher is not None:
         _check_tokenizer(student, tokenizer)
-    names = teacher.config().label2id or {} if task is SEQUENCE else {}
+    names = teacher.config().label2id or {} if task is SEQUENCE and teacher is not None else {}
     label_ids = {str(name): int(i) for name, i in names.items()} or None
     corpus = load_corpus(data_args, tokenizer, task, label_ids, args.seed, labels_needed)
     if task is ENCODER and len(corpus.validation) < FEWEST_VECTORS:
@@ -339,15 +423,12 @@ def prepare(
             f"max_steps: {args.max_steps} with num_train_epochs: {args.num_train_epochs} is no "
             "training; give max_steps of at least 1, or -1 and more than 0 epochs"
         )
-    if run_args.teacher_cache is not None and model_args.student_layers is not None:
-        raise ValueError(
-            "teacher_cache: student_layers need the teacher itself; make the student first with "
-            "`kdkernels init-student` and name it with --student"
-        )
+    reads_cache = run_args.teacher_cache is not None and model_args.teacher_url is None
+    check_teacher(model_args, run_args, args, reads_cache)
     # A loss of the teacher alone needs no labels.
     labels_needed = args.alpha_over_time().lowest < 1
     inputs = prepare_inputs(model_args, data_args, args, labels_needed)
-    teacher = load_teacher(inputs, run_args.teacher_cache, args.teacher_dtype)
+    teacher = load_teacher(inputs, model_args, run_args, args.teacher_dtype)
     student = build_student(model_args, inputs.student, teacher, args.seed)
     repaired = repair_generation(student)
     if model_args.student_dropout is not None:
@@ -377,7 +458,7 @@ def _check_student(
     bad = not_finite(student)
     if bad is not None:  # as it is after --student_dtype
         raise ValueError(f"student: {bad} holds infinite numbers in {student.dtype}")
-    if inputs.task is SEQUENCE:
+    if inputs.task is SEQUENCE and inputs.teacher is not None:
         _name_labels(student, inputs.teacher.config())
     if inputs.task in (CAUSAL_LM, MASKED_LM):
         vocab = teacher.width(inputs.task)
@@ -396,14 +477,83 @@ def _name_labels(student: PreTrainedModel, teacher: PretrainedConfig) -> None:
         student.config.label2id = teacher.label2id
 
 
-def load_teacher(inputs: Inputs, cache: str | None, dtype: str) -> Teacher:
-    """The teacher itself, or what the folder ``cache`` holds of it; ValueError if it cannot be."""
-    if cache is None:
-        model = inputs.teacher.model(dtype, inputs.task)
-        check_model("teacher", model, inputs.corpus)
-        return ModelTeacher(model)
-    fingerprint = fingerprint_of(inputs.teacher.name)
-    return CachedTeacher(TeacherCache(cache, inputs.tokenizer, fingerprint))
+def check_teacher(
+    model_args: ModelArguments,
+    run_args: RunArguments,
+    args: DistillationArguments,
+    reads_cache: bool,
+) -> None:
+    """ValueError unless one teacher is named, and no option that it cannot have.
+
+    ``reads_cache``: whether ``teacher_cache`` is one of a teacher, which may then be away.
+    """
+    url = model_args.teacher_url
+    if model_args.teacher is None and url is None and not reads_cache:
+        raise ValueError("give --teacher, or --teacher_url, or the --teacher_cache of one of them")
+    without = "teacher_cache" if reads_cache else "teacher_url"
+    if model_args.teacher is None and model_args.task != CAUSAL_LM.name:
+        raise ValueError(f"{without}: alone it teaches {CAUSAL_LM.name}, not {model_args.task}")
+    if model_args.student_layers is not None and (reads_cache or url is not None):
+        raise ValueError(
+            f"{without}: student_layers need the teacher itself; make the student first with "
+            "`kdkernels init-student` and name it with --student"
+        )
+    if url is None:
+        return
+    if run_args.cache_samples is not None:
+        raise ValueError("cache_samples: a server gives the top of a distribution (cache_top_k)")
+    for name in ("teacher_dtype", "teacher_device"):
+        value = getattr(args, name)
+        if value != type(args).__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: {value!r} has no effect on a served teacher")
+
+
+def load_teacher(
+    inputs: Inputs, model_args: ModelArguments, run_args: RunArguments, dtype: str
+) -> Teacher:
+    """The teacher itself, what a folder holds of it, or a folder that a server will fill.
+
+    ValueError if it cannot be. No server is asked yet.
+    """
+    folder = run_args.teacher_cache
+    if model_args.teacher_url is not None:
+        return CachedTeacher(served_cache(inputs, model_args, run_args))
+    if folder is not None:
+        known = None if inputs.teacher is None else fingerprint_of(inputs.teacher.name)
+        return CachedTeacher(TeacherCache(folder, inputs.tokenizer, known))
+    assert inputs.teacher is not None
+    model = inputs.teacher.model(dtype, inputs.task)
+    check_model("teacher", model, inputs.corpus)
+    return ModelTeacher(model)
+
+
+def served_cache(inputs: Inputs, model_args: ModelArguments, run_args: RunArguments) -> ServedCache:
+    """The cache of the teacher at ``teacher_url``.
+
+    Its folder has a name of its own where none is given: that of another text, say, is another one.
+    """
+    assert model_args.teacher_url is not None and inputs.student is not None
+    top_k = DEFAULT_TOP_K if run_args.cache_top_k is None else run_args.cache_top_k
+    folder = run_args.teacher_cache
+    if folder is None:
+        parts = [model_args.teacher_name, tokenizer_fingerprint(inputs.tokenizer), top_k]
+        parts.append(text_fingerprint(unique(items_of(inputs.corpus))))
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        folder = str(cache_folder() / f"served-{digest[:16]}")
+    return ServedCache(
+        Server(
+            model_args.teacher_url,
+            timeout=model_args.teacher_timeout,
+            tries=model_args.teacher_tries,
+        ),
+        folder,
+        inputs.tokenizer,
+        vocab=text_config(inputs.student.config()).vocab_size,
+        top_k=top_k,
+        name=model_args.teacher_name,
+        form=model_args.teacher_logprobs,
+        requests=model_args.teacher_requests,
+    )
 
 
 def collator_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -45,6 +45,7 @@ _EPILOG = """examples:
   kdkernels cache-teacher config.yaml --teacher_cache cache --cache_top_k 64
   kdkernels cache-teacher config.yaml --teacher_cache cache --cache_samples 50
   kdkernels distill --teacher FOLDER --student_layers 0-5 --train_text notes.txt --output_dir out
+  kdkernels distill --teacher_url http://localhost:8000/v1 --student FOLDER --train_text notes.txt
 """
 
 
@@ -205,12 +206,15 @@ def sweep(arguments: list[str]) -> int:
         experiment = prepare(model, data, run, args, chosen, trials.check_folder)
         trials.check(experiment, settings)
         trials.trials_before(experiment)
+        experiment.reach_teacher()
         trials.rehearse(experiment, settings)
     except Exception as error:
         return _refuse("sweep", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
     with _log_shown():
+        if not _filled("sweep", experiment):
+            return FAILED
         outcome = trials.run(experiment, settings)
     if experiment.args.process_index == 0:
         print(f"\n{trials.table(outcome)}\n")
@@ -261,7 +265,8 @@ def cache(arguments: list[str]) -> int:
     from .cache_teacher import write_cache
 
     try:
-        info = write_cache(*parse(arguments, "cache-teacher"))
+        with _log_shown():
+            info = write_cache(*parse(arguments, "cache-teacher"))
     except Exception as error:
         return _refuse("cache-teacher", error)
     kept = info.kept if info.is_full else f"{info.kept} at T = {info.temperature}"
@@ -282,12 +287,15 @@ def distill(arguments: list[str]) -> int:
 
     try:
         experiment = prepare(*parse(arguments))
+        experiment.reach_teacher()
         rehearse(experiment)
     except Exception as error:  # whatever a library raises about what it is given
         return _refuse("distill", error)
     if experiment.args.process_index == 0:
         print(_headline(experiment), file=sys.stderr)
     with _log_shown():
+        if not _filled("distill", experiment):
+            return FAILED
         outcome = run(experiment)
     if experiment.args.process_index == 0:
         print(f"\n{report.table(outcome['rows'])}\n\n{report.legend(outcome['rows'])}")
@@ -295,6 +303,16 @@ def distill(arguments: list[str]) -> int:
     for problem in outcome["problems"]:
         _say_error("distill", problem)
     return FAILED if outcome["problems"] else 0
+
+
+def _filled(command: str, experiment: Experiment) -> bool:
+    """Whether a served teacher has answered for all texts; what is in the way is said."""
+    try:
+        experiment.fill_teacher()
+    except (ValueError, RuntimeError, OSError) as error:
+        _say_error(command, " ".join(str(error).split()))
+        return False
+    return True
 
 
 def parse(

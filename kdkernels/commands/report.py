@@ -63,7 +63,7 @@ _RELATIVE = {"relative_size": "parameters", "relative_speed": "tokens_per_second
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table that is also aligned for a terminal."""
-    rows = [row | _relative(row, rows[0]) | {"millions": row["parameters"] / 1e6} for row in rows]
+    rows = [row | _relative(row, rows[0]) | _millions(row) for row in rows]
     columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
     lines = [[title for title, _, _ in columns]]
     for row in rows:
@@ -72,6 +72,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             ["-" if value is None else template.format(value) for value, template in values]
         )
     return markdown(lines)
+
+
+def _millions(row: dict[str, Any]) -> dict[str, float]:
+    """The parameters of a model, where they are known: a server does not say how many it has."""
+    return {} if row["parameters"] is None else {"millions": row["parameters"] / 1e6}
 
 
 def _relative(row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, float]:
@@ -135,6 +140,7 @@ def results(
         "rows": rows,
         "problems": problems,
         "seconds": seconds,
+        "teacher": experiment.teacher_name,
         "configuration": experiment.configuration,
         "data": {
             "train_tokens": corpus.train.tokens,
@@ -177,7 +183,7 @@ def save_student(experiment: Experiment, folder: Path) -> None:
         experiment.student.save_pretrained(new)
         experiment.tokenizer.save_pretrained(new)
         if experiment.task is ENCODER:
-            teacher = ModelSource("teacher", experiment.model_args.teacher)
+            teacher = ModelSource("teacher", experiment.teacher_name)
             sentences.write(new, Sentences.of(experiment.args), experiment.student, teacher)
 
 
@@ -266,13 +272,14 @@ def pictures(outcome: dict[str, Any]) -> dict[str, str]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> str:
-    """The last row against the first, the teacher, in one sentence of measured numbers."""
+    """The last row against the first, the teacher, in one sentence of measured numbers, if any."""
     first, last = rows[0], rows[-1]
     both = {key: t for key, t in _RATIOS.items() if first.get(key) and last.get(key) is not None}
     found = [template.format(last[key] / first[key]) for key, template in both.items()]
     if first.get("loss") and last.get("loss"):
         found.append(f"a held-out loss of {last['loss']:.4f} against {first['loss']:.4f}")
-    return f"{last['name'].capitalize()}, against the teacher: {', '.join(found)}."
+    against = f"{last['name'].capitalize()}, against the teacher"
+    return f"{against}: {', '.join(found)}." if found else f"{against}: nothing is measured of it."
 
 
 def budget(rows: list[dict[str, Any]]) -> str:
@@ -290,7 +297,7 @@ def _report_fields(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
 
     settings = plain(outcome["configuration"])
     return {
-        "title": f"Student of {settings.get('teacher')}",
+        "title": f"Student of {outcome['teacher']}",
         "table": table(outcome["rows"]),
         "legend": legend(outcome["rows"]),
         "ratios": ratios(outcome["rows"]),
@@ -347,7 +354,7 @@ def _html_block(block: str) -> str:
 _CARD = """# Student of {teacher}
 
 Distilled with kdkernels: {parameters:.1f} M parameters, taught by {teacher}
-({teacher_parameters:.1f} M).
+({teacher_parameters}).
 
 {table}
 
@@ -394,6 +401,8 @@ _PIPELINES = {
 def teacher_licence(experiment: Experiment) -> str | None:
     """The licence that the teacher's own card or GGUF header states; None if it states none."""
     source = experiment.model_args.teacher
+    if source is None:
+        return None
     try:
         if source.lower().endswith(".gguf"):
             from gguf import GGUFReader
@@ -406,6 +415,11 @@ def teacher_licence(experiment: Experiment) -> str | None:
         return ModelCard.load(card if Path(source).expanduser().exists() else source).data.license
     except Exception:  # no card, no network, no front matter: then nothing is stated
         return None
+
+
+def _size_of(teacher: dict[str, Any]) -> str:
+    known = teacher["parameters"]
+    return "as it was served" if known is None else f"{known / 1e6:.1f} M"
 
 
 def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
@@ -424,9 +438,9 @@ def model_card(experiment: Experiment, outcome: dict[str, Any]) -> str:
         tags=["knowledge-distillation", "kdkernels"],
     )
     body = _CARD.format(
-        teacher=experiment.model_args.teacher,
+        teacher=experiment.teacher_name,
         parameters=rows[-1]["parameters"] / 1e6,
-        teacher_parameters=rows[0]["parameters"] / 1e6,
+        teacher_parameters=_size_of(rows[0]),
         table=table(rows),
         legend=legend(rows),
         auto_class=experiment.task.auto_class.__name__,

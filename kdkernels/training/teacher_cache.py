@@ -3,7 +3,8 @@
 A cache is a folder, which takes its place when it is whole: ``cache.json`` and shards
 ``rows-00000.safetensors``. A row is one prediction: a token, or a classifier's example. Examples
 are found by their token ids, so order, batch size and padding do not matter; which examples a
-cache has is fixed.
+cache has is fixed. (That of a teacher behind a server, :mod:`kdkernels.training.served`, is a top-k
+cache which grows in its place, and has no ``cache.json`` until it is whole.)
 
 * **Full** (``top_k=None``): the logits as the teacher gave them. The loss is bitwise that of the
   teacher itself, at every temperature.
@@ -58,10 +59,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..entries import NORMALIZED
 from ..problem import entry_dtype
 from ..topk import TopK
 from .batches import batches
-from .folders import check_new, write_json, written_whole
+from .folders import check_new, write_json, written_file, written_whole
 from .models import output_width, parameter_count
 from .recorder import Signature
 from .tasks import SEQUENCE, TOKEN, Task, base_of, label_names, task_of
@@ -92,7 +94,7 @@ class CacheInfo:
     model: str  #: fingerprint of the teacher
     tokenizer: str  #: fingerprint of its tokenizer
     name: str  #: what the teacher was called
-    parameters: int  #: of the teacher
+    parameters: int | None  #: of the teacher; None: its server does not say
     vocab: int
     top_k: int | None  #: None: full logits
     temperature: float  #: of a top-k cache
@@ -100,6 +102,7 @@ class CacheInfo:
     rows: int
     labels: list[str] | None = None  #: a classifier's, in the order of its logits, if named
     samples: int | None = None  #: of each row; None: the top k, or full logits
+    text: str | None = None  #: fingerprint of all examples that a server was asked for
 
     @property
     def is_full(self) -> bool:
@@ -111,6 +114,18 @@ class CacheInfo:
         if self.samples is not None:
             return f"{self.samples} samples"
         return "all logits" if self.top_k is None else f"the top {self.top_k}"
+
+    @classmethod
+    def read(cls, file: Path, where: str) -> CacheInfo:
+        """What a file holds; ValueError, which begins with ``where``, if it cannot be that."""
+        try:
+            info = cls(**json.loads(file.read_text()))
+            info.check_types()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {file.name} cannot be read ({error})") from error
+        if info.format != FORMAT:
+            raise ValueError(f"{where} has format {info.format}, this version reads {FORMAT}")
+        return info
 
     def check_types(self) -> None:
         """TypeError unless every field has the type that it is declared with."""
@@ -160,7 +175,7 @@ def file_fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(ids: Tensor) -> str:
+def key_of(ids: Tensor) -> str:
     """The name of an example: a hash of its token ids, without padding."""
     data = ids.to(device="cpu", dtype=torch.int64).contiguous().numpy().data
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -171,7 +186,7 @@ def _examples(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
     ids = inputs["input_ids"].cpu()
     mask = inputs.get("attention_mask")
     masks = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
-    return [(_key(row[tokens]), tokens) for row, tokens in zip(ids, masks, strict=True)]
+    return [(key_of(row[tokens]), tokens) for row, tokens in zip(ids, masks, strict=True)]
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -200,25 +215,26 @@ class _Kept(NamedTuple):
         return {"log_probs": kept.cpu(), "ids": ids.int().cpu(), "tail": tail.cpu()}
 
 
-class _Writer:
-    """Collects rows and writes a shard whenever there are enough."""
+class Writer:
+    """Collects rows and writes a shard whenever there are enough; ``shards``: those there are."""
 
-    def __init__(self, folder: Path, kept: _Kept) -> None:
-        self.folder, self.kept = folder, kept
+    def __init__(self, folder: Path, shards: int = 0) -> None:
+        self.folder, self.shards = folder, shards
         self.keys: set[str] = set()
-        self.rows = self.shards = self.bytes = 0
+        self.rows = self.bytes = 0
         self._names: list[str] = []
         self._parts: list[dict[str, Tensor]] = []
 
-    def add_batch(self, inputs: dict[str, Any], logits: Tensor, task: Task) -> None:
+    def add_batch(self, inputs: dict[str, Any], logits: Tensor, task: Task, kept: _Kept) -> None:
         """The logits [B, S, V] or [B, V] of the examples that have not come before."""
         for at, (key, tokens) in enumerate(_examples(inputs)):
             if key not in self.keys:
                 of_tokens = task.labels == "token"
                 rows = logits[at][tokens.to(logits.device)] if of_tokens else logits[at : at + 1]
-                self._add(key, self.kept.of(rows, key))
+                self.add(key, kept.of(rows, key))
 
-    def _add(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def add(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """What is kept of an example's rows, by the names of a shard's tensors."""
         self.keys.add(key)
         self._names.append(key)
         self._parts.append(tensors)
@@ -236,8 +252,8 @@ class _Writer:
             for name in self._parts[0]
         }
         metadata = {"keys": json.dumps(self._names), "lengths": json.dumps(lengths)}
-        file = self.folder / f"rows-{self.shards:05}.safetensors"
-        save_file(shard, file, metadata=metadata)
+        with written_file(self.folder / f"rows-{self.shards:05}.safetensors") as file:
+            save_file(shard, file, metadata=metadata)
         self.shards, self.bytes, self._names, self._parts = self.shards + 1, 0, [], []
 
 
@@ -344,11 +360,11 @@ def cache_teacher(
     base, signature = base_of(teacher), Signature(teacher)
     check_kept(top_k, samples, vocab := output_width(base, task))
     with written_whole(output) as scratch:
-        writer = _Writer(scratch, _Kept(top_k, samples, temperature, seed))
+        writer, kept = Writer(scratch), _Kept(top_k, samples, temperature, seed)
         for batch in batches(items, batch_size):
             inputs = {k: v for k, v in dict(collator(batch)).items() if k != "labels"}
             moved = {n: t.to(base.device) for n, t in signature.own(inputs).items()}
-            writer.add_batch(inputs, teacher.eval()(**moved).logits, task)
+            writer.add_batch(inputs, teacher.eval()(**moved).logits, task, kept)
         writer.flush()
         info = CacheInfo(
             format=FORMAT,
@@ -391,36 +407,54 @@ class TeacherCache:
         fingerprint: str | None = None,
     ) -> None:
         self.folder = Path(folder)
-        where = f"teacher_cache: {str(self.folder)!r}"
-        try:
-            settings = json.loads((self.folder / META_FILE).read_text())
-            self.info = CacheInfo(**settings)
-            self.info.check_types()
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{where} holds no finished cache (no {META_FILE})") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {META_FILE} cannot be read ({error})") from error
-        if self.info.format != FORMAT:
-            raise ValueError(f"{where} has format {self.info.format}, this version reads {FORMAT}")
-        if tokenizer is not None:
-            self._compare(where, "tokenizer", tokenizer_fingerprint(tokenizer), self.info.tokenizer)
-        if fingerprint is not None:
-            self._compare(where, "model", fingerprint, self.info.model)
-        self._shards: list[Any] = []
-        self._places: dict[str, tuple[int, int, int]] = {}
-        for file in sorted(self.folder.glob("rows-*.safetensors")):
-            self._open(file)
-        if len(self._places) != self.info.examples:
-            raise ValueError(f"{where}: {len(self._places)} examples of {self.info.examples}")
+        self._open(tokenizer, fingerprint)
 
-    def _compare(self, where: str, what: str, now: str, then: str) -> None:
+    def _open(self, tokenizer: PreTrainedTokenizerBase | None, fingerprint: str | None) -> None:
+        """Read the folder; ValueError unless it is whole, and of this tokenizer and model."""
+        try:
+            self.info = CacheInfo.read(self.folder / META_FILE, self._where)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{self._where} holds no finished cache (no {META_FILE})") from None
+        if tokenizer is not None:
+            self._compare(self.info, "tokenizer", tokenizer_fingerprint(tokenizer))
+        if fingerprint is not None:
+            self._compare(self.info, "model", fingerprint)
+        self._open_shards()
+        if len(self._places) != self.info.examples:
+            raise ValueError(f"{self._where}: {len(self._places)} examples of {self.info.examples}")
+
+    @property
+    def _where(self) -> str:
+        """How messages about it begin."""
+        return f"teacher_cache: {str(self.folder)!r}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that it will ever have is there."""
+        return True
+
+    def reach(self, items: Iterable[dict[str, Any]]) -> None:
+        """Get ready to fill it with these examples; one that is whole has what it has."""
+
+    def fill(self, items: Iterable[dict[str, Any]]) -> None:
+        """Get what it lacks of these examples; one that is whole gets nothing more."""
+
+    def _compare(self, info: CacheInfo, what: str, now: str) -> None:
+        """ValueError unless ``what`` its file says it was made with is that of this run."""
+        then = getattr(info, what)
         if now != then:
             raise ValueError(
-                f"{where} was made with another {what} (of {self.info.name!r}, fingerprint "
+                f"{self._where} was made with another {what} (of {info.name!r}, fingerprint "
                 f"{then[:12]}; this run's is {now[:12]})"
             )
 
-    def _open(self, file: Path) -> None:
+    def _open_shards(self) -> None:
+        self._shards: list[Any] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for file in sorted(self.folder.glob("rows-*.safetensors")):
+            self._open_shard(file)
+
+    def _open_shard(self, file: Path) -> None:
         """Note where the examples of this shard are; ValueError unless it is what META_FILE says.
 
         Values are not checked: that would read all of it.
@@ -482,10 +516,12 @@ class TeacherCache:
             )
         if info.task != task.name:
             raise ValueError(f"teacher_cache: made for {info.task}, the student is {task.name}")
-        if not info.is_full and temperatures != {info.temperature}:
+        rescaled = info.top_k is not None and self.tail(tail) in NORMALIZED
+        if not (info.is_full or rescaled or temperatures == {info.temperature}):
+            others = f"; with cache_tail {' or '.join(NORMALIZED)} it can" if info.top_k else ""
             raise ValueError(
                 f"teacher_cache: {info.kept} at temperature {info.temperature} cannot be "
-                f"used at {', '.join(map(str, sorted(temperatures)))}"
+                f"used at {', '.join(map(str, sorted(temperatures)))}{others}"
             )
         if info.is_full and tail is not None:
             raise ValueError(f"cache_tail: {tail!r} has no effect; the cache holds all logits")
@@ -507,10 +543,10 @@ class TeacherCache:
         missing = total = 0
         for item in items:
             total += 1
-            missing += _key(torch.as_tensor(item["input_ids"])) not in self._places
+            missing += key_of(torch.as_tensor(item["input_ids"])) not in self._places
         if missing:
             raise ValueError(
-                f"teacher_cache: {str(self.folder)!r} lacks {missing} of {total} examples; it has "
+                f"{self._where} lacks {missing} of {total} examples; it has "
                 "to be made from the same text, sequence_length and seed"
             )
 
@@ -520,7 +556,7 @@ class TeacherCache:
         ValueError if an example is not in the cache, or the cache has no logits.
         """
         if not self.info.is_full:
-            raise ValueError(f"teacher_cache: {str(self.folder)!r} holds entries, no logits")
+            raise ValueError(f"{self._where} holds entries, no logits")
         examples = _examples(inputs)
         found = [rows["logits"] for rows in self._found(examples)]
         return self._batch(inputs, examples, found, 0.0)
@@ -542,7 +578,7 @@ class TeacherCache:
             ValueError: an example is not in the cache, or the cache is full.
         """
         if self.info.is_full:
-            raise ValueError(f"teacher_cache: {str(self.folder)!r} holds logits, no entries")
+            raise ValueError(f"{self._where} holds logits, no entries")
         examples = _examples(inputs)
         parts = [self._entries(rows, vocab) for rows in self._found(examples)]
         ids, log_probs = (
@@ -574,7 +610,7 @@ class TeacherCache:
     def _example(self, at: int, key: str) -> dict[str, Tensor]:
         if key not in self._places:
             raise ValueError(
-                f"teacher_cache: {str(self.folder)!r} does not hold example {at} of this batch; it "
+                f"{self._where} does not hold example {at} of this batch; it "
                 "has to be made from the same text, sequence_length and seed"
             )
         shard_index, first, last = self._places[key]
@@ -584,11 +620,10 @@ class TeacherCache:
     def _entries(self, rows: dict[str, Tensor], vocab: int | None) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [R, K] of one example."""
         ids, full = rows["ids"].long(), self.info.vocab
-        least = 0 if self.info.samples is None else _EMPTY["ids"]
+        least = _EMPTY["ids"]
         if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < full:
             raise ValueError(
-                f"teacher_cache: {str(self.folder)!r} is damaged: its ids are not all in "
-                f"{least}..{full - 1}"
+                f"{self._where} is damaged: its ids are not all in {least}..{full - 1}"
             )
         inside = ids < (full if vocab is None else vocab)
         if self.info.samples is not None:
@@ -602,9 +637,10 @@ class TeacherCache:
         """Log-probabilities [R, k] of a top k, -inf where they are not ``inside`` [R, k]."""
         log_probs, rest = rows["log_probs"].double(), rows["tail"].double()
         if vocab < self.info.vocab:
+            known = rows["ids"] >= 0
             log_probs = log_probs.masked_fill(~inside, -math.inf)
-            others = self.info.vocab - inside.shape[-1]
-            rest = rest * (vocab - inside.sum(-1)) / others
+            others = self.info.vocab - known.sum(-1)
+            rest = rest * (vocab - (known & inside).sum(-1)) / others
             total = log_probs.exp().sum(-1) + rest
             rest = torch.where(total > 0, rest / total, 1.0)
         return _with_rest(log_probs, rest)

@@ -125,8 +125,8 @@ class Teacher(ABC):
 
     @property
     @abstractmethod
-    def parameters(self) -> int:
-        """How many it has."""
+    def parameters(self) -> int | None:
+        """How many it has; None: that is not known."""
 
     @abstractmethod
     def width(self, task: Task) -> int:
@@ -148,6 +148,16 @@ class Teacher(ABC):
     def check_run(self, student: Student, examples: Iterable[dict[str, Any]]) -> None:
         """:meth:`check`, and ValueError for what would otherwise stop a run that has begun."""
         self.check(student)
+
+    def reach(self, examples: Iterable[dict[str, Any]]) -> None:
+        """Get in touch with whoever answers for it; ValueError or RuntimeError if that fails."""
+        if self.cache is not None:
+            self.cache.reach(examples)
+
+    def fill(self, examples: Iterable[dict[str, Any]]) -> None:
+        """Get all that it has to know of these examples, if it is not there."""
+        if self.cache is not None:
+            self.cache.fill(examples)
 
     def begin(self, student: Student) -> DistillationTerms | None:
         """Get ready to teach; what the terms beside the response learn, None if there are none."""
@@ -261,7 +271,7 @@ class CachedTeacher(Teacher):
         return "teacher from its cache"
 
     @property
-    def parameters(self) -> int:
+    def parameters(self) -> int | None:
         return self.cache.info.parameters
 
     def width(self, task: Task) -> int:
@@ -298,7 +308,8 @@ class CachedTeacher(Teacher):
         if self.cache.info.is_full:
             return Features(None, logits=self.cache.logits(inputs).to(device))
         entries = self.cache.entries(inputs, device, self._common)
-        return Features(None, entries=entries._replace(tail=self._tail))
+        entries = entries._replace(tail=self._tail, temperature=self.cache.info.temperature)
+        return Features(None, entries=entries)
 
 
 class NoTeacher(Teacher):

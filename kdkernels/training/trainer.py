@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -123,7 +124,8 @@ class DistillationTrainer(Trainer):
         teacher_processing_class: the teacher's tokenizer; given together with ``processing_class``,
             the two must map the same tokens to the same ids.
         teacher_cache: instead of ``teacher``, for the response term only; it must hold every
-            example of both data sets.
+            example of both data sets. That of a served teacher
+            (:class:`~kdkernels.training.served.ServedCache`) is filled with them first.
         trainer_kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
@@ -530,6 +532,13 @@ class DistillationTrainer(Trainer):
 
     # ---- data ----------------------------------------------------------------------------------
 
+    def _examples(self) -> Iterator[dict[str, Any]]:
+        """Every example of the data sets."""
+        given = (self.train_dataset, self.eval_dataset)
+        for data in itertools.chain(*(d.values() if isinstance(d, dict) else [d] for d in given)):
+            sized: Any = () if data is None else data
+            yield from (sized[i] for i in range(len(sized))) if hasattr(sized, "__len__") else sized
+
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that are kept: what either model's forward takes."""
         if self._signature_columns is not None:
@@ -621,6 +630,7 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The base class's loop; losses and shares are means over all predicted tokens."""
+        self._teacher.fill(self._examples())
         self._evaluated = Sums()
         mark = "_is_accelerate_prepared"
         marked = hasattr(self.model, mark)
@@ -684,6 +694,7 @@ class DistillationTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._begin_if_new()
         self._start_over()
+        self._teacher.fill(self._examples())
         self._say_heads()
         if self.terms is None:
             return super()._inner_training_loop(*args, **kwargs)
@@ -875,6 +886,7 @@ def _source(role: str, given: Tensor | Hidden | TopK) -> dict[str, Any]:
             f"{role}_ids": given.ids,
             f"{role}_log_probs": given.log_probs,
             "tail": given.tail,
+            f"{role}_temperature": given.temperature,
         }
     if isinstance(given, Hidden):
         names = ("hidden", "weight", "bias")

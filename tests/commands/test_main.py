@@ -264,7 +264,7 @@ def test_resuming_and_overwriting(
 
 
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [
-    ({"teacher": None}, "required: --teacher"),
+    ({"teacher": None}, "give --teacher, or --teacher_url, or the --teacher_cache of one of them"),
     ({"teacher": "{assets}/nowhere"}, "teacher: '{assets}/nowhere' does not exist"),
     ({"teacher": "{assets}/nowhere.gguf"}, "does not exist"),
     ({"teacher": "no-such-model"}, "teacher: cannot load the configuration of 'no-such-model'"),

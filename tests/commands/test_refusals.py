@@ -288,7 +288,7 @@ def test_a_half_made_cache_does_not_block_the_next(
 ) -> None:
     from kdkernels.training import teacher_cache
 
-    add, calls = teacher_cache._Writer.add_batch, iter([True])
+    add, calls = teacher_cache.Writer.add_batch, iter([True])
 
     def failing(writer: Any, *arguments: Any) -> None:
         add(writer, *arguments)
@@ -299,7 +299,7 @@ def test_a_half_made_cache_does_not_block_the_next(
     cache = tmp_path / "cache"
     words = [*options(assets, tmp_path / "out")[1:], f"--teacher_cache={cache}"]
     with monkeypatch.context() as patched:
-        patched.setattr(teacher_cache._Writer, "add_batch", failing)
+        patched.setattr(teacher_cache.Writer, "add_batch", failing)
         assert cli.main(["cache-teacher", *words]) != 0
     assert list(tmp_path.iterdir()) == []
     cache.mkdir()  # as a killed command leaves it
