@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 _BEAT = 5.0
 
 
-def on_first_process(work: Callable[[], Result]) -> Result:
+def from_first_process(work: Callable[[], Result]) -> Result:
     """What ``work()`` returns, run in the first process alone; it has to be pickled for the others.
 
     They wait for a word of it every few seconds. So it may take hours, and a first process that is

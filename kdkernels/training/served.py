@@ -20,6 +20,7 @@ nothing is lacking, and whatever is there is not asked for again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -41,7 +42,7 @@ from transformers import PreTrainedTokenizerBase
 from ..entries import MOST_MASS
 from .folders import PARTIAL, check_new, write_json
 from .logprobs import from_openai, from_prompt_logprobs
-from .processes import on_first_process
+from .processes import from_first_process
 from .server import Rejected, Server, ServerError, check_numbers
 from .tasks import CAUSAL_LM
 from .teacher_cache import (
@@ -126,21 +127,18 @@ class ServedCache(TeacherCache):
             examples=0,
             rows=0,
         )
-        self._server, self._tokenizer = server, tokenizer
+        self._server, self._tokenizer, self._top_k = server, tokenizer, top_k
         self._name, self._form, self._requests = name, form, requests
         self._shards, self._places = [], {}
-        self._whole = False
+        self._goal = self.info  #: what the folder is to become
+        self._reached = self._whole = False
         self._wanted: dict[str, Tensor] = {}
         self._first: dict[str, dict[str, Tensor]] = {}  #: answered before there was a folder
 
     @property
-    def is_whole(self) -> bool:
-        return self._whole
-
-    @property
     def outlook(self) -> str:
         """What there is to do, in words."""
-        told = f"{self.info.name!r} at {self._server.url} teaches by its top {self.info.top_k}"
+        told = f"{self.info.name!r} at {self._server.url} teaches by its top {self._top_k}"
         lacking = "all" if self._whole else f"{len(self._places)} of {self.info.examples}"
         return f"{told}; {lacking} texts are in {str(self.folder)!r}"
 
@@ -162,10 +160,11 @@ class ServedCache(TeacherCache):
         wanted = unique(items)
         if not wanted:
             raise ValueError("teacher_cache: there are no examples to ask a server for")
-        if self._whole or (self.info.model and wanted.keys() == self._wanted.keys()):
+        if self._whole or (self._reached and wanted.keys() == self._wanted.keys()):
             return
-        self._wanted = wanted
-        self.info, self._form, whole = on_first_process(self._reach)
+        self._wanted, self._reached = wanted, False
+        self.info, self._form, whole = from_first_process(self._reach)
+        self._reached = True
         if whole:
             self._close()
 
@@ -179,7 +178,7 @@ class ServedCache(TeacherCache):
             return
         self.reach(items)
         if not self._whole:
-            on_first_process(self._fill)
+            from_first_process(self._fill)
             self._close()
 
     def _close(self) -> None:
@@ -194,8 +193,8 @@ class ServedCache(TeacherCache):
         model = self._model()
         name, root, most = model["id"], model.get("root"), model.get("max_model_len")
         lengths = [len(ids) for ids in self._wanted.values()]
-        self.info = dataclasses.replace(
-            self.info,
+        self._goal = dataclasses.replace(
+            self._goal,
             name=name,
             model=hashlib.sha256(json.dumps(["served", name, root]).encode()).hexdigest(),
             examples=len(lengths),
@@ -203,7 +202,7 @@ class ServedCache(TeacherCache):
             text=text_fingerprint(self._wanted),
         )
         if self._look():
-            return self.info, self._form, True
+            return self._goal, self._form, True
         longest = max(lengths)
         if isinstance(most, int) and longest + 1 > most:
             raise ValueError(
@@ -215,7 +214,7 @@ class ServedCache(TeacherCache):
             self._check_tokenizer(list(lacking.values())[:_COMPARED_TEXTS])
             key, ids = next(iter(lacking.items()))
             self._first = {key: self._settle_form(ids)}
-        return self.info, self._form, False
+        return self._goal, self._form, False
 
     def _model(self) -> dict[str, Any]:
         """What the server says of the model that is meant; ValueError if it has not got it."""
@@ -239,7 +238,7 @@ class ServedCache(TeacherCache):
 
     def _look(self) -> bool:
         """Open what the folder holds; whether that is all. ValueError if it is of another run."""
-        wanted = self.info
+        self.info = wanted = self._goal
         if (self.folder / META_FILE).exists():
             self._open(self._tokenizer, wanted.model)
             self._check_top_k(self.info, wanted)
@@ -276,7 +275,7 @@ class ServedCache(TeacherCache):
         for tokens in texts:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
             ours = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            body = {"model": self.info.name, "prompt": text, "add_special_tokens": False}
+            body = {"model": self._goal.name, "prompt": text, "add_special_tokens": False}
             try:
                 answer = self._server.ask("/tokenize", body, at_root=True) if ours else {}
             except ServerError as error:
@@ -320,15 +319,15 @@ class ServedCache(TeacherCache):
         compare: bool = False,
     ) -> dict[str, Tensor]:
         """What the cache keeps of a text; ``compare``: also what entries are written like."""
-        sent, top_k = tokens.tolist(), self.info.top_k
-        body = {"model": self.info.name, "prompt": sent, "max_tokens": 1, "temperature": 1.0}
+        sent, top_k = tokens.tolist(), self._top_k
+        body = {"model": self._goal.name, "prompt": sent, "max_tokens": 1, "temperature": 1.0}
         if form == "echo":
             body |= {"echo": True, "logprobs": top_k, "return_tokens_as_token_ids": True}
         else:
             body |= {"prompt_logprobs": top_k}
         answer = self._server.ask("/completions", body, stopped)
         try:
-            choice = _first_choice(answer)
+            choice = self._choice(answer)
             if form == "echo":
                 ids, log_probs = self._of_echo(choice, len(sent))
             else:
@@ -341,6 +340,13 @@ class ServedCache(TeacherCache):
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:
             raise ServerError(f"teacher_url: {self._server.url}/completions: {error}") from error
         return self._kept(ids, log_probs)
+
+    def _choice(self, answer: dict[str, Any]) -> dict[str, Any]:
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            told = self._server.told(json.dumps(answer))
+            raise ValueError(f"its answer has not one choice: {told!r}")
+        return choices[0]
 
     @staticmethod
     def _of_prompt(choice: dict[str, Any], sent: int) -> tuple[Tensor, Tensor]:
@@ -379,7 +385,7 @@ class ServedCache(TeacherCache):
 
     def _check_entries(self, ids: Tensor, log_probs: Tensor, tokens: Tensor) -> None:
         """ValueError unless they speak of these tokens, in the student's vocabulary."""
-        vocab, top_k = self.info.vocab, self.info.top_k or 0
+        vocab, top_k = self._goal.vocab, self._top_k
         if int(ids.max()) >= vocab:
             raise ValueError(
                 f"id {int(ids.max())} is outside of the student's vocabulary of {vocab}"
@@ -402,7 +408,7 @@ class ServedCache(TeacherCache):
 
     def _kept(self, ids: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
         """The largest entries, as a top-k cache holds them."""
-        top_k = self.info.top_k or 0
+        top_k = self._top_k
         room = (0, max(0, top_k - ids.shape[-1]))
         ids = torch.nn.functional.pad(ids, room, value=-1)
         log_probs = torch.nn.functional.pad(log_probs, room, value=-torch.inf)
@@ -418,15 +424,18 @@ class ServedCache(TeacherCache):
 
     def _fill(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f"{PARTIAL}filling.lock"
         try:
-            with filelock.FileLock(self.folder / f"{PARTIAL}filling.lock", timeout=0):
+            with filelock.FileLock(lock, timeout=0):
                 if not self._look():  # another run may have been here
                     self._write()
+                with contextlib.suppress(OSError):  # some systems do not let go of open files
+                    lock.unlink()
         except filelock.Timeout as error:
             raise ValueError(f"{self._where} is being filled by another run") from error
 
     def _write(self) -> None:
-        write_json(self.folder / FILLING_FILE, asdict(self.info))
+        write_json(self.folder / FILLING_FILE, asdict(self._goal))
         shards = [int(file.stem[5:]) for file in self.folder.glob("rows-*.safetensors")]
         writer = Writer(self.folder, max(shards, default=-1) + 1)
         lacking = self._lacking()
@@ -440,12 +449,12 @@ class ServedCache(TeacherCache):
                     writer.flush()
                     written = time.monotonic()
                     total = there + len(writer.keys)
-                    logger.info(f"teacher_url: {total} of {self.info.examples} texts answered")
+                    logger.info(f"teacher_url: {total} of {self._goal.examples} texts answered")
         except ServerError as error:
             total = there + len(writer.keys)
             raise ServerError(
-                f"{error}; {total} of {self.info.examples} texts are in {str(self.folder)!r}, from "
-                "where the same command goes on"
+                f"{error}; {total} of {self._goal.examples} texts are in {str(self.folder)!r}, "
+                "from where the same command goes on"
             ) from error
         finally:
             writer.flush()
@@ -469,8 +478,8 @@ class ServedCache(TeacherCache):
                 try:
                     answers.put((key, self._ask(ids, self._form, stopped)))
                 except Exception as error:
+                    answers.put((key, error))  # before the others tell that they were stopped
                     stopped.set()
-                    answers.put((key, error))
 
         for _ in range(min(self._requests, len(wanted))):
             threading.Thread(target=work, daemon=True).start()
@@ -498,13 +507,6 @@ def unique(items: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
             ids = ids[torch.as_tensor(item["attention_mask"]).cpu().bool()]
         found[key_of(ids)] = ids
     return found
-
-
-def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise ValueError("its answer has not one choice")
-    return choices[0]
 
 
 def _is_model(given: Any) -> bool:

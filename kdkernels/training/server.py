@@ -165,19 +165,17 @@ class Server:
         except ssl.SSLError as error:
             if isinstance(error, TimeoutError):
                 raise _Passing(f"no answer within {self.timeout:g} s") from error
-            raise ServerError(
-                f"{where}: no secure connection ({self._told(str(error))})"
-            ) from error
+            raise ServerError(f"{where}: no secure connection ({self.told(str(error))})") from error
         except TimeoutError as error:
             raise _Passing(f"no answer within {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            told = self._told(str(error))
+            told = self.told(str(error))
             raise _Passing(f"{type(error).__name__}" + (f": {told}" if told else "")) from error
         status = response.status
         if 200 <= status < 300:
             return self._read(where, response, data)
         if 300 <= status < 400:
-            target = self._told(response.getheader("Location") or "")
+            target = self.told(response.getheader("Location") or "")
             raise ServerError(
                 f"{where}: status {status}, it is at {target!r}; redirects are not followed"
             )
@@ -230,9 +228,9 @@ class Server:
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError) as error:
-            kind = self._told(response.getheader("Content-Type") or "no type")
-            begins = self._told(data[:_MOST_WORDS].decode(errors="replace"))
-            reason = self._told(str(error))
+            kind = self.told(response.getheader("Content-Type") or "no type")
+            begins = self.told(data[:_MOST_WORDS].decode(errors="replace"))
+            reason = self.told(str(error))
             raise ServerError(
                 f"{where}: its answer ({kind}) is no JSON ({reason}): {begins!r}"
             ) from error
@@ -249,10 +247,10 @@ class Server:
                 if isinstance(found, dict) and found.get(name):
                     found = found[name]
             text = found if isinstance(found, str) else json.dumps(found)
-        told = self._told(text)
+        told = self.told(text)
         return f", {told!r}" if told else ""
 
-    def _told(self, text: str) -> str:
+    def told(self, text: str) -> str:
         """What a server has said as it may be shown: in one line, bounded, and without the key."""
         if self._key is not None:
             text = text.replace(self._key, "***")

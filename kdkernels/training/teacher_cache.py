@@ -35,6 +35,8 @@ cache which grows in its place, and has no ``cache.json`` until it is whole.)
   ``"subset"``
     The k entries alone, both models' renormalised over them. Says nothing of the tail: no bound,
     and no gradient there.
+
+  The last two can be had at another temperature than the cache's, T0: of ``p^(T0 / T)``.
 * **Samples** (Anshumann et al. 2025, arXiv:2503.16870): for one temperature, N ids drawn from
   softmax(z / T) with replacement; each weighs its count / N, and these add up to 1. Under the tail
   ``"none"``, which is the default here, the gradient's expectation over the draws is the teacher's
@@ -348,7 +350,7 @@ def cache_teacher(
         folder: is made; must not exist, or be empty.
         top_k: how many log-probabilities of a row are kept; None: its logits.
         samples, seed: how many ids are drawn of a row instead, and the seed of all draws.
-        temperature: of a top-k cache or of samples; only this one can be read from it.
+        temperature: of a top k, or of samples; a run's own, unless its tail renormalises a top k.
         fingerprint: of the teacher; default: :func:`model_fingerprint`.
 
     Raises:
@@ -427,11 +429,6 @@ class TeacherCache:
     def _where(self) -> str:
         """How messages about it begin."""
         return f"teacher_cache: {str(self.folder)!r}"
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that it will ever have is there."""
-        return True
 
     def reach(self, items: Iterable[dict[str, Any]]) -> None:
         """Get ready to fill it with these examples; one that is whole has what it has."""

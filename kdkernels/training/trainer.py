@@ -532,6 +532,11 @@ class DistillationTrainer(Trainer):
 
     # ---- data ----------------------------------------------------------------------------------
 
+    def _fill_teacher(self) -> None:
+        """Let a teacher that is asked for every example be asked, if it is needed."""
+        if self._response_has_teacher:
+            self._teacher.fill(self._examples())
+
     def _examples(self) -> Iterator[dict[str, Any]]:
         """Every example of the data sets."""
         given = (self.train_dataset, self.eval_dataset)
@@ -630,7 +635,7 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The base class's loop; losses and shares are means over all predicted tokens."""
-        self._teacher.fill(self._examples())
+        self._fill_teacher()
         self._evaluated = Sums()
         mark = "_is_accelerate_prepared"
         marked = hasattr(self.model, mark)
@@ -694,7 +699,7 @@ class DistillationTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._begin_if_new()
         self._start_over()
-        self._teacher.fill(self._examples())
+        self._fill_teacher()
         self._say_heads()
         if self.terms is None:
             return super()._inner_training_loop(*args, **kwargs)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import filelock
 import pytest
 import tiny_models
 import torch
@@ -27,7 +28,7 @@ from transformers import default_data_collator
 
 from kdkernels.commands import main as cli
 from kdkernels.training import server as client
-from kdkernels.training.processes import on_first_process
+from kdkernels.training.processes import from_first_process
 from kdkernels.training.served import ServedCache
 from kdkernels.training.server import Server, ServerError
 from kdkernels.training.teacher_cache import TeacherCache, cache_teacher
@@ -199,6 +200,22 @@ def test_an_interrupted_cache_goes_on(served: Served, tmp_path: Path) -> None:
     assert served.asked() == []
 
 
+def test_only_one_run_fills_a_cache(served: Served, tmp_path: Path) -> None:
+    cache = cache_of(served, tmp_path / "cache")
+    cache.reach(items())
+    (tmp_path / "cache").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "cache" / ".kdkernels-filling.lock"),
+        pytest.raises(ValueError, match="is being filled by another run"),
+    ):
+        cache.fill(items())
+    cache_of(served, tmp_path / "cache").fill(items())
+    cache.fill(items())  # the other run has answered all
+    assert len(served.asked()) == 2 + 5
+    with pytest.raises(ValueError, match="there are no examples to ask a server for"):
+        cache_of(served, tmp_path / "none").fill([])
+
+
 # ---- what fails on the way ----------------------------------------------------------------------
 
 
@@ -281,13 +298,17 @@ def test_one_error_and_no_second_try(
     behaviour: dict[str, Any], message: str, served: Served, tmp_path: Path
 ) -> None:
     served.set(**behaviour)
+    cache = cache_of(served, tmp_path / "cache")
     with pytest.raises((ServerError, ValueError)) as refusal:
-        cache_of(served, tmp_path / "cache").fill(items(3))
+        cache.fill(items(3))
     told = str(refusal.value)
     assert message in told and len(told) < 1500
     # The answer decides, not how often it is given: once in each form.
     asked = [json.dumps(one) for one in served.asked("")]
     assert len(set(asked)) == len(asked) and not (tmp_path / "cache").exists()
+    with pytest.raises(type(refusal.value)) as again:
+        cache.fill(items(3))
+    assert str(again.value) == told
 
 
 def test_nobody_is_waited_for_forever(served: Served, tmp_path: Path) -> None:
@@ -380,7 +401,7 @@ def test_one_of_two_processes_asks(fault: str | None, served: Served, tmp_path: 
 def test_processes_that_are_not_connected_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="make the DistillationArguments first"):
-        on_first_process(lambda: None)
+        from_first_process(lambda: None)
 
 
 # ---- the command line ---------------------------------------------------------------------------

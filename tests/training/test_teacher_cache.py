@@ -189,6 +189,30 @@ def test_every_tail_trains_as_the_oracle(
     torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", ["renormalize", "subset"])
+@pytest.mark.parametrize("fused_linear", ["true", "false"])
+def test_a_top_k_cache_of_another_temperature(fused_linear: str, tail: str, tmp_path: Path) -> None:
+    teacher, data = tiny_models.llama(2, seed=2), tiny_models.dataset(8)
+    cache = write(tmp_path / "cache", teacher, [data], top_k=5)
+    trained = cached_trainer(cache, tmp_path, 17, fused_linear=fused_linear, cache_tail=tail)
+    batch = default_data_collator([data[i] for i in range(4)])
+    with torch.no_grad():
+        top = teacher(input_ids=batch["input_ids"]).logits.log_softmax(-1).topk(5)
+    want = fused_topk_kd_loss(
+        trained.model(input_ids=batch["input_ids"]).logits,
+        top.indices,
+        (top.values / 2).log_softmax(-1),
+        batch["labels"],
+        tail=tail,
+        temperature=2.0,
+        alpha=0.7,
+        shift=True,
+        backend="reference",
+    )
+    got = trained.compute_loss(trained.model, batch)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_mean_gradient_of_samples_is_the_teachers(temperature: float) -> None:
     """To 5 of its standard errors, in each of 40 entries; that of the top 6 is far off."""
