@@ -308,7 +308,7 @@ class Experiment:
     def teacher_name(self) -> str:
         """What the teacher is called: as it is loaded, or as it is served."""
         cache = self.teacher.cache
-        return self.model_args.teacher or (cache.info.name if cache is not None else "a teacher")
+        return self.model_args.teacher or ("a teacher" if cache is None else cache.info.name)
 
     def reach_teacher(self) -> None:
         """Ask a served teacher's first question; ValueError or RuntimeError if that is in vain."""
@@ -366,7 +366,9 @@ def prepare_inputs(
     check_source("train_text", data_args.train_text)
     if data_args.validation_text is not None:
         check_source("validation_text", data_args.validation_text)
-    teacher = ModelSource("teacher", model_args.teacher) if model_args.teacher else None
+    teacher = None
+    if model_args.teacher is not None:
+        teacher = ModelSource("teacher", model_args.teacher)
     named = model_args.student or model_args.student_config
     option = "student" if model_args.student else "student_config"
     student = ModelSource(option, named) if named else None

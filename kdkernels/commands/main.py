@@ -262,11 +262,15 @@ def init_student(options: argparse.Namespace) -> int:
 def cache(arguments: list[str]) -> int:
     """``kdkernels cache-teacher [config.yaml] --teacher_cache FOLDER [--option value ...]``."""
     _quiet_libraries()
+    from ..training.served import FillError
     from .cache_teacher import write_cache
 
     try:
         with _log_shown():
             info = write_cache(*parse(arguments, "cache-teacher"))
+    except FillError as error:
+        _say_error("cache-teacher", str(error))
+        return FAILED
     except Exception as error:
         return _refuse("cache-teacher", error)
     kept = info.kept if info.is_full else f"{info.kept} at T = {info.temperature}"

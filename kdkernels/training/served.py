@@ -72,6 +72,10 @@ _FLUSH_SECONDS = 60.0
 _MOST_NAMES = 20
 
 
+class FillError(ServerError):
+    """A request has failed for good; what has been answered until then is in the folder."""
+
+
 class _Lacking(ServerError):
     """An answer without log-probabilities of the prompt."""
 
@@ -172,7 +176,8 @@ class ServedCache(TeacherCache):
         """:meth:`reach`, ask for all that is lacking, and write it as it comes.
 
         Raises:
-            ServerError: a request has failed for good; what has been answered until then is kept.
+            FillError: a request has failed for good; what has been answered until then is kept.
+            ServerError, ValueError: as :meth:`reach`; or another run is filling it.
         """
         if self._whole:
             return
@@ -452,7 +457,7 @@ class ServedCache(TeacherCache):
                     logger.info(f"teacher_url: {total} of {self._goal.examples} texts answered")
         except ServerError as error:
             total = there + len(writer.keys)
-            raise ServerError(
+            raise FillError(
                 f"{error}; {total} of {self._goal.examples} texts are in {str(self.folder)!r}, "
                 "from where the same command goes on"
             ) from error

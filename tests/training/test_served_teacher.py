@@ -134,11 +134,9 @@ def test_the_cache_is_that_of_the_model(
     assert len(served.asked()) == len(asked) and not (tmp_path / "served/filling.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("tail", "temperature"), [(None, 1.0), ("bucket", 1.0), ("renormalize", 2.0)]
-)
+@pytest.mark.parametrize(("tail", "temperature"), [("bucket", 1.0), ("renormalize", 2.0)])
 def test_training_asks_once_and_is_that_of_a_cache_of_the_model(
-    tail: str | None, temperature: float, served: Served, tmp_path: Path
+    tail: str, temperature: float, served: Served, tmp_path: Path
 ) -> None:
     arguments: dict[str, Any] = {"cache_tail": tail, "temperature": temperature, "max_steps": 6}
     cache = cache_of(served, tmp_path / "served")
@@ -394,7 +392,7 @@ def test_one_of_two_processes_asks(fault: str | None, served: Served, tmp_path: 
     if fault is None:
         assert first == second and first[0] == 6 and len(served.asked()) == 6
     else:
-        assert (first[0], second[0]) == ("ServerError", "RuntimeError")
+        assert (first[0], second[0]) == ("FillError", "RuntimeError")
         assert first[1] == second[1] and "no answer in 1 try: status 500" in first[1]
 
 
@@ -460,8 +458,11 @@ def test_a_cache_by_the_command_line_and_a_failing_one(
     told = capfd.readouterr().err.splitlines()[-1]
     assert told.startswith("kdkernels distill: error: teacher_url: http://127.0.0.1")
     assert "no answer in 1 try: status 500" in told and not (tmp_path / "out").exists()
+    served.set(fault="500", sound=1)
+    caching = ["cache-teacher", *words(**few)[1:]]
+    assert cli.main(caching) == 1 and "texts are in" in capfd.readouterr().err
     served.set()
-    assert cli.main(["cache-teacher", *words(**few)[1:]]) == 0
+    assert cli.main(caching) == 0
     assert "the top 5 at T = 1.0 of 17" in capfd.readouterr().out
 
 
