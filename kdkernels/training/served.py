@@ -134,6 +134,7 @@ class ServedCache(TeacherCache):
         self._server, self._tokenizer, self._top_k = server, tokenizer, top_k
         self._name, self._form, self._requests = name, form, requests
         self._shards, self._places = [], {}
+        self._one_reads = threading.Lock()  #: a tokenizer that two threads use raises an error
         self._goal = self.info  #: what the folder is to become
         self._reached = self._whole = False
         self._wanted: dict[str, Tensor] = {}
@@ -370,7 +371,8 @@ class ServedCache(TeacherCache):
         if len(given["tokens"]) < sent:
             raise _Lacking(f"logprobs: {len(given['tokens'])} positions of {sent} tokens")
         prompt = {n: c[:sent] if isinstance(c, list) else c for n, c in columns.items()}
-        return from_openai(prompt, self._tokenizer)
+        with self._one_reads:
+            return from_openai(prompt, self._tokenizer)
 
     def _compare_strings(self, positions: list[Any]) -> None:
         """ValueError for an entry whose text, if it is told, is not that of its id here."""

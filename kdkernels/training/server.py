@@ -31,6 +31,8 @@ _FIRST_WAIT = 1.0
 _MOST_WAIT = 60.0
 #: A server that asks for more seconds than that (Retry-After) is not waited for.
 _LONGEST_WAIT = 600.0
+#: Not the numbers that a training draws: they must not depend on how often a server was asked.
+_chance = random.Random()
 #: No answer is read any further. Two thousand tokens' top 100 take a tenth of it.
 _MOST_BYTES = 2**28
 #: So much of what a server says of an error is told.
@@ -148,7 +150,7 @@ class Server:
             try:
                 return self._try(where, place, body)
             except _Passing as error:
-                wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _MOST_WAIT) * random.uniform(0.5, 1.5)
+                wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _MOST_WAIT) * _chance.uniform(0.5, 1.5)
                 wait = max(wait, error.wait or 0.0)
                 if attempt == self.tries or wait > _LONGEST_WAIT:
                     tries = "1 try" if attempt == 1 else f"{attempt} tries"
