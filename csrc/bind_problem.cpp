@@ -66,7 +66,7 @@ GivenOptions make_options(const py::object& given) {
 }
 
 Logits make_logits(Address data, int dtype, int64_t outer_stride, int64_t inner_stride,
-                   int64_t column_stride) {
+                   int64_t column_stride, Address offsets, int64_t extent) {
   if (dtype < 0 || dtype > 3) {
     throw std::invalid_argument("dtype code must be 0, 1, 2 or 3, got " + std::to_string(dtype));
   }
@@ -75,15 +75,18 @@ Logits make_logits(Address data, int dtype, int64_t outer_stride, int64_t inner_
           static_cast<DType>(dtype),
           outer_stride,
           inner_stride,
-          column_stride};
+          column_stride,
+          pointer<const int64_t>(offsets),
+          extent};
 }
 
-SparseTeacher make_sparse_teacher(Address ids, Address log_probs, int64_t count, int tail) {
+SparseTeacher make_sparse_teacher(Address ids, Address log_probs, int64_t count, int tail,
+                                  Address offsets) {
   if (tail < 0 || tail > static_cast<int>(Tail::none)) {
     throw std::invalid_argument("tail must be 0 to 4, got " + std::to_string(tail));
   }
   return {pointer<const int64_t>(ids), pointer<const double>(log_probs), count,
-          static_cast<Tail>(tail)};
+          static_cast<Tail>(tail), pointer<const int64_t>(offsets)};
 }
 
 Rows make_rows(int64_t outer, int64_t inner, int64_t vocab, Address labels, Address row_weights,
@@ -127,10 +130,11 @@ void bind_problem(py::module_& m) {
       .def(py::init(&make_options), py::arg("options"), "From a kdkernels.problem.Options.");
   py::class_<Logits>(m, "Logits", local)
       .def(py::init(&make_logits), py::arg("data"), py::arg("dtype"), py::arg("outer_stride"),
-           py::arg("inner_stride"), py::arg("column_stride"));
+           py::arg("inner_stride"), py::arg("column_stride"), py::arg("offsets") = 0,
+           py::arg("extent") = 0);
   py::class_<SparseTeacher>(m, "SparseTeacher", local)
       .def(py::init(&make_sparse_teacher), py::arg("ids"), py::arg("log_probs"), py::arg("count"),
-           py::arg("tail"));
+           py::arg("tail"), py::arg("offsets") = 0);
   py::class_<Rows>(m, "Rows", local)
       .def(py::init(&make_rows), py::arg("outer"), py::arg("inner"), py::arg("vocab"),
            py::arg("labels"), py::arg("row_weights"), py::arg("grad_output"),

@@ -27,6 +27,10 @@ struct Logits : Transform {
   const char* data;
   DType dtype;
   int64_t outer_stride, inner_stride, column_stride;
+  // Of a teacher whose rows meet the student's in an order of their own: [rows], where each begins,
+  // in elements, a sum of multiples of the two strides. Null: at (outer, inner).
+  const int64_t* offsets = nullptr;
+  int64_t extent = 0;  // with offsets: elements from the first that the tensor has to past the last
 };
 
 // What is known of the vocabulary entries that a sparse teacher does not give, in the order of
@@ -43,6 +47,9 @@ struct SparseTeacher {
   const double* log_probs;  // natural, at the loss's temperature
   int64_t count;
   Tail tail;
+  const int64_t* offsets;  // as of Logits: [rows], where each row's entries begin; null: in order
+
+  KD_INLINE int64_t first_of(int64_t row) const { return offsets ? offsets[row] : row * count; }
 };
 
 // What a caller chooses once for many calls.
@@ -87,7 +94,9 @@ struct Problem : Options, Rows, Results {
     return temperature_squared ? temperature * temperature : 1.0;
   }
   KD_INLINE const char* row_of(const Logits& logits, int64_t row) const {
-    const int64_t offset = row / inner * logits.outer_stride + row % inner * logits.inner_stride;
+    const int64_t offset =
+        logits.offsets ? logits.offsets[row]
+                       : row / inner * logits.outer_stride + row % inner * logits.inner_stride;
     return logits.data + offset * size_of(logits.dtype);
   }
   KD_INLINE char* gradient_row(int64_t row) const {

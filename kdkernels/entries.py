@@ -215,6 +215,8 @@ def check(problem: Problem, extras: bool) -> None:
         return
     found = read(problem.teacher, problem.teacher_ids, problem.vocab, problem.options.tail)
     bad = ~found.sound.reshape(-1)
+    if problem.teacher_rows is not None:
+        bad = bad[problem.teacher_rows.reshape(-1)]
     alive = rows_that_count(problem)
     if alive is not None:
         bad &= alive
@@ -225,8 +227,10 @@ def check(problem: Problem, extras: bool) -> None:
 
 
 def fault(problem: Problem, row: int) -> Exception | None:
-    """What is wrong with the entries of this row; None: they hold NaN, as logits might."""
+    """What is wrong with the entries that this row meets; None: they hold NaN, as logits might."""
     assert problem.teacher_ids is not None
+    if problem.teacher_rows is not None:
+        row = int(problem.teacher_rows.reshape(-1)[row])
     ids = problem.teacher_ids.reshape(-1, problem.teacher_ids.shape[-1])[row]
     log_probs = problem.teacher.reshape(-1, problem.teacher.shape[-1])[row]
     known = ids >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .problem import (
     rows_that_count,
     sum_rows,
 )
+from .rows import Pairs, RowMaps, checked_maps, given_maps, placed
 from .topk import TopK, checked_entries, options_with_tail
 
 #: ``ignore_index`` where a call without labels has rows that do not count.
@@ -33,12 +35,13 @@ class KDLossOutput(NamedTuple):
 
     ``loss = alpha * kd_loss + (1 - alpha) * ce_loss + z_loss``, each reduced like the loss.
     ``kd_loss`` contains T^2 and ``ce_loss`` the label smoothing; ``ce_loss`` is None without
-    labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``). Rows
-    that do not count, by their label or a token weight of 0, hold 0 there and are in no share,
-    whatever their logits are. A row in which a model's logits are no distribution (NaN, +inf,
-    nothing but -inf) has NaN in all of them and is a miss in both shares; with ``alpha=0``, where
-    the loss does not contain the teacher, such a teacher has it in what is the teacher's and is a
-    miss in ``agreement``. Entropies are in nats, of the distributions at temperature T.
+    labels. Tensors named per row have the logits' leading shape ([B, S - 1] with ``shift``, [M], by
+    pairs, with ``student_rows`` or ``teacher_rows``). Rows that do not count, by their label or a
+    token weight of 0, hold 0 there and are in no share, whatever their logits are. A row in which a
+    model's logits are no distribution (NaN, +inf, nothing but -inf) has NaN in all of them and is a
+    miss in both shares; with ``alpha=0``, where the loss does not contain the teacher, such a
+    teacher has it in what is the teacher's and is a miss in ``agreement``. Entropies are in nats,
+    of the distributions at temperature T.
     """
 
     loss: Tensor
@@ -75,6 +78,8 @@ def fused_kd_loss(  # noqa: PLR0913
     logit_softcap: float | tuple[float | None, float | None] | None = None,
     logit_scale: float | tuple[float | None, float | None] | None = None,
     vocab_policy: str = "error",
+    student_rows: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     shift: bool = False,
     gradient: str = "auto",
     backend: str | None = None,
@@ -92,8 +97,8 @@ def fused_kd_loss(  # noqa: PLR0913
 
     Args:
         student_logits: [..., V], float32, bfloat16, float16 or float64; any strides. Only read.
-        teacher_logits: [..., V], same leading shape and device, any of these dtypes. Treated as a
-            constant (detached). Only read.
+        teacher_logits: [..., V], same leading shape (unless rows are named, see ``student_rows``)
+            and device, any of these dtypes. Treated as a constant (detached). Only read.
         labels: [...], any integer dtype. ``ignore_index`` rows count in neither term and are not
             read.
         temperature: T of both softmaxes in D, from 1e-18 to 1e18. The cross-entropy is always at
@@ -124,6 +129,15 @@ def fused_kd_loss(  # noqa: PLR0913
             (student, teacher).
         vocab_policy: what to do if the vocabularies differ in size: ``"error"``, or ``"truncate"``
             to the common prefix (for both terms; the gradient of the rest is 0).
+        student_rows, teacher_rows: [M], int32 or int64, which rows meet: pair i is row
+            ``student_rows[i]`` of the student's logits and row ``teacher_rows[i]`` of the
+            teacher's, counted through their leading dimensions, which may then differ. The loss is
+            that of ``student_logits[student_rows]`` and ``teacher_logits[teacher_rows]`` without
+            these copies. One of them may be None: all rows of that model in order. With either,
+            labels and token_weights are [M], one entry a pair, and so are the loss of ``"none"``
+            and what :class:`KDLossOutput` has per row. The gradient has the student's shape, and is
+            0 in rows that no pair names. A row of the teacher's may be named several times, one of
+            the student's may not; negative indices are none. Not with ``shift``.
         shift: next-token shift: logits [B, S, V] at position s are compared with labels (and
             token_weights) [B, S] at s + 1, without a copy of the logits. The last position does not
             count.
@@ -141,13 +155,16 @@ def fused_kd_loss(  # noqa: PLR0913
         return_outputs: return a :class:`KDLossOutput`.
 
     Returns:
-        The loss in float32 (float64 for a float64 student): [], or [...] for ``"none"``.
+        The loss in float32 (float64 for a float64 student): [], or [...] for ``"none"`` ([M] with
+        ``student_rows`` or ``teacher_rows``).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, value or shape; named in the message.
-        IndexError: a label outside [0, V) that is not ``ignore_index``. The backends "cuda" and
-            "triton" cannot raise without a synchronisation: that row's loss and gradient are NaN
-            there, and :func:`kdkernels.label_errors` tells the row.
+        IndexError: a label outside [0, V) that is not ``ignore_index``; a row to meet that there
+            is not, or one of the student's named twice. Only a CPU can raise without a
+            synchronisation: elsewhere that row's loss and gradient are NaN, and with the backends
+            "cuda" and "triton" :func:`kdkernels.label_errors` tells the row (the student's, but for
+            one that there is not).
         RuntimeError: the named backend cannot run this problem; the message says why and which can.
     """
     # By position, which takes half the time; in the order of the signature.
@@ -170,7 +187,8 @@ def fused_kd_loss(  # noqa: PLR0913
         backend,
         return_outputs,
     )
-    call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, given)
+    maps = given_maps(student_rows, teacher_rows)
+    call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, maps, given)
     return compute(call, return_outputs)
 
 
@@ -214,7 +232,8 @@ def fused_topk_kd_loss(
         teacher_ids: [..., K], any integer dtype, same leading shape and device; which entries of
             the vocabulary. Negative: an empty slot. In any order; none twice, but for ``"none"``.
         teacher_log_probs: [..., K], natural logarithms of probabilities, float32, bfloat16, float16
-            or float64; -inf is legal. Not read in empty slots. A constant (detached).
+            or float64; -inf is legal. Not read in empty slots. A constant (detached). With
+            ``teacher_rows`` rows of entries are named as those of logits are.
         labels: [...], as in ``fused_kd_loss``; a label need not be among the entries.
         tail: see above.
         teacher_temperature: of ``teacher_log_probs``; None: ``temperature``. Another one only with
@@ -266,6 +285,7 @@ class Call(NamedTuple):
     gradient: str  # "forward", "recompute", or "foreseen": stored for the grad_output of before
     shift: bool
     with_labels: bool
+    pairs: Pairs | None  # of a call with row maps
 
 
 def prepare(
@@ -275,11 +295,14 @@ def prepare(
     *,
     num_items: float | Tensor | None,
     token_weights: Tensor | None,
+    student_rows: Tensor | None,
+    teacher_rows: Tensor | None,
     **options: Any,
 ) -> Call:
     """Check every argument of :func:`fused_kd_loss`, by its names, and choose the backend."""
     given = Given(num_items=None if isinstance(num_items, Tensor) else num_items, **options)
-    return _prepared(student_logits, teacher, labels, num_items, token_weights, given)
+    maps = given_maps(student_rows, teacher_rows)
+    return _prepared(student_logits, teacher, labels, num_items, token_weights, maps, given)
 
 
 def _prepared(
@@ -288,32 +311,40 @@ def _prepared(
     labels: Tensor | None,
     num_items: float | Tensor | None,
     token_weights: Tensor | None,
+    maps: RowMaps | None,
     given: Given,
 ) -> Call:
     settings = check(given, labels is not None)
     _check_tensor("student_logits", student_logits)
-    options, ids = settings.options, None
+    options, ids, mapped = settings.options, None, maps is not None
     if isinstance(given_teacher, TopK):
         options = options_with_tail(given, options, given_teacher)
-        teacher, ids = checked_entries(student_logits, given_teacher, given, options)
+        teacher, ids = checked_entries(student_logits, given_teacher, given, options, mapped)
     else:
-        _check_pair(student_logits, given_teacher, settings.vocab_policy)
+        _check_pair(student_logits, given_teacher, settings.vocab_policy, mapped)
         teacher = given_teacher.detach() if given_teacher.requires_grad else given_teacher
-    mask = _row_tensor("labels", labels, student_logits)
-    weights = _row_tensor("token_weights", token_weights, student_logits)
+    pairs, shape = None, student_logits.shape[:-1]
+    if maps is not None:
+        maps, pairs = checked_maps(maps, student_logits, teacher, settings.shift)
+        shape = pairs.shape
+    mask = _row_tensor("labels", labels, student_logits, shape)
+    weights = _row_tensor("token_weights", token_weights, student_logits, shape)
+    if mask is None and (settings.shift or mapped):
+        # The mask that stands for them is ours: no index of a vocabulary.
+        options = options._replace(ignore_index=_NO_LABEL)
     if settings.shift:
-        if mask is None:  # the mask that stands for them is ours: no index of a vocabulary
-            options = options._replace(ignore_index=_NO_LABEL)
         mask, weights = _shifted(student_logits, mask, weights, options.ignore_index)
     items = None
     if isinstance(num_items, Tensor):
         items = _item_tensor(num_items, student_logits, options.reduction)
     problem = Problem(student_logits, teacher, mask, weights, items, options, ids)
+    if maps is not None:
+        problem = placed(problem, maps)
     name = choose_backend(problem, settings.backend, extras=settings.return_outputs)
     gradient = settings.gradient
     if gradient == "auto":
         gradient = _gradient_mode(problem, name)
-    return Call(problem, name, gradient, settings.shift, labels is not None)
+    return Call(problem, name, gradient, settings.shift, labels is not None, pairs)
 
 
 def _gradient_mode(problem: Problem, backend: str) -> str:
@@ -330,8 +361,10 @@ def finish(
     call: Call, loss: Tensor, statistics: Tensor, return_outputs: bool
 ) -> Tensor | KDLossOutput:
     """What the caller asked for, from what the op returned."""
-    if call.shift and call.problem.options.reduction == "none":
-        loss = loss[:, :-1]
+    if call.problem.options.reduction == "none":
+        loss = _per_row(call, loss)
+    elif call.pairs is not None:
+        loss = call.pairs.reduced(loss)
     return _outputs(call, loss, statistics) if return_outputs else loss
 
 
@@ -344,10 +377,10 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} has no vocabulary dimension")
 
 
-def _check_pair(student: Tensor, teacher: Any, vocab_policy: str) -> None:
+def _check_pair(student: Tensor, teacher: Any, vocab_policy: str, mapped: bool) -> None:
     _check_tensor("teacher_logits", teacher)
     same_shape = student.shape == teacher.shape
-    if not same_shape and student.shape[:-1] != teacher.shape[:-1]:
+    if not (same_shape or mapped or student.shape[:-1] == teacher.shape[:-1]):
         raise ValueError(
             f"teacher_logits: leading shape {tuple(teacher.shape[:-1])} differs from "
             f"student_logits' {tuple(student.shape[:-1])}"
@@ -356,23 +389,28 @@ def _check_pair(student: Tensor, teacher: Any, vocab_policy: str) -> None:
         raise ValueError(
             f"teacher_logits: device {teacher.device} differs from student_logits' {student.device}"
         )
-    if not same_shape and vocab_policy == "error":
+    if not same_shape and student.shape[-1] != teacher.shape[-1] and vocab_policy == "error":
         raise ValueError(
             f"teacher_logits: vocabulary {teacher.shape[-1]} differs from student_logits' "
             f"{student.shape[-1]}; vocab_policy='truncate' compares the common prefix"
         )
 
 
-def _row_tensor(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | None:
-    """``labels`` as contiguous int64 or ``token_weights`` as contiguous float32, checked."""
+def _row_tensor(
+    name: str, tensor: Tensor | None, student: Tensor, shape: tuple[int, ...]
+) -> Tensor | None:
+    """``labels`` as contiguous int64 or ``token_weights`` as contiguous float32, checked.
+
+    ``shape``: of the rows, or of the pairs.
+    """
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.shape != student.shape[:-1]:
+    if tensor.shape != shape:
+        whose = "logits' leading shape" if shape == student.shape[:-1] else "pairs of rows,"
         raise ValueError(
-            f"{name}: shape {tuple(tensor.shape)} differs from the logits' leading shape "
-            f"{tuple(student.shape[:-1])}"
+            f"{name}: shape {tuple(tensor.shape)} differs from the {whose} {tuple(shape)}"
         )
     if tensor.device != student.device:
         raise ValueError(
@@ -415,6 +453,13 @@ def _item_tensor(num_items: Tensor, student: Tensor, reduction: str) -> Tensor:
     return num_items.detach().reshape(()).to(student.device, loss_dtype(student))
 
 
+def _per_row(call: Call, row: Tensor) -> Tensor:
+    """What the backend has of its rows, of those that the caller knows."""
+    if call.pairs is not None:
+        return call.pairs.of(row)
+    return row[:, :-1] if call.shift else row
+
+
 def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
     problem = call.problem
     rows = dict(zip(STATISTICS, statistics.detach()[: len(STATISTICS)], strict=True))
@@ -423,12 +468,14 @@ def _outputs(call: Call, loss: Tensor, statistics: Tensor) -> KDLossOutput:
     if isinstance(scale, Tensor) and scale.ndim:
         scale = scale.reshape(problem.leading_shape)
 
-    def per_row(row: Tensor) -> Tensor:
-        return row[:, :-1] if call.shift else row
+    per_row = functools.partial(_per_row, call)
 
     def reduced(row: Tensor) -> Tensor:
         weighted = row * scale
-        return per_row(weighted) if problem.options.reduction == "none" else sum_rows(weighted)
+        if problem.options.reduction == "none":
+            return per_row(weighted)
+        total = sum_rows(weighted)
+        return total if call.pairs is None else call.pairs.reduced(total)
 
     def share(hit: Tensor) -> Tensor:
         total: int | Tensor = max(problem.rows, 1)

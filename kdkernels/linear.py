@@ -56,7 +56,11 @@ MAX_CHUNK_BYTES = 256 << 20
 GPU_MEMORY_SHARE = 1 / 32
 
 
-@with_options_of(fused_kd_loss)
+#: Options of ``fused_kd_loss`` that only logits have.
+ROW_MAPS = ("student_rows", "teacher_rows")
+
+
+@with_options_of(fused_kd_loss, *ROW_MAPS)
 def fused_linear_kd_loss(  # noqa: PLR0913
     student_hidden: Tensor | None = None,
     student_weight: Tensor | None = None,
@@ -125,6 +129,7 @@ def fused_linear_kd_loss(  # noqa: PLR0913
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_kd_loss``.
     """
     options = with_defaults("fused_linear_kd_loss", options)
+    _refuse_row_maps(options)
     check_chunk_bytes(max_chunk_bytes)
     student = (student_hidden, _gathered(student_weight), _gathered(student_bias), student_logits)
     teacher = (teacher_hidden, _gathered(teacher_weight), _gathered(teacher_bias), teacher_logits)
@@ -202,6 +207,15 @@ def _is_sparse(given: TopK, dense: Sequence[Any]) -> bool:
     if beside:
         raise ValueError(f"teacher_ids: given next to {', '.join(beside)}")
     return True
+
+
+def _refuse_row_maps(options: dict[str, Any]) -> None:
+    for name in ROW_MAPS:
+        if options[name] is not None:
+            raise ValueError(
+                f"{name}: fused_linear_kd_loss does not take it; a copy of hidden states costs "
+                "little: pass student_hidden[index], teacher_hidden[index]"
+            )
 
 
 def _check_has_hidden(student_logits: Any, teacher_logits: Any, sparse: TopK | None) -> None:

@@ -33,9 +33,9 @@ OPTIONS_SCHEMA = ", ".join(
 )
 _TENSORS_SCHEMA = (
     "Tensor student, Tensor teacher, Tensor? labels, Tensor? token_weights, Tensor? num_items,"
-    " Tensor? teacher_ids"
+    " Tensor? teacher_ids, Tensor? teacher_rows"
 )
-_TENSORS = 6
+_TENSORS = 7
 _OPTIONS_END = _TENSORS + len(Options._fields)
 
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
@@ -57,10 +57,14 @@ _TRANSFORMS = (
 
 
 def define(name: str, schema: str, kernel: Any, autograd: Any, fake: Any) -> Any:
-    """Register the op ``kdkernels::name``; ``autograd`` receives the dispatch keys first."""
+    """Register the op ``kdkernels::name``; ``autograd`` receives the dispatch keys first.
+
+    None: nothing of it is differentiable.
+    """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    if autograd is not None:
+        _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"kdkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.kdkernels, name).default
 
@@ -119,9 +123,9 @@ def unpack_options(fields: Sequence[Any]) -> Options:
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem and the backend's name from an op's leading arguments."""
-    student, teacher, labels, token_weights, num_items, teacher_ids = arguments[:_TENSORS]
+    student, teacher, labels, weights, items, ids, teacher_rows = arguments[:_TENSORS]
     options = unpack_options(arguments[_TENSORS:_OPTIONS_END])
-    problem = Problem(student, teacher, labels, token_weights, num_items, options, teacher_ids)
+    problem = Problem(student, teacher, labels, weights, items, options, ids, teacher_rows)
     return problem, arguments[_OPTIONS_END]
 
 
@@ -360,6 +364,7 @@ def kd_loss(
         problem.token_weights,
         problem.num_items,
         problem.teacher_ids,
+        problem.teacher_rows,
     )
     settings = (backend, want_gradient, extras, expected)
     arguments = (*tensors, *problem.options, *settings)

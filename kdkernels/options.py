@@ -151,14 +151,15 @@ def check_takes_items(num_items: Any, reduction: str) -> None:
         )
 
 
-def with_options_of(function: Any) -> Any:
+def with_options_of(function: Any, *left_out: str) -> Any:
     """A decorator for ``f(..., **options)``: its signature shows those of ``function``, too."""
 
     def shown(decorated: _Function) -> _Function:
         own = inspect.signature(decorated)
         *named, _ = own.parameters.values()
         options = inspect.signature(function).parameters.values()
-        named += [p for p in options if p.kind is p.KEYWORD_ONLY and p.name not in own.parameters]
+        known = {*own.parameters, *left_out}
+        named += [p for p in options if p.kind is p.KEYWORD_ONLY and p.name not in known]
         vars(decorated)["__signature__"] = own.replace(parameters=named)
         return decorated
 

@@ -68,21 +68,28 @@ class Options(NamedTuple):
 class RowLayout(NamedTuple):
     """Rows of several tensors of shape [..., vocab] as an outer and an inner index.
 
-    ``strides[i]`` are tensor i's element strides (outer row, inner row, column).
+    ``strides[i]`` are tensor i's element strides (outer row, inner row, column). ``offsets``: of a
+    teacher whose rows are in another order, in elements, where each row's begins; sums of multiples
+    of its strides.
     """
 
     outer: int
     inner: int
     tensors: tuple[Tensor, ...]
     strides: tuple[tuple[int, int, int], ...]
+    offsets: Tensor | None = None
 
 
-def row_layout(*tensors: Tensor) -> RowLayout:
+def row_layout(*tensors: Tensor, teacher_rows: Tensor | None = None) -> RowLayout:
     """Describe the rows of tensors with equal leading shapes by two strides, without a copy.
 
     Leading dimensions that no pair of strides can describe for every tensor (a permuted view of
-    four dimensions, say) are the one case in which a tensor is made contiguous.
+    four dimensions, say) are the one case in which a tensor is made contiguous. With
+    ``teacher_rows``, as of :class:`Problem`, the second tensor has leading dimensions of its own.
     """
+    if teacher_rows is not None:
+        student, teacher = tensors
+        return _mapped_layout(student, teacher, teacher_rows)
     leading = tensors[0].shape[:-1]
     strides = [t.stride() for t in tensors]
     if len(leading) == 1:  # by far the commonest: spare it the general way
@@ -106,20 +113,36 @@ def row_layout(*tensors: Tensor) -> RowLayout:
     )
 
 
+def _mapped_layout(student: Tensor, teacher: Tensor, teacher_rows: Tensor) -> RowLayout:
+    own, other = row_layout(student), row_layout(teacher)
+    outer, inner, _ = other.strides[0]
+    offsets = teacher_rows * inner
+    if other.outer > 1:
+        within = teacher_rows % other.inner
+        offsets = (teacher_rows - within) // other.inner * outer + within * inner
+    return RowLayout(
+        own.outer, own.inner, own.tensors + other.tensors, own.strides + other.strides, offsets
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of the loss.
 
     Args:
-        student, teacher: logits [..., V_s] and [..., V_t] with equal leading shapes; only the first
-            ``vocab = min(V_s, V_t)`` entries take part. With ``teacher_ids`` the teacher is
-            natural log-probabilities [..., K], contiguous, in ``entry_dtype``.
+        student, teacher: logits [..., V_s] and [..., V_t] with equal leading shapes, but for
+            ``teacher_rows``; only the first ``vocab = min(V_s, V_t)`` entries take part. With
+            ``teacher_ids`` the teacher is natural log-probabilities [..., K], contiguous, in
+            ``entry_dtype``.
         labels: int64, contiguous, [...]; ``options.ignore_index`` marks rows that do not count.
             Also the mask of rows when no cross-entropy is wanted (``options.alpha == 1``).
         token_weights: float32, contiguous, [...]; None: all 1.
         num_items: one float element, the denominator of ``"mean"``; None: ``options.denominator``.
         teacher_ids: int64, contiguous, [..., K], of which entries; negative: of none. None: the
             teacher is dense.
+        teacher_rows: int64, contiguous, in the student's leading shape: which of the teacher's
+            rows, by its flat leading shape, each of the student's meets; one that there is also
+            where a row does not count. None: the same one.
     """
 
     student: Tensor
@@ -129,6 +152,7 @@ class Problem:
     num_items: Tensor | None
     options: Options
     teacher_ids: Tensor | None = None
+    teacher_rows: Tensor | None = None
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -241,22 +265,23 @@ def sum_rows(rows: Tensor) -> Tensor:
 def check_labels(problem: MaskedRows) -> None:
     """IndexError for a label outside the vocabulary, where looking at labels costs no device sync.
 
-    On other devices the gather of the label's logit asserts on the device.
+    On other devices such a row is NaN.
     """
-    labels = problem.labels
-    if labels is None or labels.device.type != "cpu":
-        return
+    if problem.labels is not None and problem.labels.is_cpu:
+        check_label_values(problem.labels, problem.vocab, problem.options.ignore_index)
+
+
+def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """The same of labels on a CPU."""
     flat = labels.reshape(-1)
-    bad = ((flat < 0) | (flat >= problem.vocab)) & (flat != problem.options.ignore_index)
+    bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
     if bool(bad.any()):
-        raise label_error(problem, int(bad.to(torch.uint8).argmax()))
+        raise label_error(labels, vocab, ignore_index, int(bad.to(torch.uint8).argmax()))
 
 
-def label_error(problem: MaskedRows, row: int) -> IndexError:
+def label_error(labels: Tensor, vocab: int, ignore_index: int, row: int) -> IndexError:
     """The error for the label of this row, which is outside the vocabulary."""
-    assert problem.labels is not None
-    label = int(problem.labels.reshape(-1)[row])
     return IndexError(
-        f"labels: {label} at row {row} is outside [0, {problem.vocab}) "
-        f"and is not ignore_index ({problem.options.ignore_index})"
+        f"labels: {int(labels.reshape(-1)[row])} at row {row} is outside [0, {vocab}) "
+        f"and is not ignore_index ({ignore_index})"
     )

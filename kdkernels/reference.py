@@ -96,7 +96,8 @@ class _LogSoftmax(torch.autograd.Function):
 def _cross_entropy(log_q: Tensor, labels: Tensor, options: Options) -> Tensor:
     """Per row, with label smoothing; 0 where the label is the one to ignore."""
     counted = labels != options.ignore_index
-    picked = log_q.gather(-1, torch.where(counted, labels, 0).unsqueeze(-1)).squeeze(-1)
+    column = torch.where(counted, labels, 0).clamp(0, log_q.shape[-1] - 1)
+    picked = log_q.gather(-1, column.unsqueeze(-1)).squeeze(-1)
     smoothing = options.label_smoothing
     ce = -picked if smoothing == 0 else -smoothing * log_q.mean(-1)
     if 0 < smoothing < 1:
@@ -115,9 +116,15 @@ class _Teacher(NamedTuple):
     top: Tensor  #: [rows], the likeliest id
 
 
+def _of_rows(problem: Problem, of_teacher: Tensor) -> Tensor:
+    """[rows, ...]: what each row meets of something that the teacher has by rows."""
+    flat = of_teacher.reshape(-1, of_teacher.shape[-1])
+    return flat if problem.teacher_rows is None else flat[problem.teacher_rows.reshape(-1)]
+
+
 def _dense_teacher(problem: Problem, log_q: Tensor) -> _Teacher:
     options = problem.options
-    teacher = problem.teacher.detach().to(log_q.dtype).reshape(-1, problem.teacher.shape[-1])
+    teacher = _of_rows(problem, problem.teacher.detach().to(log_q.dtype))
     teacher = transformed(
         teacher[:, : problem.vocab], options.teacher_scale, options.teacher_softcap
     )
@@ -131,12 +138,12 @@ def _dense_teacher(problem: Problem, log_q: Tensor) -> _Teacher:
 
 def _sparse_teacher(problem: Problem, log_q: Tensor) -> _Teacher:
     assert problem.teacher_ids is not None
-    tail, count = problem.options.tail, problem.teacher.shape[-1]
-    ids = problem.teacher_ids.reshape(-1, count)
+    tail = problem.options.tail
+    ids = _of_rows(problem, problem.teacher_ids)
     counted = rows_that_count(problem)
     if counted is not None:
         ids = torch.where(counted[:, None], ids, -1)
-    log_probs = problem.teacher.detach().to(log_q.dtype).reshape(-1, count)
+    log_probs = _of_rows(problem, problem.teacher.detach().to(log_q.dtype))
     found = entries.read(log_probs, ids, problem.vocab, tail)
     compared = entries.compared(found, log_q, tail)
     of_entries = entries.entropy(found, tail)
@@ -189,6 +196,18 @@ def row_losses(problem: Problem, student: Tensor, extras: bool) -> dict[str, Ten
     return out
 
 
+def _soundness(problem: Problem, alive: Tensor) -> Tensor:
+    """[rows]: 1, but NaN for a label that is none, where nothing could be raised for it.
+
+    A factor, so that the gradient is NaN, too.
+    """
+    factor = torch.ones_like(alive, dtype=torch.float64)
+    if problem.labels is None:
+        return factor
+    labels = problem.labels.reshape(-1)
+    return factor.masked_fill(alive & ((labels < 0) | (labels >= problem.vocab)), math.nan)
+
+
 def forward(
     problem: Problem, *, want_gradient: bool, extras: bool, grad_output: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -209,7 +228,7 @@ def forward(
     with differentiable():
         leaf = problem.student.detach().double().requires_grad_()
         student = leaf.reshape(-1, leaf.shape[-1])[:, : problem.vocab]
-        student = torch.where(alive[:, None], student, 0.0)
+        student = torch.where(alive[:, None], student, 0.0) * _soundness(problem, alive)[:, None]
         student = transformed(student, options.student_scale, options.student_softcap)
         parts = row_losses(problem, student, extras)
         rows = torch.where(alive, parts["loss"], 0.0) * weight

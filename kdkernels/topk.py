@@ -56,14 +56,17 @@ def options_with_tail(given: Given, options: Options, teacher: TopK) -> Options:
 
 
 def checked_entries(
-    student: Tensor, teacher: TopK, given: Given, options: Options
+    student: Tensor, teacher: TopK, given: Given, options: Options, mapped: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ids as :class:`~kdkernels.problem.Problem` has them."""
+    """Log-probabilities and ids as :class:`~kdkernels.problem.Problem` has them.
+
+    ``mapped``: which rows they meet is said elsewhere.
+    """
     ids, log_probs = teacher.ids, teacher.log_probs
     for name, tensor in (("teacher_ids", ids), ("teacher_log_probs", log_probs)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor [..., K], got {type(tensor).__name__}")
-        if tensor.ndim == 0 or tensor.shape[:-1] != student.shape[:-1]:
+        if tensor.ndim == 0 or not (mapped or tensor.shape[:-1] == student.shape[:-1]):
             raise ValueError(
                 f"{name}: leading shape {tuple(tensor.shape[:-1])} differs from the student's "
                 f"{tuple(student.shape[:-1])}"

@@ -5,7 +5,7 @@ namespace kd {
 // False: an id is none of the vocabulary's, or comes twice where weights do not add up.
 bool SparseRow::gather(const Problem& problem, int64_t row) {
   const SparseTeacher& given = problem.sparse;
-  const int64_t first = row * given.count;
+  const int64_t first = given.first_of(row);
   const size_t words = static_cast<size_t>(problem.vocab + 63) / 64;
   if (seen_.size() < words) seen_.resize(words);
   categories_.clear();

@@ -311,7 +311,7 @@ struct EntriesRow {
 
   // The row's slots into `kept` and `mask`. Returns whether there is one that is no column.
   KD_DEVICE bool read(const Row& student, bool& comes_twice, double& top) const {
-    const int64_t first = static_cast<int64_t>(plan.row) * job.teacher.count;
+    const int64_t first = job.teacher.first_of(plan.row);
     bool is_outside = false;
     for (int k = threadIdx.x; k < count(); k += blockDim.x) {
       const int64_t id = job.teacher.ids[first + k];

@@ -77,10 +77,11 @@ Side make_side(const Problem& p, const Logits& logits) {
   const int64_t elements = last(p.outer, logits.outer_stride) + last(p.inner, logits.inner_stride) +
                            last(p.vocab, logits.column_stride) + 1;
   side.begin = logits.data;
-  side.end = logits.data + elements * size_of(logits.dtype);
+  side.end = logits.data + (logits.offsets ? logits.extent : elements) * size_of(logits.dtype);
   side.outer_stride = logits.outer_stride;
   side.inner_stride = logits.inner_stride;
   side.column_stride = logits.column_stride;
+  side.offsets = logits.offsets;
   side.dtype = logits.dtype;
   side.factor = static_cast<float>(kLog2E / p.temperature);
   side.scale = static_cast<float>(logits.scale);
@@ -163,12 +164,17 @@ Task make_task(const Problem& p, const Launch& launch) {
   return task;
 }
 
+// Whether the rows of this side are multiples of 16 bytes apart.
+bool has_whole_steps(const Task& task, const Side& side) {
+  const int64_t size = size_of(side.dtype);
+  // Those that are named by offsets may be any of its tensor's, whatever the student has.
+  return ((!side.offsets && task.outer == 1) || side.outer_stride * size % 16 == 0) &&
+         ((!side.offsets && task.inner == 1) || side.inner_stride * size % 16 == 0);
+}
+
 // Whether every row of this side starts at a multiple of 16 bytes.
 bool is_aligned(const Task& task, const Side& side) {
-  const int64_t size = size_of(side.dtype);
-  return reinterpret_cast<intptr_t>(side.data) % 16 == 0 &&
-         (task.outer == 1 || side.outer_stride * size % 16 == 0) &&
-         (task.inner == 1 || side.inner_stride * size % 16 == 0);
+  return reinterpret_cast<intptr_t>(side.data) % 16 == 0 && has_whole_steps(task, side);
 }
 
 // Whether vectors that start at 16-byte boundaries of the student's rows do so in the teacher's.
@@ -180,6 +186,7 @@ bool is_congruent(const Task& task) {
                             : s_bytes % 16 != 0 || t_bytes % 16 != 0;
   };
   if (differs(reinterpret_cast<intptr_t>(s.data), reinterpret_cast<intptr_t>(t.data))) return false;
+  if (t.offsets) return has_whole_steps(task, s) && has_whole_steps(task, t);
   if (task.outer > 1 && differs(s.outer_stride * s_size, t.outer_stride * t_size)) return false;
   return task.inner == 1 || !differs(s.inner_stride * s_size, t.inner_stride * t_size);
 }

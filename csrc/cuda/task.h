@@ -12,6 +12,7 @@ struct Side {
   const char* data;
   const char *begin, *end;  // the memory that the tensor's rows span
   int64_t outer_stride, inner_stride, column_stride;
+  const int64_t* offsets;  // as of Logits
   DType dtype;
   float factor;
   float scale, softcap;
@@ -73,7 +74,8 @@ struct Task {
   KD_INLINE bool is_single() const { return vocab == 1; }
   KD_INLINE const char* row_of(const Side& side, int64_t row) const {
     // The general case costs a division of 64 bits.
-    const int64_t offset = outer == 1
+    const int64_t offset = side.offsets ? side.offsets[row]
+                           : outer == 1
                                ? row * side.inner_stride
                                : row / inner * side.outer_stride + row % inner * side.inner_stride;
     return side.data + offset * size_of(side.dtype);

@@ -43,7 +43,8 @@ class CpuBackend(NativeBackend):
     def execute(self, problem: Problem, *native: Any) -> None:
         bad_row = self.module.kd_loss(*native, torch.get_num_threads())
         if bad_row >= 0:
-            raise label_error(problem, bad_row)
+            assert problem.labels is not None
+            raise label_error(problem.labels, problem.vocab, problem.options.ignore_index, bad_row)
         if bad_row < -1:
             error = fault(problem, -2 - bad_row)
             if error is not None:

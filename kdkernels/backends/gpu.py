@@ -23,10 +23,12 @@ def label_errors(device: torch.device | str | int | None = None) -> Tensor:
     """Whether a GPU kernel has met a label outside the vocabulary: int64 [], on the device.
 
     0 if none has, else 1 + the highest row that had one, in the labels' flat order (of a tile,
-    where ``fused_linear_kd_loss`` works by tiles). A GPU cannot raise for a label without a
-    synchronisation: the row's loss and gradient become NaN and this flag is set, by the backends
-    "cuda" and "triton" alike; on a CPU the call raises IndexError instead. Reading the flag
-    synchronises; only its reader resets it, by ``zero_()``.
+    where ``fused_linear_kd_loss`` works by tiles; of the student's rows, where ``student_rows``
+    names them, and then also a row that two pairs have, or one whose pair names no row of the
+    teacher's). A GPU cannot raise for a label without a synchronisation: the row's loss and
+    gradient become NaN and this flag is set, by the backends "cuda" and "triton" alike; on a CPU
+    the call raises IndexError instead. Reading the flag synchronises; only its reader resets it, by
+    ``zero_()``.
 
     ``device`` is a CUDA (or ROCm) device, the current one by default. The flag comes to be with the
     device's first call that has labels, or here; whoever makes it waits, this once, until it is 0

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ..entries import TAILS
 from ..environment import setting
-from ..problem import LOGIT_DTYPES, STATISTICS, Options, Problem, contiguous, row_layout
+from ..problem import (
+    LOGIT_DTYPES,
+    STATISTICS,
+    Options,
+    Problem,
+    RowLayout,
+    contiguous,
+    row_layout,
+)
 from .base import Backend, Result, empty_gradient, row_stride
 
 #: ``kdkernels._native``; None where it was not built, and then WHY_NOT says so.
@@ -68,10 +76,8 @@ class NativeBackend(Backend):
         module, student, teacher = self.module, problem.student, problem.teacher
         if problem.teacher_ids is None and torch.float64 in (student.dtype, teacher.dtype):
             teacher = teacher.to(problem.math_dtype)  # no kernel has float64 beside another dtype
-        # Kept: its tensors may be copies. A sparse teacher has no logits, and goes with the rows.
-        layout = (
-            row_layout(student, teacher) if problem.teacher_ids is None else row_layout(student)
-        )
+        # Kept: its tensors may be copies.
+        layout = _layout(problem, student, teacher)
         if grad_output is not None:
             grad_output = contiguous(grad_output, problem.math_dtype)
         rows = module.Rows(
@@ -83,7 +89,7 @@ class NativeBackend(Backend):
             pointer(grad_output),
             0 if grad_output is None or grad_output.ndim == 0 else 1,
             self.denominator(problem),
-            *sparse_teacher(module, problem),
+            *sparse_teacher(module, problem, layout.offsets),
         )
         results = module.Results(
             pointer(loss),
@@ -94,10 +100,13 @@ class NativeBackend(Backend):
             0 if gradient is None else row_stride(gradient),
         )
         student, teacher = layout.tensors[0], layout.tensors[-1]
+        mapped = _mapped(layout) if problem.teacher_ids is None else ()
         self.execute(
             problem,
             module.Logits(student.data_ptr(), LOGIT_DTYPES[student.dtype], *layout.strides[0]),
-            module.Logits(teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[-1]),
+            module.Logits(
+                teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[-1], *mapped
+            ),
             rows,
             native_options(module, problem.options),
             results,
@@ -122,7 +131,26 @@ class NativeBackend(Backend):
         return Result(loss, statistics, gradient)
 
 
-def sparse_teacher(module: Any, problem: Problem) -> tuple[Any, ...]:
+def _layout(problem: Problem, student: Tensor, teacher: Tensor) -> RowLayout:
+    """Of both models' rows. A sparse teacher has no logits, and goes with the rows."""
+    if problem.teacher_ids is None:
+        return row_layout(student, teacher, teacher_rows=problem.teacher_rows)
+    layout = row_layout(student)
+    if problem.teacher_rows is not None:
+        layout = layout._replace(offsets=problem.teacher_rows * problem.teacher_ids.shape[-1])
+    return layout
+
+
+def _mapped(layout: RowLayout) -> tuple[int, ...]:
+    """What else the module's ``Logits`` of a teacher takes; nothing for rows in order."""
+    if layout.offsets is None:
+        return ()
+    teacher = layout.tensors[-1]
+    steps = zip(teacher.shape, teacher.stride(), strict=True)
+    return pointer(layout.offsets), 1 + sum((size - 1) * step for size, step in steps)
+
+
+def sparse_teacher(module: Any, problem: Problem, offsets: Tensor | None) -> tuple[Any, ...]:
     """The module's ``SparseTeacher``; nothing for a dense one."""
     ids = problem.teacher_ids
     if ids is None:
@@ -130,7 +158,8 @@ def sparse_teacher(module: Any, problem: Problem) -> tuple[Any, ...]:
     # Without rows there is no memory, but the address says that the teacher is sparse.
     address = pointer(ids) or 1
     count, tail = ids.shape[-1], TAILS.index(problem.options.tail)
-    return (module.SparseTeacher(address, pointer(problem.teacher), count, tail),)
+    log_probs = pointer(problem.teacher)
+    return (module.SparseTeacher(address, log_probs, count, tail, pointer(offsets)),)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -16,6 +16,7 @@ from .. import entries
 from ..problem import (
     STATISTICS,
     Problem,
+    RowLayout,
     check_labels,
     row_layout,
     row_scale,
@@ -65,6 +66,33 @@ class TorchBackend(Backend):
         return gradient
 
 
+class _Teacher:
+    """The teacher's logits or entries, chunk by chunk of the student's rows."""
+
+    def __init__(self, problem: Problem, layout: RowLayout) -> None:
+        """``layout``: of both models' rows, or with ``teacher_rows`` of the student's."""
+        self.rows: Tensor | None = None
+        if problem.teacher_rows is not None:
+            self.rows = problem.teacher_rows.reshape(layout.outer, layout.inner)
+            layout = row_layout(problem.teacher)
+        grid, teacher = (layout.outer, layout.inner), layout.tensors[-1]
+        self.inner = layout.inner
+        self.logits = teacher.as_strided((*grid, teacher.shape[-1]), layout.strides[-1])
+        self.ids: Tensor | None = None
+        if problem.teacher_ids is None:
+            self.logits = self.logits[..., : problem.vocab]
+        else:
+            self.ids = problem.teacher_ids.reshape(*grid, teacher.shape[-1])
+
+    def at(self, chunk: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
+        """Logits, or log-probabilities and their ids; copies where the rows are mapped."""
+        place: tuple[slice | Tensor, ...] = chunk
+        if self.rows is not None:
+            rows = self.rows[chunk]
+            place = (rows // self.inner, rows % self.inner)
+        return self.logits[place], None if self.ids is None else self.ids[place]
+
+
 class _Chunk:
     """A few rows in the math dtype; those that do not count are zeroed before any arithmetic."""
 
@@ -80,8 +108,14 @@ class _Chunk:
         options, dtype = problem.options, problem.math_dtype
         self.options, self.divergence = options, problem.divergence
         self.alive = alive.unsqueeze(-1)
+        self.labels, sound = None, alive
+        if labels is not None:
+            sound = alive & (labels >= 0) & (labels < problem.vocab)
+            self.labels = torch.where(sound, labels, 0)
+        # NaN for a label that is none, where nothing could be raised for it.
+        filling = torch.zeros_like(alive, dtype=dtype).masked_fill(alive, math.nan).unsqueeze(-1)
         # Contiguous: how torch sums a row depends on the strides that it lies in.
-        student = torch.where(self.alive, student.to(dtype), 0.0).contiguous()
+        student = torch.where(sound.unsqueeze(-1), student.to(dtype), filling).contiguous()
         self.student = transformed(student, options.student_scale, options.student_softcap)
         self.log_q, self.student_lse = log_softmax(self.student / options.temperature)
         self.label_lse = torch.logsumexp(self.student, -1)
@@ -90,9 +124,6 @@ class _Chunk:
             self._read_logits(torch.where(self.alive, teacher.to(dtype), 0.0).contiguous())
         else:
             self._read_entries(teacher, torch.where(self.alive, ids, -1))
-        self.labels = None
-        if labels is not None:
-            self.labels = torch.where(self.alive.squeeze(-1), labels, 0)
         # A row that is all -inf or holds NaN or +inf has no distribution.
         self.broken = ~(self.student_lse.isfinite() & self.teacher_lse.isfinite())
 
@@ -215,17 +246,11 @@ def _run(
     check_labels(problem)
     entries.check(problem, extras)
     device, dtype, vocab = problem.student.device, problem.math_dtype, problem.vocab
-    layout = row_layout(problem.student, problem.teacher)
+    mapped = problem.teacher_rows is not None
+    layout = row_layout(problem.student) if mapped else row_layout(problem.student, problem.teacher)
     grid = (layout.outer, layout.inner)
-    student, teacher = (
-        t.as_strided((*grid, t.shape[-1]), strides)
-        for t, strides in zip(layout.tensors, layout.strides, strict=True)
-    )
-    student, ids = student[..., :vocab], None
-    if problem.teacher_ids is None:
-        teacher = teacher[..., :vocab]
-    else:
-        ids = problem.teacher_ids.reshape(*grid, -1)
+    student = layout.tensors[0].as_strided((*grid, problem.student.shape[-1]), layout.strides[0])
+    student, teacher = student[..., :vocab], _Teacher(problem, layout)
     scale = torch.as_tensor(row_scale(problem), dtype=dtype, device=device)
     scale = scale.expand(problem.rows).reshape(grid)
     alive = rows_that_count(problem)
@@ -244,8 +269,7 @@ def _run(
         grad_rows[..., vocab:] = 0
     for at in _tiles(grid, vocab * torch.finfo(dtype).bits // 8):
         chunk_labels = None if labels is None else labels[at]
-        chunk_ids = None if ids is None else ids[at]
-        chunk = _Chunk(problem, student[at], teacher[at], chunk_ids, chunk_labels, alive[at])
+        chunk = _Chunk(problem, student[at], *teacher.at(at), chunk_labels, alive[at])
         parts = chunk.losses(extras)
         rows[at] = parts["loss"] * scale[at]
         if weights is not None:

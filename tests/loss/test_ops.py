@@ -44,6 +44,7 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
     "empty": {"rows": 0, "labels": True},
     "transforms": {"logit_softcap": 5.0, "logit_scale": (0.5, 2.0)},
     "sparse": {"count": 3, "labels": True},
+    "mapped": {"student_rows": torch.tensor([3, 0, 2, 1]), "labels": True, "weights": True},
 }
 
 
@@ -80,6 +81,7 @@ def op_arguments(backend: str, device: str, given: dict[str, Any], grad: bool) -
         problem.token_weights,
         problem.num_items,
         problem.teacher_ids,
+        problem.teacher_rows,
         *problem.options,
         backend,
     )

@@ -512,6 +512,35 @@ def test_a_sparse_teacher_of_every_tail(
     assert_sparse_equals_the_oracle(launch, problem)
 
 
+@pytest.mark.parametrize(("vocab", "dtype"), ((131, torch.float32), (256, torch.bfloat16)), ids=str)
+def test_rows_that_meet_in_another_order(launch: Any, vocab: int, dtype: torch.dtype) -> None:
+    """Any of the teacher's, in rows that start alike and in such that do not; others hold NaN."""
+    student, teacher = (
+        cases.logits((2, 3, vocab), dtype),
+        cases.logits((3, 3, vocab), dtype, seed=1),
+    )
+    teacher = teacher[:, 1:]
+    teacher[1, 0] = math.nan
+    labels = torch.tensor([[3, -100, 130], [0, 7, -100]])
+    index = torch.tensor([[5, 2, 0], [5, 3, 0]])
+    options = Options(alpha=0.5, reduction="sum")
+    problem = Problem(student, teacher, labels, None, None, options, teacher_rows=index)
+    result = launch.forward(problem, want_gradient=True, extras=False)
+    exact_loss, _, exact = reference.forward(problem, want_gradient=True, extras=False)
+    assert exact is not None
+    torch.testing.assert_close(result.loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.gradient.double(), exact, rtol=max(ulp, 1e-4), atol=1e-6)
+    again = launch.backward(problem, result.statistics, torch.ones(()))
+    assert torch.equal(again, result.gradient)
+
+
+def test_entries_that_meet_in_another_order(launch: Any) -> None:
+    problem = sparse_problem(5, 131, 7, "bucket")
+    mapped = dataclasses.replace(problem, teacher_rows=torch.tensor([3, 1, 0, 3, 2]))
+    assert_sparse_equals_the_oracle(launch, mapped, once=True)
+
+
 @cases.each_spec
 def test_a_sparse_teacher_and_every_divergence(launch: Any, spec: cases.Spec) -> None:
     divergence = spec.object

@@ -159,8 +159,8 @@ def simulated(seed: int = 0) -> Iterator[Recorder]:
         recorder.note("tensor", tensor)
         return pointer(tensor)
 
-    def noted_layout(*tensors: Tensor) -> Any:
-        layout = row_layout(*tensors)
+    def noted_layout(*tensors: Tensor, teacher_rows: Tensor | None = None) -> Any:
+        layout = row_layout(*tensors, teacher_rows=teacher_rows)
         # A sparse teacher has no layout.
         for name, tensor in zip(("student", "teacher"), layout.tensors, strict=False):
             recorder.note(name, tensor)

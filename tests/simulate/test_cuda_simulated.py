@@ -17,9 +17,10 @@ import cases
 import pytest
 import simulator
 import test_matrix
+import test_rows
 import torch
 
-from kdkernels import fused_topk_kd_loss
+from kdkernels import fused_topk_kd_loss, label_errors
 from kdkernels.entries import TAILS
 from kdkernels.problem import Options, Problem, row_scale
 
@@ -413,6 +414,33 @@ def test_layouts(layout: str) -> None:
     assert_right(student, teacher, labels, alpha=0.5)
 
 
+@each_kernel
+@pytest.mark.parametrize("vocab", (1000, 777))
+def test_rows_that_meet_in_another_order(
+    kernel: str, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1000 columns all rows start alike, at 777 any two may differ; the rest of both is NaN."""
+    force(monkeypatch, kernel)
+    student = cases.logits((3, 8, vocab), torch.bfloat16, seed=1)
+    teacher = placed(cases.logits((9, vocab), torch.bfloat16, seed=2), kernel)
+    pairs = torch.randperm(24, generator=cases.generator(1))[:17]
+    of_teacher = torch.randint(8, (17,), generator=cases.generator(2)) + 1
+    labels = cases.labels_for((17,), vocab)
+    for options in ({"reduction": "none", "labels": labels}, {"divergence": "reverse_kl"}):
+        with simulator.simulated():
+            test_rows.assert_as_of_copies(
+                student, teacher, pairs, of_teacher, backend="cuda", gradient="recompute", **options
+            )
+
+
+def test_what_cannot_meet_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = label_errors("cpu").zero_()
+    with simulator.simulated():
+        test_rows.assert_what_cannot_meet_is_nan("cuda", monkeypatch)
+    assert flag == 1 + 5
+    flag.zero_()
+
+
 @pytest.mark.parametrize("kernel", ("registers", "shared", "stream"))
 def test_a_padded_students_gradient_is_stored_whole(
     kernel: str, monkeypatch: pytest.MonkeyPatch
@@ -653,6 +681,12 @@ def test_entries_of_many_rows_and_layouts() -> None:
         assert_entries_right(student, few, labels[:6], alpha=0.5)
     student = wide[:6, :24].view(2, 3, 24).transpose(0, 1)
     assert_entries_right(student, tuple(x.view(3, 2, 9) for x in few))
+
+
+@pytest.mark.parametrize("tail", ("bucket", "uniform"))
+def test_entries_that_meet_in_another_order(tail: str) -> None:
+    with simulator.simulated():
+        test_rows.test_pairs_beside_a_sparse_teacher("cuda", "cpu", tail)
 
 
 def test_the_gradient_beside_entries_may_take_the_students_memory() -> None:

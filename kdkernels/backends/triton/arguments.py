@@ -26,6 +26,7 @@ class Tensors(NamedTuple):
     # Of a sparse teacher, whose log-probabilities in base 2 are ``teacher``, float32:
     columns: Any  # int32 [rows, entries]; -1: none
     facts: Any  # float32 [rows, Facts]
+    offsets: Any  # int64 [rows]: where each row's logits of the teacher begin, in another order
 
 
 class Sizes(NamedTuple):

@@ -72,17 +72,18 @@ def _entropy(log_p, rest, log_rest, others, P: tl.constexpr):
 
 @triton.jit
 def _row(row, tensors, sizes, P: tl.constexpr):
-    ids_ptr, log_probs_ptr, columns_ptr, log_p_ptr, facts_ptr = tensors
+    ids_ptr, log_probs_ptr, offsets_ptr, columns_ptr, log_p_ptr, facts_ptr = tensors
     entries, vocab = sizes
     slot = tl.arange(0, P.slots)
     there = slot < entries
-    ids = tl.load(ids_ptr + row * entries + slot, mask=there, other=-1)
+    first = row * entries
+    if P.mapped:
+        first = tl.load(offsets_ptr + row)
+    ids = tl.load(ids_ptr + first + slot, mask=there, other=-1)
     known = ids >= 0
-    log = tl.load(log_probs_ptr + row * entries + slot, mask=known, other=-float("inf"))
+    log = tl.load(log_probs_ptr + first + slot, mask=known, other=-float("inf"))
     log = log.to(tl.float64)
-    earlier, weight = _repeats(
-        ids_ptr + row * entries, log_probs_ptr + row * entries, ids, slot, entries, P
-    )
+    earlier, weight = _repeats(ids_ptr + first, log_probs_ptr + first, ids, slot, entries, P)
     wrong = known & (ids >= vocab)
     if P.tail == "none":
         known = known & (earlier == 0)
@@ -117,9 +118,13 @@ def _row(row, tensors, sizes, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "entries", "vocab"])
 def kd_entries(
-    ids_ptr, log_probs_ptr, columns_ptr, log_p_ptr, facts_ptr, rows, entries, vocab, P: tl.constexpr
-):
-    """Persistent. ``columns`` and ``log_p`` are [rows, entries], ``facts`` is [rows, FACTS]."""
-    tensors = (ids_ptr, log_probs_ptr, columns_ptr, log_p_ptr, facts_ptr)
+    ids_ptr, log_probs_ptr, offsets_ptr, columns_ptr, log_p_ptr, facts_ptr, rows, entries, vocab,
+    P: tl.constexpr,
+):  # fmt: skip
+    """Persistent. ``columns`` and ``log_p`` are [rows, entries], ``facts`` is [rows, FACTS].
+
+    ``offsets``: [rows], where a row's entries begin, in another order; else None.
+    """
+    tensors = (ids_ptr, log_probs_ptr, offsets_ptr, columns_ptr, log_p_ptr, facts_ptr)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         _row(row + rows.to(tl.int64) * 0, tensors, (entries, vocab), P)

@@ -147,9 +147,9 @@ class Launch:
         self.problem = problem
         self.options = problem.options
         self.device = device
-        self.layout = row_layout(problem.student, problem.teacher)
-        self.student, self.teacher = self.layout.tensors
         self.sparse = problem.teacher_ids is not None
+        self.layout = _layout(problem)
+        self.student, self.teacher = self.layout.tensors
         models = (self.student,) if self.sparse else (self.student, self.teacher)
         sizes = [model.element_size() for model in models]
         self.width = 16 // min(sizes)
@@ -206,15 +206,19 @@ class Launch:
         ids = self.problem.teacher_ids
         if ids is None:
             return
-        rows, count = self.facts["rows"], ids.shape[-1]
-        self.columns = torch.empty_like(ids, dtype=torch.int32)
+        rows, count, teacher_rows = self.facts["rows"], ids.shape[-1], self.problem.teacher_rows
+        self.columns = torch.empty_like(self.teacher, dtype=torch.int32)
         self.facts_of_teacher = self.student.new_empty(
             (rows, len(Facts._fields)), dtype=torch.float32
         )
-        self.teacher = torch.empty_like(ids, dtype=torch.float32)
-        tensors = (ids, self.problem.teacher, self.columns, self.teacher, self.facts_of_teacher)
+        offsets = None if teacher_rows is None else teacher_rows * count
+        tensors = (
+            ids, self.problem.teacher, offsets, self.columns, self.teacher, self.facts_of_teacher
+        )  # fmt: skip
         programs = min(rows, ENTRIES_PROGRAMS * self.device.processors)
-        constants = _constants(Entries(self.options.tail, _slots(self.problem), extras))
+        constants = _constants(
+            Entries(self.options.tail, _slots(self.problem), extras, offsets is not None)
+        )
         integers = (rows, count, self.facts["vocab"])
         _start(entries.kd_entries, (programs,), tensors, integers, (), (constants,), num_warps=4)
 
@@ -238,6 +242,7 @@ class Launch:
             with_items=self.items is not None,
             with_weights=problem.token_weights is not None,
             with_upstream=upstream,
+            with_offsets=self.layout.offsets is not None,
             with_gradient=gradient is not None,
             in_place=gradient is not None and own != 0 and written == own,
             unit_student=strides[0][2] == 1,
@@ -277,6 +282,7 @@ class Launch:
             errors=None if labels is None else label_errors(self.student.device),
             columns=self.columns,
             facts=self.facts_of_teacher,
+            offsets=self.layout.offsets,
         )
         _start(
             row.kd_rows, (stage.programs,), tensors, self._sizes(gradient, upstream),
@@ -364,6 +370,7 @@ class Case(NamedTuple):
     with_items: bool
     with_weights: bool
     with_upstream: bool
+    with_offsets: bool
     with_gradient: bool
     in_place: bool  # the gradient's memory is the student's
     unit_student: bool
@@ -423,7 +430,9 @@ def _variant(case: Case) -> Variant:
         base_aligned=case.base_aligned,
         single=case.vocab == 1,
         truncated=case.truncated,
-        given=Given(labels, case.with_items, case.with_weights, case.with_upstream),
+        given=Given(
+            labels, case.with_items, case.with_weights, case.with_upstream, case.with_offsets
+        ),
         stages=Stages(observe=True, evaluate=swept, finish=True, differentiate=case.with_gradient),
         sharing=Sharing(launch.exchange, split=launch.split, members=launch.split),
         tail=options.tail,
@@ -470,6 +479,14 @@ def _backward_stage(case: Case) -> Stage:
     )
 
 
+def _layout(problem: Problem) -> RowLayout:
+    """Of the student's rows, and of the teacher's: logits, or what is made of its entries."""
+    if problem.teacher_ids is None:
+        return row_layout(problem.student, problem.teacher, teacher_rows=problem.teacher_rows)
+    shape = (*problem.leading_shape, problem.teacher_ids.shape[-1])
+    return row_layout(problem.student, problem.student.new_empty(shape, dtype=torch.float32))
+
+
 def _slots(problem: Problem) -> int:
     if problem.teacher_ids is None:
         return 0
@@ -514,7 +531,11 @@ def _phases(
 
     student = starts(layout.tensors[0], layout.strides[0])
     teacher = starts(layout.tensors[1], layout.strides[1])
-    same_teacher = layout.strides[1][2] == 1 and teacher == student
+    same = teacher == student
+    if layout.offsets is not None:  # any two rows may meet: all have to start alike
+        steps = (*layout.strides[0][:2], *layout.strides[1][:2])
+        same = teacher[0] == student[0] and not any(step % width for step in steps)
+    same_teacher = layout.strides[1][2] == 1 and same
     if gradient is None:
         return same_teacher, False
     row = row_stride(gradient)

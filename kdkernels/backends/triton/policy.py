@@ -228,6 +228,7 @@ class Entries(NamedTuple):
     tail: str
     slots: int
     extras: bool
+    mapped: bool  # rows meet those of the teacher in another order
 
     def constants(self) -> dict[str, Any]:
         # Ids are compared by pairs, of which a thread has up to 32 at once.
@@ -282,6 +283,7 @@ class Given(NamedTuple):
     items: bool
     weights: bool
     upstream: bool
+    offsets: bool
 
 
 class Stages(NamedTuple):

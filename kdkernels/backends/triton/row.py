@@ -60,11 +60,12 @@ class Shared(NamedTuple):
 @triton.jit
 def _place(row, member, tensors, sizes, numbers, P: tl.constexpr):
     outer, within = row // sizes.inner, row % sizes.inner
-    starts = Each(
-        student=outer * sizes.student_outer + within * sizes.student_inner,
-        teacher=outer * sizes.teacher_outer + within * sizes.teacher_inner,
-        gradient=row * sizes.gradient_row,
-    )
+    of_student = outer * sizes.student_outer + within * sizes.student_inner
+    if P.given.offsets:
+        of_teacher = tl.load(tensors.offsets + row)
+    else:
+        of_teacher = outer * sizes.teacher_outer + within * sizes.teacher_inner
+    starts = Each(student=of_student, teacher=of_teacher, gradient=row * sizes.gradient_row)
     student = tensors.student + starts.student
     teacher = tensors.teacher + starts.teacher
     if P.stages.differentiate:
@@ -332,9 +333,9 @@ def _rows(tensors, sizes, numbers, P: tl.constexpr):
 def kd_rows(  # noqa: PLR0913
     student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
     statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, columns_ptr, facts_ptr,
-    rows, inner, vocab, width, gradient_row, student_outer, student_inner, student_column,
-    teacher_outer, teacher_inner, teacher_column, upstream_stride, ignore_index, entries,
-    row_factor, factor, temperature, kd_scale, alpha, smoothing, z_loss, student_scale,
+    offsets_ptr, rows, inner, vocab, width, gradient_row, student_outer, student_inner,
+    student_column, teacher_outer, teacher_inner, teacher_column, upstream_stride, ignore_index,
+    entries, row_factor, factor, temperature, kd_scale, alpha, smoothing, z_loss, student_scale,
     teacher_scale, student_softcap, teacher_softcap, first, second, P: tl.constexpr,
 ):  # fmt: skip
     """The row kernel's entry: names for the fields of Tensors, Sizes and Numbers, in order.
@@ -345,7 +346,7 @@ def kd_rows(  # noqa: PLR0913
     tensors = Tensors(
         student_ptr, teacher_ptr, labels_ptr, weights_ptr, items_ptr, upstream_ptr, loss_ptr,
         statistics_ptr, gradient_ptr, partials_ptr, arrivals_ptr, errors_ptr, columns_ptr,
-        facts_ptr,
+        facts_ptr, offsets_ptr,
     )  # fmt: skip
     sizes = Sizes(
         rows, inner, vocab, width, gradient_row, student_outer, student_inner, student_column,
