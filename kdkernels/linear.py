@@ -21,6 +21,7 @@ from .linear_op import linear_kd_forward
 from .linear_tiles import STUDENT, TEACHER
 from .options import check_chunk_bytes, with_options_of
 from .problem import loss_dtype
+from .rows import ROW_MAPS
 from .topk import TopK
 from .torch_private import constant_result
 
@@ -54,10 +55,6 @@ MAX_CHUNK_BYTES = 256 << 20
 #: logits cost other fused losses 4 to 23 % of the gradient where the loss looks right
 #: (Liger-Kernel#1432), and this function is held to float32's accuracy.
 GPU_MEMORY_SHARE = 1 / 32
-
-
-#: Options of ``fused_kd_loss`` that only logits have.
-ROW_MAPS = ("student_rows", "teacher_rows")
 
 
 @with_options_of(fused_kd_loss, *ROW_MAPS)

@@ -54,8 +54,8 @@ class KDLoss(_Loss):
     """:func:`kdkernels.fused_kd_loss` with its options fixed at construction.
 
     ``KDLoss(temperature=2.0, alpha=0.9)(student_logits, teacher_logits, labels)``. Takes every
-    keyword of the function; ``num_items`` and ``token_weights``, which change from batch to batch,
-    may also be given to the call.
+    keyword of the function; those that change from batch to batch (``num_items``,
+    ``token_weights``, ``student_rows``, ``teacher_rows``) may also be given to the call.
 
     Raises:
         TypeError, ValueError: at construction, an option that no call could have; named in the

@@ -17,9 +17,12 @@ from torch import Tensor
 from .ops import define
 from .problem import Problem, check_label_values, contiguous
 
+#: The options of ``fused_kd_loss`` that are row maps.
+ROW_MAPS = ("student_rows", "teacher_rows")
+
 
 class RowMaps(NamedTuple):
-    """``student_rows`` and ``teacher_rows``, one of them at least; None: all rows in order."""
+    """The two as they are given, one of them at least; None: all rows in order."""
 
     student: Any
     teacher: Any
@@ -68,10 +71,7 @@ def checked_maps(
             "shift: True is not possible beside student_rows or teacher_rows: they name the rows, "
             "and each pair has its label; shift those"
         )
-    found = RowMaps(
-        _checked_map("student_rows", maps.student, student),
-        _checked_map("teacher_rows", maps.teacher, student),
-    )
+    found = RowMaps(*(_checked_map(*named, student) for named in zip(ROW_MAPS, maps, strict=True)))
     rows, teacher_rows = _count(student), _count(teacher)
     pairs = rows if found.student is None else found.student.shape[0]
     others = teacher_rows if found.teacher is None else found.teacher.shape[0]
@@ -80,10 +80,9 @@ def checked_maps(
             f"student_rows, teacher_rows: {pairs} and {others} rows; one that is not given is all "
             "rows of that model's in order"
         )
-    slots, has_missing = found.student, not _can_raise(student)
-    if slots is not None and has_missing:
-        slots = _slots(slots, rows)
-    return found, Pairs(torch.Size((pairs,)), slots, rows, has_missing)
+    # Not the caller's own, which may be overwritten before the backward, or of inference_mode.
+    slots = None if found.student is None else _slots(found.student, rows)
+    return found, Pairs(torch.Size((pairs,)), slots, rows, not _can_raise(student))
 
 
 def _can_raise(tensor: Tensor) -> bool:

@@ -241,6 +241,22 @@ def test_a_bad_entry_is_named_by_its_own_row() -> None:
         )
 
 
+@cases.each_mode
+def test_maps_may_be_overwritten_before_the_backward(gradient: str) -> None:
+    student, teacher = logits((3, 4, 9), seed=1), logits((6, 9), seed=2)
+    with torch.inference_mode():
+        maps = {"student_rows": STUDENT_ROWS.clone(), "teacher_rows": TEACHER_ROWS.clone()}
+    options = {"reduction": "none", "gradient": gradient}
+    want = evaluate(student, teacher, LABELS, **options, **maps)
+    leaf = student.requires_grad_()
+    loss = fused_kd_loss(leaf, teacher, LABELS, **options, **maps)
+    with torch.inference_mode():
+        for index in maps.values():
+            index.zero_()
+    (got,) = torch.autograd.grad(loss.sum(), leaf)
+    assert torch.equal(got, want.gradient)
+
+
 def test_modules_take_the_rows_of_a_batch() -> None:
     student, teacher = logits((3, 4, 9), seed=1), logits((6, 9), seed=2)
     maps = {"student_rows": STUDENT_ROWS, "teacher_rows": TEACHER_ROWS}
