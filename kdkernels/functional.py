@@ -23,7 +23,7 @@ from .problem import (
     rows_that_count,
     sum_rows,
 )
-from .rows import Pairs, RowMaps, checked_maps, given_maps, placed
+from .rows import Pairs, RowMaps, checked_maps, placed
 from .topk import TopK, checked_entries, options_with_tail
 
 #: ``ignore_index`` where a call without labels has rows that do not count.
@@ -187,8 +187,8 @@ def fused_kd_loss(  # noqa: PLR0913
         backend,
         return_outputs,
     )
-    maps = given_maps(student_rows, teacher_rows)
-    call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, maps, given)
+    rows = (student_rows, teacher_rows)
+    call = _prepared(student_logits, teacher_logits, labels, num_items, token_weights, rows, given)
     return compute(call, return_outputs)
 
 
@@ -301,8 +301,8 @@ def prepare(
 ) -> Call:
     """Check every argument of :func:`fused_kd_loss`, by its names, and choose the backend."""
     given = Given(num_items=None if isinstance(num_items, Tensor) else num_items, **options)
-    maps = given_maps(student_rows, teacher_rows)
-    return _prepared(student_logits, teacher, labels, num_items, token_weights, maps, given)
+    rows = (student_rows, teacher_rows)
+    return _prepared(student_logits, teacher, labels, num_items, token_weights, rows, given)
 
 
 def _prepared(
@@ -311,21 +311,22 @@ def _prepared(
     labels: Tensor | None,
     num_items: float | Tensor | None,
     token_weights: Tensor | None,
-    maps: RowMaps | None,
+    rows: tuple[Tensor | None, Tensor | None],
     given: Given,
 ) -> Call:
     settings = check(given, labels is not None)
     _check_tensor("student_logits", student_logits)
-    options, ids, mapped = settings.options, None, maps is not None
+    options, ids = settings.options, None
+    mapped = rows[0] is not None or rows[1] is not None
     if isinstance(given_teacher, TopK):
         options = options_with_tail(given, options, given_teacher)
         teacher, ids = checked_entries(student_logits, given_teacher, given, options, mapped)
     else:
         _check_pair(student_logits, given_teacher, settings.vocab_policy, mapped)
         teacher = given_teacher.detach() if given_teacher.requires_grad else given_teacher
-    pairs, shape = None, student_logits.shape[:-1]
-    if maps is not None:
-        maps, pairs = checked_maps(maps, student_logits, teacher, settings.shift)
+    maps, pairs, shape = None, None, student_logits.shape[:-1]
+    if mapped:
+        maps, pairs = checked_maps(RowMaps(*rows), student_logits, teacher, settings.shift)
         shape = pairs.shape
     mask = _row_tensor("labels", labels, student_logits, shape)
     weights = _row_tensor("token_weights", token_weights, student_logits, shape)

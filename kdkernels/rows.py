@@ -28,12 +28,6 @@ class RowMaps(NamedTuple):
     teacher: Any
 
 
-def given_maps(student_rows: Any, teacher_rows: Any) -> RowMaps | None:
-    if student_rows is None and teacher_rows is None:
-        return None
-    return RowMaps(student_rows, teacher_rows)
-
-
 class Pairs(NamedTuple):
     """Hands out by pairs what a backend has by the student's rows."""
 

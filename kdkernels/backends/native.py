@@ -76,8 +76,14 @@ class NativeBackend(Backend):
         module, student, teacher = self.module, problem.student, problem.teacher
         if problem.teacher_ids is None and torch.float64 in (student.dtype, teacher.dtype):
             teacher = teacher.to(problem.math_dtype)  # no kernel has float64 beside another dtype
-        # Kept: its tensors may be copies.
-        layout = _layout(problem, student, teacher)
+        # Kept: its tensors may be copies. A sparse teacher has no logits, and goes with the rows.
+        extent: tuple[int, ...] = ()
+        if problem.teacher_rows is not None:
+            layout, extent = _mapped(problem, student, teacher)
+        elif problem.teacher_ids is None:
+            layout = row_layout(student, teacher)
+        else:
+            layout = row_layout(student)
         if grad_output is not None:
             grad_output = contiguous(grad_output, problem.math_dtype)
         rows = module.Rows(
@@ -100,12 +106,11 @@ class NativeBackend(Backend):
             0 if gradient is None else row_stride(gradient),
         )
         student, teacher = layout.tensors[0], layout.tensors[-1]
-        mapped = _mapped(layout) if problem.teacher_ids is None else ()
         self.execute(
             problem,
             module.Logits(student.data_ptr(), LOGIT_DTYPES[student.dtype], *layout.strides[0]),
             module.Logits(
-                teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[-1], *mapped
+                teacher.data_ptr(), LOGIT_DTYPES[teacher.dtype], *layout.strides[-1], *extent
             ),
             rows,
             native_options(module, problem.options),
@@ -131,23 +136,19 @@ class NativeBackend(Backend):
         return Result(loss, statistics, gradient)
 
 
-def _layout(problem: Problem, student: Tensor, teacher: Tensor) -> RowLayout:
-    """Of both models' rows. A sparse teacher has no logits, and goes with the rows."""
-    if problem.teacher_ids is None:
-        return row_layout(student, teacher, teacher_rows=problem.teacher_rows)
-    layout = row_layout(student)
-    if problem.teacher_rows is not None:
-        layout = layout._replace(offsets=problem.teacher_rows * problem.teacher_ids.shape[-1])
-    return layout
-
-
-def _mapped(layout: RowLayout) -> tuple[int, ...]:
-    """What else the module's ``Logits`` of a teacher takes; nothing for rows in order."""
-    if layout.offsets is None:
-        return ()
+def _mapped(
+    problem: Problem, student: Tensor, teacher: Tensor
+) -> tuple[RowLayout, tuple[int, ...]]:
+    """The layout where rows are named, and what else the ``Logits`` of a dense teacher take."""
+    assert problem.teacher_rows is not None
+    if problem.teacher_ids is not None:
+        offsets = problem.teacher_rows * problem.teacher_ids.shape[-1]
+        return row_layout(student)._replace(offsets=offsets), ()
+    layout = row_layout(student, teacher, teacher_rows=problem.teacher_rows)
     teacher = layout.tensors[-1]
     steps = zip(teacher.shape, teacher.stride(), strict=True)
-    return pointer(layout.offsets), 1 + sum((size - 1) * step for size, step in steps)
+    elements = 1 + sum((size - 1) * step for size, step in steps)
+    return layout, (pointer(layout.offsets), elements)
 
 
 def sparse_teacher(module: Any, problem: Problem, offsets: Tensor | None) -> tuple[Any, ...]:
