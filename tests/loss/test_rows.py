@@ -315,26 +315,30 @@ def test_hidden_states_have_no_maps() -> None:
             fused_linear_kd_loss(hidden, weight, hidden, weight, **{name: torch.arange(5)})
 
 
-def assert_what_cannot_meet_is_nan(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_what_cannot_meet_is_nan(
+    backend: str, monkeypatch: pytest.MonkeyPatch, device: str = "cpu"
+) -> None:
     """As on a device, whose numbers nobody looks at: also of rows that would not count."""
     monkeypatch.setattr(rows, "_can_raise", lambda tensor: False)
     monkeypatch.setattr("kdkernels.problem.check_label_values", lambda *_: None)
-    student, teacher = logits((12, 33), seed=1), logits((6, 33), seed=2)
+    student = logits((12, 33), seed=1, device=device)
+    teacher = logits((6, 33), seed=2, device=device)
     maps = {
-        "student_rows": torch.tensor([0, 3, 3, 12, -1, 5, 6]),
-        "teacher_rows": torch.tensor([0, 1, 2, 3, 4, 6, 5]),
+        "student_rows": torch.tensor([0, 3, 3, 12, -1, 5, 6], device=device),
+        "teacher_rows": torch.tensor([0, 1, 2, 3, 4, 6, 5], device=device),
     }
-    weights = torch.tensor([1.0, 1, 1, 1, 1, 0, 2])
+    weights = torch.tensor([1.0, 1, 1, 1, 1, 0, 2], device=device)
     spoiled = torch.zeros(12, dtype=torch.bool)
     spoiled[[3, 5]] = True
     for reduction, mode in (("mean", "forward"), ("none", "recompute")):
-        for alpha, labels in ((1.0, None), (0.0, torch.arange(7))):
+        for alpha, labels in ((1.0, None), (0.0, torch.arange(7, device=device))):
             got = evaluate(
                 student, teacher, labels, backend=backend, gradient=mode, reduction=reduction,
                 alpha=alpha, token_weights=weights, **maps,
             )  # fmt: skip
-            assert got.gradient[spoiled].isnan().all()
-            assert got.gradient[~spoiled].isfinite().all() and got.gradient[[0, 6]].any(-1).all()
+            gradient = got.gradient.cpu()
+            assert gradient[spoiled].isnan().all()
+            assert gradient[~spoiled].isfinite().all() and gradient[[0, 6]].any(-1).all()
             if reduction == "none":
                 assert got.loss.isnan().tolist() == [False, *[True] * 5, False]
             else:
@@ -346,6 +350,23 @@ def test_where_nothing_can_be_raised_the_row_is_nan(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_what_cannot_meet_is_nan(backend, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ("cuda", "triton", "torch"))
+def test_rows_that_meet_on_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that start alike and such that do not, and what no pair can be."""
+    for vocab in (4096, 50257):
+        student = logits((64, vocab), torch.bfloat16, seed=1)
+        teacher = logits((40, vocab), torch.bfloat16, seed=2)
+        first = torch.randperm(64, generator=cases.generator(1))[:50]
+        second = torch.randint(39, (50,), generator=cases.generator(2))
+        labels = cases.labels_for((50,), vocab)
+        assert_as_of_copies(
+            student, teacher, first, second, "cuda", backend=backend, gradient="forward",
+            labels=labels, temperature=2.0,
+        )  # fmt: skip
+    assert_what_cannot_meet_is_nan(backend, monkeypatch, "cuda")
 
 
 # ------------------------------------------------------------------------------------ the compiler
