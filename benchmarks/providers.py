@@ -617,9 +617,9 @@ def _prepare_trl_linear(workload: Workload, inputs: Inputs) -> Step:
     temperature = workload.temperature
 
     def loss(given: Inputs) -> Tensor:
-        student, teacher, _, weight, teacher_weight = given
+        of_student, of_teacher = given.student_weight, given.teacher_weight
         rows, _ = ChunkedDivergenceFunction.apply(
-            student, weight, None, teacher, teacher_weight, None, 0.0, temperature
+            given.student, of_student, None, given.teacher, of_teacher, None, 0.0, temperature
         )
         scaled: Tensor = temperature**2 * rows.mean()
         return scaled

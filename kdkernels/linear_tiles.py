@@ -63,7 +63,12 @@ class _Given(NamedTuple):
             return self.logits[rows]
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self.logits.device)
-        return self.logits[torch.unravel_index(rows, self.logits.shape[:-1])]
+        # torch.unravel_index waits for the device: it copies the shape there.
+        places: list[Tensor] = []
+        for size in reversed(self.logits.shape[:-1]):
+            places.insert(0, rows % size)
+            rows = rows // size
+        return self.logits[tuple(places)]
 
 
 #: A model's hidden states, weight and bias, or else its logits.

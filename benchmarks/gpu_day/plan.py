@@ -80,7 +80,8 @@ def _sanitized(tool: str) -> Step:
     return Step(f"sanitized:{tool}", 45, before, rehearse=rehearse, gate=False, tail=4)
 
 
-_PYTEST = ("-n", "14", "--maxfail=20")
+#: One line a test, for a run whose time ends before its summary.
+_PYTEST = ("-vvv", "-n", "14", "--maxfail=20")
 HALVES: dict[str, tuple[Step, ...]] = {
     "first": (
         Step("native", 120),
