@@ -147,8 +147,7 @@ struct Mailbox {
           "r"(m.at[i]), "r"(m.at[i + 1]), "r"(m.at[i + 2]), "r"(m.at[i + 3]), "r"(on)
           : "memory");
     }
-    asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(on)
-                 : "memory");
+    asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(on) : "memory");
   }
 
   KD_DEVICE int extra(int slot) const { return static_cast<int>(pieces[kWords / 4 - 1][slot].w); }
