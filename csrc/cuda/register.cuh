@@ -481,9 +481,7 @@ KD_DEVICE void differentiate_kept(const Task& task, const RowPlan& plan,
   const auto vector_of = [&](int k, int column, const SureEntry* of_row) {
     Vector<kWidth> z{};
     if constexpr (kPower == kSeparate) {
-      if (column < past) {
-        z = Format::widen(slice.template words_at<Format, true>(slice.student, column));
-      }
+      z = Format::widen(slice.template words_at<Format, false>(slice.student, column));
     }
     return gradient_of<kPower>(task, f, kept, k, z, of_row);
   };
