@@ -56,7 +56,7 @@ bench: $(VENV)/.installed
 
 # What is proven of the compiled GPU kernels without a GPU: their PTX executed in ptxsim (skipped
 # where that is neither in KDKERNELS_PTXSIM nor beside the checkout; the CUDA kernels also where
-# there is no nvcc), and counts from their machine code. simulate runs a third of the long tests'
+# there is no nvcc), and counts from their machine code. simulate runs a quarter of the long tests'
 # cases; simulate-all every one, and the machine code of every architecture.
 simulate: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/simulate

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import simulator
 
-#: Of a test with more cases than this only a third is run, unless all are asked for.
+#: Of a test with more cases than this only a quarter is run, unless all are asked for.
 FEW_CASES = 12
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not simulator.WANTS_ALL:
         terminalreporter.write_line(
-            f"tests/simulate: a third of the longest tests' cases; {simulator.ALL} runs every one"
+            f"tests/simulate: a quarter of the longest tests' cases; {simulator.ALL} runs every one"
         )
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for family in families.values():
         if len(family) > FEW_CASES:
             # The same ones each time, and no period that would miss one value of a parameter.
-            dropped.update(random.Random(0).sample(family, len(family) * 2 // 3))
+            dropped.update(random.Random(0).sample(family, len(family) * 3 // 4))
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
 
