@@ -125,9 +125,9 @@ class CudaBackend(NativeBackend):
         ==================================  =====  ======  =====
 
         What is not in it (label smoothing, extra outputs, float16 beside another dtype, column
-        strides, longer rows, no clusters) runs in the two kernels that are slower there. Rows of the
-        two models that are aligned differently run in registers: 8192 x 50257 of 50304 takes 1.51
-        beside 1.75.
+        strides, longer rows, no clusters) runs in the two kernels that are slower there. Rows of
+        the two models that are aligned differently run in registers: 8192 x 50257 of 50304 takes
+        1.51 beside 1.75.
         """
         options, student, teacher = problem.options, problem.student, problem.teacher
         reasons = {
