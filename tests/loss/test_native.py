@@ -674,8 +674,8 @@ def test_an_instruction_set_can_be_forced(isa):
     assert done.stdout.split() == [isa]
 
 
-@pytest.mark.parametrize("isa", [isa for isa in native.cpu_isas() if isa != native.cpu_isa()])
-def test_every_other_instruction_set_keeps_the_digits(isa):
+@pytest.mark.parametrize("isa", native.cpu_isas()[:-1])
+def test_every_slower_instruction_set_keeps_the_digits(isa):
     """The tests of this file whose logits are far from 0 or from each other, once more."""
     chosen = "far_from_zero or near_and_far or rising or extreme or huge or largest or blocks_of"
     done = subprocess.run(

@@ -22,6 +22,8 @@ import torch
 MODEL = tiny_models.llama(2, seed=2).eval()
 TOKENIZER = tiny_models.tokenizer()
 LOCK = threading.Lock()
+CHANGED = threading.Condition()
+UNDER_WAY: set[Any] = set()  #: clients whose request has not been answered
 
 
 @dataclasses.dataclass
@@ -134,10 +136,21 @@ class Handler(BaseHTTPRequestHandler):
         global behaviour
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/control":
+            with CHANGED:  # what a client that gave up has sent is not of the next behaviour
+                CHANGED.wait_for(lambda: not UNDER_WAY - {self.client_address}, timeout=10)
             behaviour = Behaviour(**request)
             asked.clear()
             return self.answer({})
         self.serve(request)
+
+    def leave(self) -> None:
+        with CHANGED:
+            UNDER_WAY.discard(self.client_address)
+            CHANGED.notify_all()
+
+    def finish(self) -> None:
+        super().finish()
+        self.leave()
 
     def serve(self, request: Any) -> None:
         now = behaviour
@@ -165,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fail(self, now: Behaviour) -> None:
         fault, body = str(now.fault), now.body.encode()
+        self.leave()  # some take a minute
         if fault == "hang":
             time.sleep(60)
         elif fault == "drop":
@@ -199,6 +213,11 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with CHANGED:
+            UNDER_WAY.add(client_address)
+        super().process_request(request, client_address)
 
     def handle_error(self, *_: Any) -> None:
         """Clients that do not wait are what is tested."""
