@@ -38,7 +38,7 @@ distill-bert: $(VENV)/.installed
 	$(BIN)/kdkernels fetch minilm
 	$(BIN)/kdkernels distill examples/minilm.yaml --output_dir $(BERT_OUTPUT)
 
-# The second run: what Triton's kernels compute, in its interpreter.
+# The second run: what Triton's kernels compute, in its interpreter; of the matrix a third.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 test: $(VENV)/.installed
 	$(PYTEST) tests --ignore=tests/simulate

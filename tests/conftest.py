@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import cases
 import pytest
+import sampling
 import torch
 
 from kdkernels.backends import BACKENDS
@@ -20,7 +21,20 @@ from kdkernels.backends import BACKENDS
 MISSING = {name: reasons for name, one in BACKENDS.items() if (reasons := one.unavailable())}
 
 
+#: In Triton's interpreter a case takes up to seconds: of a test with more cases than this a third
+#: is run.
+INTERPRETED_CASES = 100
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if is_interpreted() and not sampling.WANTS_ALL:
+        terminalreporter.write_line(
+            f"in the interpreter a third of the longest tests' cases; {sampling.ALL} runs every one"
+        )
     for name, reasons in MISSING.items():
         terminalreporter.write_line(f"no test of the backend {name}: {'; '.join(reasons)}")
 
@@ -29,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_interpreted():
+        sampling.keep_some(config, items, INTERPRETED_CASES, 3)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -27,9 +27,6 @@ from torch import Tensor
 from kdkernels.environment import setting
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The setting that runs every case on every architecture.
-ALL = "KDKERNELS_SIMULATE=all"
-WANTS_ALL = setting("KDKERNELS_SIMULATE") == "all"
 
 
 def folder() -> Path:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sampling
 import simulator
 
 sys.path.insert(0, str(simulator.ROOT / "tools"))
@@ -21,11 +22,11 @@ pytestmark = pytest.mark.skipif(
     simulator.why_no_nvcc() is not None, reason=str(simulator.why_no_nvcc())
 )
 
-ARCHITECTURES = cuda_counts.ARCHITECTURES if simulator.WANTS_ALL else ("90",)
+ARCHITECTURES = cuda_counts.ARCHITECTURES if sampling.WANTS_ALL else ("90",)
 SOURCES = [
     source
     for source in cuda_counts.SOURCES
-    if simulator.WANTS_ALL or source.stem == "register_bfloat16_forward"
+    if sampling.WANTS_ALL or source.stem == "register_bfloat16_forward"
 ]
 
 
