@@ -269,19 +269,30 @@ class HotPath:
         separate = self.of.power == 0
         exponentials = (4 if separate else 2) * self.of.columns
         loads = (5 if separate else 4) * self.of.vectors
-        # Around the last of its conditional stores the compiler may jump.
-        all_stored = self.of.vectors - 1 <= self.stores <= self.of.vectors
-        return (self.exponentials, self.loads) == (exponentials, loads) and all_stored
+        return (self.exponentials, self.loads, self.stores) == (
+            exponentials,
+            loads,
+            self.of.vectors,
+        )
 
     def per_element(self) -> tuple[float, float, float]:
         n = self.of.columns
         return self.sweeps / n, (self.sweeps + self.between) / n, self.special / n
 
 
+def _join_last_store(blocks: dict[int, Block], vectors: int) -> None:
+    """The compiler may jump around the last of a row of conditional stores: a warp takes it."""
+    for block in blocks.values():
+        last = [blocks[a] for a in block.after if a in blocks and blocks[a].count(_STORE) == 1]
+        if block.count(_STORE) == vectors - 1 and len(last) == 1:
+            block.code, block.after = block.code + last[0].code, last[0].after
+
+
 def hot_path(kernel: Kernel) -> HotPath:
     """Of a register kernel."""
     shape = RegisterKernel.of(kernel)
     blocks = blocks_of(kernel.text)
+    _join_last_store(blocks, shape.vectors)
     order = sorted(blocks)
     power = (3 if shape.power == 0 else 2) * shape.columns
     # Blocks of the rare second sums, and of warps whose columns are not all there, are none of a
@@ -294,11 +305,7 @@ def hot_path(kernel: Kernel) -> HotPath:
         and blocks[a].count(_LOAD) == 2 * shape.vectors
         and not blocks[a].count(_POWER)
     ]
-    stored = [
-        a
-        for a in order
-        if a not in observed and blocks[a].count(_STORE) in (shape.vectors - 1, shape.vectors)
-    ]
+    stored = [a for a in order if a not in observed and blocks[a].count(_STORE) == shape.vectors]
     # The largest logits are the next row's, looked for before this one's gradient; or, in kernels
     # that do not look ahead, the row's own, before its exponentials.
     found = list(itertools.product(observed, maxima, stored))

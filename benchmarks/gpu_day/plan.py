@@ -82,6 +82,14 @@ def _sanitized(tool: str) -> Step:
 
 #: One line a test, for a run whose time ends before its summary.
 _PYTEST = ("-vvv", "-n", "14", "--maxfail=20")
+
+
+def _of_both_backends(name: str, seconds: float, file: str, rehearsed: str) -> Step:
+    path = f"tests/loss/test_{file}.py"
+    tests = (*_PYTEST, path, "-k", "cuda or triton")
+    return Step(name, seconds, tests=tests, rehearsed=(path, "-k", rehearsed), tail=4)
+
+
 HALVES: dict[str, tuple[Step, ...]] = {
     "first": (
         Step("native", 120),
@@ -116,23 +124,11 @@ HALVES: dict[str, tuple[Step, ...]] = {
             rehearsed=("-m", "gpu", "--collect-only", "tests"),
             tail=10,
         ),
-        Step(
-            "sparse",
-            45,
-            tests=(*_PYTEST, "tests/loss/test_topk.py", "-k", "cuda or triton"),
-            rehearsed=("tests/loss/test_topk.py", "-k", "written_by_hand and cpu and bucket"),
-            tail=4,
-        ),
+        _of_both_backends("sparse", 45, "topk", "written_by_hand and cpu and bucket"),
         Step("topk", 30, alone=True),
         Step("peers", 90, alone=True),
         Step("linear", 65, alone=True),
-        Step(
-            "matrix",
-            50,
-            tests=(*_PYTEST, "tests/loss/test_matrix.py", "-k", "cuda or triton"),
-            rehearsed=("tests/loss/test_matrix.py", "-k", "accurate and cpu-forward and sum"),
-            tail=4,
-        ),
+        _of_both_backends("matrix", 50, "matrix", "accurate and cpu-forward and sum"),
         *(_sanitized(tool) for tool in ("memcheck", "synccheck", "racecheck")),
         Step("divergences", 40, alone=True),
     ),

@@ -372,8 +372,7 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
     if (!policy.cluster) return false;
     const Kernel kernel = kernel_of(policy.columns_per_thread);
     allow_shared_memory(kernel, limits, reserved, launch);
-    const int64_t capacity = int64_t{policy.threads} * policy.columns_per_thread;
-    const int bytes = static_cast<int>(stage_bytes(shape, capacity));
+    const int bytes = static_cast<int>(stage_bytes(shape, policy.stage_columns));
     Cluster cluster(policy, bytes, launch);
     const int64_t active = active_clusters(kernel, cluster, launch);
     if (active == 0) {
@@ -382,7 +381,7 @@ bool resident_rows(const KernelOf& kernel_of, bool has_wide, Task& task, const L
     }
     const int64_t clusters = active < task.rows() ? active : task.rows();
     Stages stages{policy.stages,
-                  static_cast<int>(capacity) * s_size,
+                  static_cast<int>(policy.stage_columns) * s_size,
                   bytes,
                   policy.cluster,
                   static_cast<int>(clusters),

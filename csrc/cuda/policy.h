@@ -100,6 +100,7 @@ struct ResidentPolicy {
   int columns_per_thread = kColumnsPerThread;
   int stages = 0;
   int64_t slice_columns = 0;  // a block's share, in whole units of 8
+  int64_t stage_columns = 0;  // those that its threads can have
 };
 
 // A row that does not start aligned starts up to 7 columns into its first unit.
@@ -108,8 +109,7 @@ inline int64_t slice_columns(const RowShape& shape, int cluster) {
   return (units + cluster - 1) / cluster * 8;
 }
 
-// For the columns that a block's threads can have, of which the last ones may be none of the
-// slice's. A teacher's slice that does not start at 16 bytes reaches into 16 more.
+// A teacher's slice that does not start at 16 bytes reaches into 16 more.
 inline int64_t stage_bytes(const RowShape& shape, int64_t columns) {
   return columns * shape.bytes + (shape.congruent ? 0 : 16);
 }
@@ -130,7 +130,8 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
   const int64_t threads = (columns + warp_columns - 1) / warp_columns * 32;
   if (threads > most_threads) return policy;
   const int64_t available = limits.shared_bytes - reserved;
-  const int64_t stage = stage_bytes(shape, threads * columns_per_thread);
+  const int64_t stage_columns = threads * columns_per_thread;
+  const int64_t stage = stage_bytes(shape, stage_columns);
   if (stage > available) return policy;
   const int64_t share = available * threads / most_threads;
   int64_t stages = share / stage;
@@ -140,6 +141,7 @@ inline ResidentPolicy resident_policy(const RowShape& shape, const DeviceLimits&
   policy.threads = static_cast<int>(threads);
   policy.stages = static_cast<int>(stages < kMostStages ? stages : kMostStages);
   policy.slice_columns = columns;
+  policy.stage_columns = stage_columns;
   return policy;
 }
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from ..dtypes import WEIGHT_DTYPES
 from ..training import models, sentences
-from ..training.arguments import DistillationArguments
+from ..training.arguments import DistillationArguments, refuse_idle
 from ..training.folders import plain
 from ..training.layer_configs import layer_count, text_config
 from ..training.models import ModelSource
@@ -159,10 +159,7 @@ class ModelArguments:
         """ValueError for options of a server that are bad, or that nothing would read."""
         if self.teacher_url is None:
             for name in ("name", "logprobs", "requests", "timeout", "tries"):
-                name = f"teacher_{name}"
-                value = getattr(self, name)
-                if value != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"{name}: {value!r} has no effect; it needs teacher_url")
+                refuse_idle(self, f"teacher_{name}", "; it needs teacher_url")
             return
         if self.teacher is not None:
             raise ValueError("teacher_url: give a teacher or the address of its server, not both")
@@ -505,9 +502,7 @@ def check_teacher(
     if run_args.cache_samples is not None:
         raise ValueError("cache_samples: a server gives the top of a distribution (cache_top_k)")
     for name in ("teacher_dtype", "teacher_device"):
-        value = getattr(args, name)
-        if value != type(args).__dataclass_fields__[name].default:
-            raise ValueError(f"{name}: {value!r} has no effect on a served teacher")
+        refuse_idle(args, name, " on a served teacher")
 
 
 def load_teacher(

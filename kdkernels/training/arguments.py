@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -167,7 +168,7 @@ class DistillationArguments(TermArguments, TrainingArguments):
     def _take_end(self, name: str, schedule: schedules.Schedule) -> None:
         """``schedule``'s last value for ``name``; a warning if that was something else."""
         given = getattr(self, name)
-        if given not in (type(self).__dataclass_fields__[name].default, schedule.end):
+        if given not in (_default(self, name), schedule.end):
             logger.warning(f"{name}: {given} is not used; {name}_schedule stands for it")
         setattr(self, name, schedule.end)
 
@@ -208,9 +209,8 @@ class DistillationArguments(TermArguments, TrainingArguments):
             "beta": self.divergence_parameters is not None and "no divergence_parameters",
         }
         for name, needed in idle.items():
-            value = getattr(self, name)
-            if needed and value != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: {value!r} has no effect; it needs {needed}")
+            if needed:
+                refuse_idle(self, name, f"; it needs {needed}")
         if self.label_names not in (None, [], ["labels"]):
             raise ValueError(
                 f"label_names: {self.label_names!r} is not ['labels'], the only ones that are read"
@@ -283,3 +283,14 @@ class DistillationArguments(TermArguments, TrainingArguments):
                 f"divergence_parameters: {self.divergence_parameters!r} do not fit "
                 f"{self.divergence!r} ({error})"
             ) from error
+
+
+def refuse_idle(options: Any, name: str, reason: str) -> None:
+    """ValueError for an option of a dataclass that is set though nothing would read it."""
+    value = getattr(options, name)
+    if value != _default(options, name):
+        raise ValueError(f"{name}: {value!r} has no effect{reason}")
+
+
+def _default(options: Any, name: str) -> Any:
+    return type(options).__dataclass_fields__[name].default

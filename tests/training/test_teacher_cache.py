@@ -48,6 +48,20 @@ def cached_trainer(cache: TeacherCache, output: Path, vocab: int, **options: Any
     return tiny_models.trainer(output, student=student, **options)
 
 
+def loss_by_hand(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    labels: torch.Tensor,
+    tail: str,
+) -> Any:
+    """What tiny_models' trainer computes at T = 2 of these entries, log-probabilities at that T."""
+    options: dict[str, Any] = {"temperature": 2.0, "alpha": 0.7, "shift": True}
+    return fused_topk_kd_loss(
+        logits, ids, log_probs, labels, tail=tail, backend="reference", **options
+    )
+
+
 def logs(trained: Any) -> list[dict[str, float]]:
     names = ("loss", "kd_loss", "ce_loss", "agreement")
     return [{n: e[n] for n in names} for e in trained.state.log_history if "loss" in e]
@@ -173,17 +187,8 @@ def test_every_tail_trains_as_the_oracle(
     inside = top.indices < common
     ids = top.indices.masked_fill(~inside, -1)
     logits = trained.model(input_ids=batch["input_ids"]).logits.double()[..., :common]
-    want = fused_topk_kd_loss(
-        logits,
-        ids,
-        log_probs.gather(-1, ids.clamp(min=0)),
-        batch["labels"],
-        tail=tail,
-        temperature=2.0,
-        alpha=0.7,
-        shift=True,
-        backend="reference",
-    )
+    of_entries = log_probs.gather(-1, ids.clamp(min=0))
+    want = loss_by_hand(logits, ids, of_entries, batch["labels"], tail)
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
@@ -198,17 +203,9 @@ def test_a_top_k_cache_of_another_temperature(fused_linear: str, tail: str, tmp_
     batch = default_data_collator([data[i] for i in range(4)])
     with torch.no_grad():
         top = teacher(input_ids=batch["input_ids"]).logits.log_softmax(-1).topk(5)
-    want = fused_topk_kd_loss(
-        trained.model(input_ids=batch["input_ids"]).logits,
-        top.indices,
-        (top.values / 2).log_softmax(-1),
-        batch["labels"],
-        tail=tail,
-        temperature=2.0,
-        alpha=0.7,
-        shift=True,
-        backend="reference",
-    )
+    logits = trained.model(input_ids=batch["input_ids"]).logits
+    log_probs = (top.values / 2).log_softmax(-1)
+    want = loss_by_hand(logits, top.indices, log_probs, batch["labels"], tail)
     got = trained.compute_loss(trained.model, batch)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -283,17 +280,9 @@ def test_a_run_from_samples(ours: int, tail: str | None, fused_linear: str, tmp_
     entries = cache.entries(batch, torch.device("cpu"))
     ids = entries.ids.masked_fill(entries.ids >= ours, -1)
     p = entries.log_probs.exp().masked_fill(ids < 0, 0.0)
-    want = fused_topk_kd_loss(
-        trained.model(input_ids=batch["input_ids"]).logits,
-        ids,
-        (p / p.sum(-1, keepdim=True).clamp(min=1e-9)).log(),
-        batch["labels"],
-        tail=tail or "none",
-        temperature=2.0,
-        alpha=0.7,
-        shift=True,
-        backend="reference",
-    )
+    logits = trained.model(input_ids=batch["input_ids"]).logits
+    log_probs = (p / p.sum(-1, keepdim=True).clamp(min=1e-9)).log()
+    want = loss_by_hand(logits, ids, log_probs, batch["labels"], tail or "none")
     got = trained.compute_loss(trained.model, batch)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     trained.train_dataset = data
